@@ -1,0 +1,1 @@
+"""Hugging Face models as fastpost uses them: loading, the trunk over packed sequences, the head."""
