@@ -1,0 +1,59 @@
+# Each target sets up what it needs: a fresh clone wants Python >= 3.11, git and make, and a second run installs nothing.
+#   make demo ARGS="--seed 1"      make test PYTHON=python3.13      make gpu
+# PYTHON makes .venv; `make gpu` runs in it directly where it has torch with a GPU.
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Two workers of one thread each beat one of two: most tests are many small ops.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: demo test test-all gpu lint bench clean
+
+demo: .venv/.train
+	$(BIN)/fastpost demo $(ARGS)
+
+test: .venv/.dev
+	$(BIN)/ruff check --quiet
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter $(ARGS)
+
+test-all: test
+	$(PYTEST) -m "slow and not gpu" $(ARGS)
+
+# Where PYTHON already has torch and a GPU, that torch is the one to test, and there may be no network: nothing is
+# installed into it but this package, in place.
+gpu:
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+		$(PYTHON) -c 'import fastpost.kernels' 2>/dev/null \
+			|| $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .; \
+		$(MAKE) --no-print-directory .gpu-run RUN=$(PYTHON); \
+	else \
+		$(MAKE) --no-print-directory .venv/.dev,gpu,bench && $(MAKE) --no-print-directory .gpu-run RUN=$(BIN)/python; \
+	fi
+
+.PHONY: .gpu-run
+.gpu-run:
+	$(RUN) -m pytest -m gpu $(ARGS)
+	$(RUN) benchmarks/head.py
+
+lint: .venv/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+bench: .venv/.train,bench
+	$(BIN)/python benchmarks/head.py $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info fastpost/_native*.so .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# .venv/.EXTRAS is the stamp of having installed fastpost[EXTRAS]. torch comes first and build isolation is off because
+# the native extension is compiled against the torch that will load it; without a compiler it is left out.
+.venv/.%: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch setuptools
+	$(PIP) --no-build-isolation --editable ".[$*]"
+	@touch "$@"
