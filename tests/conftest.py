@@ -1,0 +1,57 @@
+"""What every test gets: a seed, poisoned memory, and `device`, which is each device that this machine has."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = tuple(str(ROOT / folder) for folder in ("fastpost", "kernels"))
+ALLOCATORS = (
+    *((torch, name) for name in ("empty", "empty_like", "empty_strided")),
+    *((Tensor, name) for name in ("new_empty", "new_empty_strided")),
+)
+
+
+def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same allocator, except that memory handed to our own files holds NaN, or the most negative integer."""
+
+    def wrapper(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        if sys._getframe(1).f_code.co_filename.startswith(OURS):
+            _poison(tensor)
+        return tensor
+
+    return wrapper
+
+
+def _poison(tensor: Tensor) -> None:
+    if tensor.is_floating_point() or tensor.is_complex():
+        tensor.detach().fill_(float("nan"))
+    elif tensor.dtype != torch.bool:
+        tensor.fill_(torch.iinfo(tensor.dtype).min)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` returns whatever was there before, often plausible numbers: reading them must fail loudly."""
+    for owner, name in ALLOCATORS:
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"],
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device of this machine; the cuda ones (ROCm's too) carry the `gpu` mark."""
+    return torch.device(request.param)
