@@ -53,7 +53,8 @@ clean:
 # .venv/.EXTRAS is the stamp of having installed fastpost[EXTRAS]. torch comes first and build isolation is off because
 # the native extension is compiled against the torch that will load it; without a compiler it is left out.
 .venv/.%: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) torch setuptools
-	$(PIP) --no-build-isolation --editable ".[$*]"
+	@echo "installing fastpost[$*] into .venv"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) torch setuptools
+	@$(PIP) --no-build-isolation --editable ".[$*]"
 	@touch "$@"
