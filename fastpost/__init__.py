@@ -1,0 +1,23 @@
+"""fastpost: post-training of language models on one fused op. Hidden states and a head in, per-token statistics out, no logits."""
+
+from fastpost import advantages, losses
+from fastpost.functional import linear_cross_entropy
+from fastpost.head import fused_loss, linear_logprobs, token_stats
+from fastpost.types import Batch, Head, Loss, Stats, TopK, loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "Head",
+    "Loss",
+    "Stats",
+    "TopK",
+    "advantages",
+    "fused_loss",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "loss",
+    "losses",
+    "token_stats",
+]

@@ -1,0 +1,247 @@
+"""The public door of the head: checks every argument once, drops ignored rows, and hands on a `Problem` that needs no more checks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastpost.sweep import Problem, Reference
+from fastpost.types import NEEDS_REFERENCE, OUTPUTS, Head, Stats, TopK, nearest
+
+
+def eager_only(function: Callable) -> Callable:
+    """Under torch.compile the call runs as it is, between two graphs. (torch.compiler.disable alone would import the compiler.)"""
+
+    @functools.wraps(function)
+    def call(*args, **knobs):
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(function)(*args, **knobs)
+        return function(*args, **knobs)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Door:
+    """A checked call: the gradient-carrying tensors, the problem, and the way back to the caller's shape."""
+
+    hidden: Tensor  # (T, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    problem: Problem
+    shape: torch.Size  # of target
+    kept: Tensor | None  # (T,) bool, where ignored rows could not be left out (graph capture) and are zeroed instead
+    renamed: dict[str, str]  # an end of the JSD family -> the KL that it is
+
+    @property
+    def needs_hidden(self) -> bool:
+        return torch.is_grad_enabled() and self.hidden.requires_grad
+
+    @property
+    def needs_head(self) -> bool:
+        bias = self.bias is not None and self.bias.requires_grad
+        return torch.is_grad_enabled() and (self.weight.requires_grad or bias)
+
+    def inner(self, name: str) -> str:
+        return self.renamed.get(name, name)
+
+    def scatter(self, values: Tensor) -> Tensor:  # (N,) -> target's shape
+        """Kept rows back in their places, zeros in the others."""
+        index = self.problem.index
+        if index is not None:
+            values = values.new_zeros(self.shape.numel()).index_copy(0, index, values)
+        elif self.kept is not None:
+            values = torch.where(self.kept, values, torch.zeros_like(values))
+        return values.view(self.shape)
+
+    def stats(self, values: dict[str, Tensor], outputs: Sequence[str]) -> Stats:
+        return Stats(**{OUTPUTS[name]: self.scatter(values[self.inner(name)]) for name in outputs})
+
+
+def open_door(
+    hidden: Tensor,
+    head: Head | Tensor,
+    target: Tensor,
+    outputs: Sequence[str],
+    reference: tuple[Tensor, Head | Tensor] | TopK | None,
+    temperature: float | Tensor,
+    jsd_beta: float,
+    ignore_index: int,
+    kept: Tensor | None = None,  # (N,) positions of kept rows, where the caller knows them
+) -> Door:
+    head = _head(head, "head")
+    _check_hidden(hidden, head, target)
+    _check_outputs(outputs, reference, jsd_beta)
+    V = head.weight.shape[0]
+    flat = target.reshape(-1)
+    index, mask = _kept_rows(flat, ignore_index, V, kept)
+    if mask is not None:
+        flat = torch.where(mask, flat, 0)
+    rows = flat if index is None else flat.index_select(0, index)
+    renamed = {"jsd": {0.0: "forward_kl", 1.0: "reverse_kl"}[float(jsd_beta)]} if jsd_beta in (0, 1) else {}
+    wants = frozenset(renamed.get(name, name) for name in outputs)
+    problem = Problem(
+        target=rows,
+        index=index,
+        wants=wants,
+        scale=float(head.scale),
+        softcap=None if head.softcap is None else float(head.softcap),
+        inverse_temperature=_inverse_temperature(temperature, target, index, hidden),
+        reference=_reference(reference, hidden, head, target, index) if wants & NEEDS_REFERENCE else None,
+        jsd_beta=float(jsd_beta),
+        dtype=_operand_dtype(hidden, head),
+    )
+    return Door(hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, problem, target.shape, mask, renamed)
+
+
+def _head(head: Head | Tensor, name: str) -> Head:
+    if isinstance(head, Tensor):
+        return Head(head)
+    if not isinstance(head, Head):
+        raise ValueError(f"{name} must be a fastpost.Head or a (V, D) weight, got {type(head).__name__}; see Head.of(model)")
+    return head
+
+
+def _operand_dtype(hidden: Tensor, head: Head) -> torch.dtype:
+    """The dtype in which F.linear would multiply: the autocast dtype where autocast is on, else the one that both have."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, head.weight.dtype):
+        return torch.get_autocast_dtype(device)
+    if hidden.dtype != head.weight.dtype:
+        raise ValueError(
+            f"hidden and head.weight must have one dtype outside autocast, got {hidden.dtype} and {head.weight.dtype}"
+        )
+    return hidden.dtype
+
+
+def _check_hidden(hidden: Tensor, head: Head, target: Tensor, name: str = "hidden") -> None:
+    if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
+        raise ValueError(f"{name} must be a floating tensor (..., D), got {getattr(hidden, 'dtype', type(hidden).__name__)}")
+    if hidden.ndim == 0 or hidden.shape[-1] != head.weight.shape[1]:
+        raise ValueError(
+            f"{name} {tuple(hidden.shape)} and its head's weight {tuple(head.weight.shape)} must agree in the last dimension"
+        )
+    if target.dtype != torch.int64:
+        raise ValueError(f"target must be int64, got {target.dtype}")
+    flat = hidden.ndim == 3 and hidden.shape[0] == 1 and target.shape == hidden.shape[1:2]  # a packed trunk's (1, T, D)
+    if hidden.shape[:-1] != target.shape and not flat:
+        raise ValueError(
+            f"{name} {tuple(hidden.shape)} and target {tuple(target.shape)} must agree in all but {name}'s last dimension"
+        )
+    if target.numel() == 0:
+        raise ValueError(f"target is empty: {name} has shape {tuple(hidden.shape)}")
+    for what, other in (("target", target), ("head.weight", head.weight), ("head.bias", head.bias)):
+        if other is not None and other.device != hidden.device:
+            raise ValueError(f"{name} is on {hidden.device} and {what} on {other.device}")
+
+
+def _check_outputs(outputs: Sequence[str], reference: object, jsd_beta: float) -> None:
+    if isinstance(outputs, str):
+        raise ValueError(f"outputs must be a sequence of names, got the string {outputs!r}: write ({outputs!r},)")
+    for name in outputs:
+        if name not in OUTPUTS:
+            raise ValueError(f"unknown output {name!r}{nearest(name, list(OUTPUTS))}; known: {', '.join(OUTPUTS)}")
+        if name in NEEDS_REFERENCE and reference is None:
+            raise ValueError(f"output {name!r} compares two distributions: pass reference=(hidden_q, head_q) or a fastpost.TopK")
+    if not 0 <= jsd_beta <= 1:
+        raise ValueError(f"jsd_beta must be in [0, 1], got {jsd_beta}")
+    infinite = {"reverse_kl"} | ({"jsd"} if jsd_beta == 1 else set())
+    if isinstance(reference, TopK) and reference.rest == "renormalize" and infinite & set(outputs):
+        raise ValueError("reverse_kl to a renormalised TopK teacher is infinite (it gives the rest nothing): use rest='bucket'")
+
+
+def _kept_rows(
+    target: Tensor,  # (T,)
+    ignore_index: int,
+    vocabulary: int,
+    known: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(index of kept rows or None for all, mask or None). On an accelerator this is the call's one host sync, unless `known`."""
+    if known is not None:
+        if target.device.type == "cpu":
+            _check_range(target.index_select(0, known), vocabulary)
+        return (None if len(known) == len(target) else known.to(target.device)), None
+    mask = target != ignore_index
+    if target.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None, mask  # nothing may depend on a count: ignored rows go through, with coefficient 0
+    outside = mask & ((target < 0) | (target >= vocabulary))
+    count, bad = torch.stack([mask.sum(), outside.sum()]).tolist()
+    if bad:
+        _check_range(target[mask], vocabulary)
+    if count == len(target):
+        return None, None
+    return torch.argsort(mask.to(torch.uint8), descending=True, stable=True)[:count], None
+
+
+def _check_range(target: Tensor, vocabulary: int) -> None:
+    outside = target[(target < 0) | (target >= vocabulary)]
+    if len(outside):
+        raise ValueError(
+            f"target must be in [0, {vocabulary}), the vocabulary of the head, or ignored; got {int(outside[0])} "
+            f"({len(outside)} such targets)"
+        )
+
+
+def _inverse_temperature(temperature: float | Tensor, target: Tensor, index: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """(N,), or None at temperature 1. A tensor is trusted to be positive where that cannot be seen without a sync."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if not isinstance(temperature, Tensor):
+        if not (temperature > 0 and temperature < float("inf")):
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        if temperature == 1:
+            return None
+        n = target.numel() if index is None else len(index)
+        return torch.full((n,), 1 / temperature, dtype=dtype, device=hidden.device)
+    if temperature.ndim == 0:
+        temperature = temperature.expand(target.shape)
+    if temperature.shape != target.shape:
+        raise ValueError(f"temperature must be a number or have target's shape {tuple(target.shape)}, got {tuple(temperature.shape)}")
+    flat = temperature.detach().to(hidden.device, dtype).reshape(-1)
+    kept = flat if index is None else flat.index_select(0, index)
+    if kept.device.type == "cpu" and not bool(((kept > 0) & kept.isfinite()).all()):
+        raise ValueError("temperature must be positive and finite for every token that is not ignored")
+    return 1 / kept
+
+
+def _reference(
+    reference: tuple[Tensor, Head | Tensor] | TopK | None, hidden: Tensor, head: Head, target: Tensor, index: Tensor | None
+) -> Reference | TopK:
+    V = head.weight.shape[0]
+    if isinstance(reference, TopK):
+        if reference.ids.shape[:-1] != target.shape:
+            raise ValueError(
+                f"reference TopK {tuple(reference.ids.shape)} and target {tuple(target.shape)} must agree in all but the last dimension"
+            )
+        ids, logp = (x.detach().reshape(-1, x.shape[-1]).to(hidden.device) for x in (reference.ids, reference.logp))
+        if index is not None:
+            ids, logp = ids.index_select(0, index), logp.index_select(0, index)
+        if ids.device.type == "cpu" and ids.numel():
+            low, high, ordered = int(ids.min()), int(ids.max()), ids.sort(1)[0]
+            if low < 0 or high >= V:
+                raise ValueError(f"reference TopK.ids must be in [0, {V}), the vocabulary of the head, got {low if low < 0 else high}")
+            if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+                raise ValueError("reference TopK.ids must be distinct within a row")
+        return TopK(ids, logp, reference.rest)
+    if not isinstance(reference, tuple) or len(reference) != 2:
+        raise ValueError(f"reference must be (hidden_q, head_q) or a fastpost.TopK, got {type(reference).__name__}")
+    hidden_q, head_q = reference[0], _head(reference[1], "the reference's head")
+    _check_hidden(hidden_q, head_q, target, "the reference's hidden")
+    if head_q.weight.shape[0] != V:
+        raise ValueError(
+            f"the reference's head has a vocabulary of {head_q.weight.shape[0]} and the policy's one of {V}: they must be the same"
+        )
+    if hidden_q.device != hidden.device:
+        raise ValueError(f"hidden is on {hidden.device} and the reference's hidden on {hidden_q.device}")
+    # The same tensor, not an alias of it, where policy and reference share a head: a sweep then widens its blocks once.
+    weight = head.weight if head_q.weight is head.weight else head_q.weight.detach()
+    return Reference(
+        hidden_q.detach().reshape(-1, hidden_q.shape[-1]),
+        weight,
+        None if head_q.bias is None else head_q.bias.detach(),
+        float(head_q.scale),
+        None if head_q.softcap is None else float(head_q.softcap),
+    )

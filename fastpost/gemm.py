@@ -1,0 +1,67 @@
+"""Matrix products with fp32 results from operands of any floating dtype: the only place that knows what a device can multiply.
+
+A product rounded to bf16 costs 2e-2 in a log-probability; the same operands accumulated and kept in fp32, 1e-5 or less.
+  CPU   there is no bf16 x bf16 -> fp32 product, so operands are widened, a block at a time, into a buffer that is reused
+  CUDA  torch.mm(..., out_dtype=torch.float32): tensor cores on bf16 operands, the fp32 accumulator written out
+fp32 operands are multiplied in IEEE fp32 (no TF32, no bf16 splitting), whatever the process has set; float64 in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits and statistics for operands of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """No autocast and no reduced-precision fp32 products inside; the process's own setting is put back after."""
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)
+
+
+class Gemm:
+    """Products of operands rounded to `dtype`. Holds the buffers in which a CPU widens them."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.wide = dtype, wide(dtype)
+        self._widens = device.type != "cuda" and dtype != self.wide
+        # What the left operand of `add_product` must be written in.
+        self.tile_dtype = self.wide if self._widens else dtype
+        self._buffers: dict[str, Tensor] = {}
+
+    def operand(self, x: Tensor, buffer: str) -> Tensor:
+        """x as it is multiplied. What an earlier call with the same `buffer` returned is overwritten."""
+        if not self._widens:
+            return x.to(self.dtype)
+        held = self._buffers.get(buffer)
+        if held is None or held.numel() < x.numel():
+            held = self._buffers[buffer] = torch.empty(x.numel(), dtype=self.wide, device=x.device)
+        return held[: x.numel()].view(x.shape).copy_(x.to(self.dtype))
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:  # (M, K), (N, K) -> (M, N)
+        """out = a @ b.T"""
+        if a.dtype == out.dtype:
+            return torch.mm(a, b.T, out=out)
+        return torch.mm(a, b.T, out_dtype=out.dtype, out=out)
+
+    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:  # (M, N) += (M, K) @ (K, N)
+        """total += a @ b, accumulated in total's own precision."""
+        if a.dtype == total.dtype:
+            total.addmm_(a, b)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)

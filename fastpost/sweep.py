@@ -1,0 +1,342 @@
+"""A way through the logits of (rows, vocabulary) tile by tile, in a workspace whose size depends on neither T nor V.
+
+Rows are cut into chunks; within a chunk the vocabulary is cut into blocks of columns; a tile is one product of the two, fp32.
+`fold_chunk` makes statistics of a chunk's tiles, `grad_chunk` gradients. A sweep is streamed (a tile is gone once folded) or
+held (a chunk's whole rows stay until its gradients are made; fewer rows then fit, but no tile is computed twice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpost import rows as row_math
+from fastpost import topk
+from fastpost.gemm import Gemm, wide
+from fastpost.rows import C_P, LOWEST, LSE, MAX, SUM, TARGET, Shape
+from fastpost.types import NEEDS_REFERENCE, TopK
+
+# Bytes of tiles, blocks and accumulators that a sweep may hold, and the columns of a tile: on a CPU its scratch stays near the caches.
+WORKSPACE = {"cpu": 40 << 20, "cuda": 384 << 20}
+COLUMNS = {"cpu": 1024, "cuda": 8192}
+MOST_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The other distribution of a KL, computed beside the first from its own hidden states and head; a constant."""
+
+    hidden: Tensor  # (T, D_q)
+    weight: Tensor  # (V, D_q)
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All of a call that carries no gradient. N rows are kept of the T."""
+
+    target: Tensor  # (N,) in [0, V)
+    index: Tensor | None  # (N,) where the kept rows are in hidden; None: they are all of it
+    wants: frozenset[str]  # statistics, by the names of `token_stats`
+    scale: float
+    softcap: float | None
+    inverse_temperature: Tensor | None  # (N,)
+    reference: Reference | TopK | None  # a TopK has N rows already
+    jsd_beta: float
+    dtype: torch.dtype  # of the operands of the products
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    @property
+    def dense(self) -> Reference | None:
+        return self.reference if isinstance(self.reference, Reference) else None
+
+    @property
+    def teacher(self) -> TopK | None:
+        return self.reference if isinstance(self.reference, TopK) else None
+
+    @property
+    def row_wants(self) -> frozenset[str]:
+        """What the row kernels must find; a stored teacher's divergences are found from its columns."""
+        return self.wants if self.teacher is None else self.wants - NEEDS_REFERENCE
+
+
+    def cut(self, x: Tensor, rows: slice) -> Tensor:
+        """Kept rows `rows` of a tensor that has all T."""
+        return x[rows] if self.index is None else x.index_select(0, self.index[rows])
+
+
+def row_kernels(device: torch.device):
+    """The row kernels for a device: Triton's where there is a GPU and Triton, else torch's."""
+    if device.type == "cuda":
+        try:
+            from fastpost.kernels.rows import TritonRows
+        except ImportError:
+            return row_math.TorchRows()
+        return TritonRows()
+    return row_math.TorchRows()
+
+
+class Columns(NamedTuple):
+    """A block of the vocabulary, ready to be multiplied."""
+
+    span: slice
+    weight: Tensor  # (B, D)
+    shape: Shape
+    weight_q: Tensor | None  # (B, D_q)
+    shape_q: Shape | None
+
+
+class Chunk(NamedTuple):
+    """Some of the kept rows, ready to be multiplied."""
+
+    rows: slice  # of the N kept
+    hidden: Tensor  # (R, D)
+    hidden_q: Tensor | None  # (R, D_q)
+    target: Tensor  # (R,)
+    inverse_temperature: Tensor | None  # (R,)
+    logits: Tensor | None  # (R, V) raw products, where they are held
+    logits_q: Tensor | None
+
+
+class Sweep:
+    """A way through the tiles of hidden @ weight.T in a bounded workspace."""
+
+    def __init__(self, p: Problem, weight: Tensor, bias: Tensor | None, *, held: bool):
+        self.p, self.weight, self.bias, self.held = p, weight, bias, held
+        self.V, self.D = weight.shape
+        self.device = weight.device
+        self.wide = wide(p.dtype)
+        self.gemm = Gemm(p.dtype, self.device)
+        self.kernels = row_kernels(self.device)
+        self._buffers: dict[str, Tensor] = {}
+        self.columns_each, self.rows_each = self._plan()
+
+    def _plan(self) -> tuple[int, int]:
+        """(columns, rows) of a tile, by bytes: scratch tiles and accumulators a row, after one block of the weight."""
+        size, dense = self.wide.itemsize, self.p.dense
+        widths = self.D + (dense.hidden.shape[1] if dense else 0)
+        kind = "cpu" if self.device.type == "cpu" else "cuda"
+        columns = max(64, min(COLUMNS[kind], WORKSPACE[kind] // (6 * widths * size)))
+        columns = min(columns, self.V)
+        a_row = size * (columns * (14 if dense else 8) + 2 * widths)
+        if self.held:
+            a_row += size * self.V * (2 if dense else 1)
+        rows = (WORKSPACE[kind] - columns * widths * size) // a_row
+        return columns, max(1, min(rows, MOST_ROWS, len(self.p)))
+
+    def _buffer(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Scratch of at least this size, kept between tiles: on a CPU a fresh one costs more than the arithmetic in it."""
+        numel = shape[0] * shape[1]
+        held = self._buffers.get(name)
+        if held is None or held.numel() < numel or held.dtype != dtype:
+            held = self._buffers[name] = torch.empty(numel, dtype=dtype, device=self.device)
+        return held[:numel].view(shape)
+
+    def chunks(self) -> Iterator[slice]:
+        for start in range(0, len(self.p), self.rows_each):
+            yield slice(start, min(start + self.rows_each, len(self.p)))
+
+    def open(self, hidden: Tensor, rows: slice) -> Chunk:
+        p, n = self.p, rows.stop - rows.start
+        return Chunk(
+            rows,
+            self.gemm.operand(p.cut(hidden, rows), "hidden"),
+            self.gemm.operand(p.cut(p.dense.hidden, rows), "hidden q") if p.dense else None,
+            p.target[rows],
+            None if p.inverse_temperature is None else p.inverse_temperature[rows],
+            self._buffer("logits", (n, self.V), self.wide) if self.held else None,
+            self._buffer("logits q", (n, self.V), self.wide) if self.held and p.dense else None,
+        )
+
+    def columns(self, *, multiplied: bool = True) -> Iterator[Columns]:
+        """Blocks of the vocabulary; not `multiplied`: only their place and shape are needed, and no weight is widened."""
+        p, q = self.p, self.p.dense
+        for start in range(0, self.V, self.columns_each):
+            span = slice(start, min(start + self.columns_each, self.V))
+            block = self.gemm.operand(self.weight[span], "weight") if multiplied else self.weight[span]
+            block_q = shape_q = None
+            if q is not None:
+                # The reference of a LoRA policy has the very same head: its block is widened once.
+                same = q.weight is self.weight
+                block_q = block if same or not multiplied else self.gemm.operand(q.weight[span], "weight q")
+                shape_q = Shape(None if q.bias is None else q.bias[span], q.scale, q.softcap)
+            yield Columns(
+                span, block, Shape(None if self.bias is None else self.bias[span], p.scale, p.softcap), block_q, shape_q
+            )
+
+    def tiles(self, chunk: Chunk, block: Columns, *, again: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The raw products of policy and reference; `again`: take them from where they are held."""
+        return (
+            self._tile(chunk.hidden, block.weight, block.span, chunk.logits, "tile", again),
+            None
+            if chunk.hidden_q is None or block.weight_q is None
+            else self._tile(chunk.hidden_q, block.weight_q, block.span, chunk.logits_q, "tile q", again),
+        )
+
+    def _tile(self, hidden: Tensor, weight: Tensor, span: slice, held: Tensor | None, name: str, again: bool) -> Tensor:
+        if held is not None and again:
+            return held[:, span]
+        shape = (hidden.shape[0], weight.shape[0])
+        return self.gemm.product(hidden, weight, self._buffer(name, shape, self.wide) if held is None else held[:, span])
+
+    def scratch(self, tile: Tensor) -> Tensor:
+        """A tile of the same size that may be overwritten."""
+        return self._buffer("tile", (tile.shape[0], tile.shape[1]), self.wide)
+
+    def teacher_outcomes(self, rows: slice) -> Tensor:  # (R, K + 1)
+        teacher = self.p.teacher
+        assert teacher is not None
+        return topk.teacher_outcomes(teacher.logp[rows], teacher.rest, self.V, self.wide)
+
+    def slope(self, z: Tensor, inverse_temperature: Tensor | None) -> Tensor:  # (R, K) tempered logits -> dz/draw
+        slope = torch.full_like(z, self.p.scale)
+        at_1 = z if inverse_temperature is None else z / inverse_temperature[:, None]
+        if self.p.softcap is not None:
+            slope *= 1 - (at_1 / self.p.softcap).square()
+        return slope if inverse_temperature is None else slope * inverse_temperature[:, None]
+
+    def left_operand(self, tile: Tensor) -> Tensor:
+        """Where a kernel writes what `add_product` multiplies: the tile itself, unless the product wants another dtype."""
+        if self.gemm.tile_dtype == tile.dtype:
+            return tile
+        return self._buffer("left operand", (tile.shape[0], tile.shape[1]), self.gemm.tile_dtype)
+
+
+class Picks:
+    """The columns of a chunk that a stored teacher names, and the policy's sum over all the others."""
+
+    def __init__(self, ids: Tensor, s: Sweep):  # (R, K)
+        self.ids, self.scale, self.softcap = ids, s.p.scale, s.p.softcap
+        self.raw = torch.full(ids.shape, LOWEST, dtype=s.wide, device=s.device)
+        self.rest = row_math.new_state(len(ids), s.device, s.wide)
+        self.bias = None if s.bias is None else s.bias[ids]
+
+    def where(self, block: Columns) -> tuple[Tensor, Tensor]:  # (R, K) columns of the block, and which ids are in it
+        column = (self.ids - block.span.start).clamp(0, block.weight.shape[0] - 1)
+        return column, column == self.ids - block.span.start
+
+    def fold(self, s: Sweep, tile: Tensor, block: Columns, chunk: Chunk) -> None:
+        """Takes the named columns out of the tile, folds what is left, and puts them back."""
+        column, here = self.where(block)
+        found = tile.gather(1, column)
+        self.raw = torch.where(here, found, self.raw)
+        # amin and amax, so that an id of another block, clamped onto a column of this one, does nothing to it.
+        low = torch.where(here, LOWEST, torch.inf).to(tile.dtype)
+        tile.scatter_reduce_(1, column, low, "amin")
+        s.kernels.fold(
+            self.rest, tile, chunk.target, block.span.start, block.shape, chunk.inverse_temperature, frozenset()
+        )
+        tile.scatter_reduce_(1, column, torch.where(here, found, -torch.inf), "amax")
+
+    def _at_1(self) -> Tensor:  # (R, K) logits at temperature 1
+        raw = self.raw if self.bias is None else (self.raw + self.bias).clamp(min=LOWEST)
+        z = raw * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def outcomes(self, lse: Tensor, inverse_temperature: Tensor | None, vocabulary: int) -> Tensor:  # (R, K + 1)
+        """The policy's log-probabilities of the named tokens and of all the others together, if there are others."""
+        z = self._at_1() if inverse_temperature is None else self._at_1() * inverse_temperature[:, None]
+        K = z.shape[1]
+        if vocabulary == K:
+            return z - lse[:, None]
+        total = self.rest[SUM]
+        if self.softcap is not None:  # a cap lifts the columns that were taken out to -softcap each: they leave the sum here
+            lowest = -self.softcap if inverse_temperature is None else -self.softcap * inverse_temperature
+            total = total - K * (lowest - self.rest[MAX]).exp()
+        return torch.cat([z, (self.rest[MAX] + total.log())[:, None]], 1) - lse[:, None]
+
+
+# ---- one chunk of rows ----
+
+
+def fold_chunk(s: Sweep, chunk: Chunk, u: Tensor | None = None) -> dict[str, Tensor]:
+    """The statistics of these rows from all their tiles; and, into u (R, D), their sum_v p_v dz_v/dlogit_v W_v."""
+    p, inverse = s.p, chunk.inverse_temperature
+    state = row_math.new_state(len(chunk.target), s.device, s.wide)
+    picks = None if p.teacher is None else Picks(p.teacher.ids[chunk.rows], s)
+    wants = p.row_wants
+    for block in s.columns():
+        tile, tile_q = s.tiles(chunk, block)
+        if picks is not None:
+            picks.fold(s, tile, block, chunk)
+        before = state[MAX].clone()
+        left = None if u is None else s.left_operand(tile if not s.held else s.scratch(tile))
+        s.kernels.fold(state, tile, chunk.target, block.span.start, block.shape, inverse, wants, tile_q, block.shape_q, left)
+        if u is not None and left is not None:
+            u.mul_((before - state[MAX]).exp_()[:, None])
+            s.gemm.add_product(u, left, block.weight)
+    stats = row_math.finish(state, wants, s.V, inverse)
+    if "jsd" in wants:
+        stats |= _mixture(s, chunk, state, stats)
+    if picks is not None and p.teacher is not None:
+        stats["outcomes"] = picks.outcomes(stats["lse"], inverse, s.V)
+        stats |= topk.divergences(stats["outcomes"], s.teacher_outcomes(chunk.rows), p.wants, p.jsd_beta)
+    if u is not None:
+        u.div_(state[SUM, :, None])
+        stats["logit"] = state[TARGET]
+    return stats
+
+
+def _mixture(s: Sweep, chunk: Chunk, state: Tensor, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The JSD's integrand needs finished logsumexps: a second look at tiles that are still there."""
+    assert s.held, "the JSD needs whole rows"
+    for block in s.columns(multiplied=False):
+        tile, tile_q = s.tiles(chunk, block, again=True)
+        assert tile_q is not None and block.shape_q is not None
+        s.kernels.mixture(
+            state, tile, block.shape, chunk.inverse_temperature, tile_q, block.shape_q, stats["lse"], stats["lse_q"], s.p.jsd_beta
+        )
+    return row_math.finish_mixture(state, s.p.jsd_beta)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Where gradients go, each in fp32 or wider; None: not wanted."""
+
+    weight: Tensor | None  # (V, D)
+    bias: Tensor | None  # (V,)
+
+
+def grad_chunk(
+    s: Sweep,
+    chunk: Chunk,
+    stats: Mapping[str, Tensor],  # of the chunk, from fold_chunk
+    d: Mapping[str, Tensor],  # (R,) dL/dstatistic
+    dhidden: Tensor | None,  # (R, D), zero; added to
+    totals: Totals,
+) -> None:
+    """dL/dhidden of these rows, and what they add to dL/dweight and dL/dbias."""
+    p, inverse = s.p, chunk.inverse_temperature
+    on_rows = {n: g for n, g in d.items() if p.teacher is None or n not in NEEDS_REFERENCE}
+    c = row_math.coefficients(stats, on_rows, s.V, p.jsd_beta)
+    picked = None
+    if p.teacher is not None and len(on_rows) < len(d):
+        K = p.teacher.ids.shape[1]
+        g = topk.gradient(
+            stats["outcomes"], s.teacher_outcomes(chunk.rows), K, {n: d[n] for n in d if n not in on_rows}, p.jsd_beta
+        )
+        c[C_P] -= g.sum(1)
+        picked = Picks(p.teacher.ids[chunk.rows], s), g * s.slope(stats["outcomes"][:, :K] + c[LSE, :, None], inverse)
+    for block in s.columns():
+        tile, tile_q = s.tiles(chunk, block, again=s.held)
+        left = s.left_operand(tile)
+        s.kernels.grads(
+            tile, chunk.target, block.span.start, block.shape, inverse, c, on_rows.keys(), left, tile_q, block.shape_q, p.jsd_beta
+        )
+        if picked is not None:
+            column, here = picked[0].where(block)
+            left.scatter_add_(1, column, torch.where(here, picked[1], 0.0).to(left.dtype))
+        if dhidden is not None:
+            s.gemm.add_product(dhidden, left, block.weight)
+        if totals.weight is not None:
+            s.gemm.add_product(totals.weight[block.span], left.T, chunk.hidden)
+        if totals.bias is not None:
+            totals.bias[block.span] += left.sum(0, dtype=totals.bias.dtype)

@@ -1,0 +1,310 @@
+"""The nouns of fastpost: Head, TopK, Stats, Batch, and the declaration of a loss. Imports torch alone.
+
+Letters mean the same everywhere:
+  T  tokens, packed and flat      D  hidden size         V  vocabulary
+  S  sequences                    U  units of a loss     K  entries a token of a stored teacher
+p is the policy's distribution over the vocabulary, q a reference's or teacher's, both after temperature.
+`target[t]` is the token that `hidden[t]` predicts: it is already shifted. All logarithms are natural.
+
+A loss never sees the logits. It sees `Stats`, a few numbers per token, and `Batch`, what was known before the
+forward pass; it returns one number per *unit*, the smallest group of tokens that must be seen together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Unit = Literal["token", "sequence", "pair", "batch"]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """" (did you mean 'beta'?)", or nothing: the tail of every message about an unknown name."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias)), softcap(x) = c * tanh(x / c)."""
+
+    weight: Tensor  # (V, D), the dtype of the hidden states
+    bias: Tensor | None = None  # (V,)
+    softcap: float | None = None  # c, as Gemma 2 caps its logits; None: no cap
+    scale: float = 1.0
+
+    def __post_init__(self):
+        if self.weight.ndim != 2 or not self.weight.is_floating_point():
+            raise ValueError(
+                f"head.weight must be a floating (V, D) matrix, got {self.weight.dtype} of shape {tuple(self.weight.shape)}"
+            )
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise ValueError(
+                f"head.bias must have shape ({self.weight.shape[0]},) to match head.weight {tuple(self.weight.shape)}, "
+                f"got {tuple(self.bias.shape)}"
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"head.softcap must be positive or None, got {self.softcap}")
+        if not (self.scale == self.scale and abs(self.scale) != float("inf")):
+            raise ValueError(f"head.scale must be finite, got {self.scale}")
+
+    @staticmethod
+    def of(model: torch.nn.Module) -> Head:
+        """The head of a Hugging Face causal LM, PEFT-wrapped or not. See `fastpost.models.heads`."""
+        from fastpost.models.heads import head_of
+
+        return head_of(model)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A stored teacher: for each token its K most likely next tokens and their log-probabilities.
+
+    What the teacher gave to the other V - K tokens is named by `rest`:
+      "bucket"       one outcome more, of probability 1 - sum(exp(logp)), compared with the policy's own rest;
+      "renormalize"  none: the K probabilities are scaled to sum to one (a reverse KL is then infinite, and refused).
+    """
+
+    ids: Tensor  # (T, K) int64, distinct within a row
+    logp: Tensor  # (T, K), natural log, at the temperature of the call
+    rest: Literal["bucket", "renormalize"] = "bucket"
+
+    def __post_init__(self):
+        if self.ids.ndim < 2 or self.ids.shape != self.logp.shape:
+            raise ValueError(
+                f"TopK.ids and TopK.logp must have one shape (T, K), got {tuple(self.ids.shape)} and {tuple(self.logp.shape)}"
+            )
+        if self.ids.dtype != torch.int64:
+            raise ValueError(f"TopK.ids must be int64, got {self.ids.dtype}")
+        if self.rest not in ("bucket", "renormalize"):
+            raise ValueError(f"TopK.rest must be 'bucket' or 'renormalize', got {self.rest!r}")
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Per-token facts about p = softmax(logits / temperature): all that a loss may know of the model. None: not asked for."""
+
+    logp: Tensor | None = None  # (T,) log p[target], <= 0
+    lse: Tensor | None = None  # (T,) logsumexp of the logits / temperature
+    entropy: Tensor | None = None  # (T,) -sum p log p, nats, >= 0
+    reverse_kl: Tensor | None = None  # (T,) KL(p || q), nats, >= 0
+    forward_kl: Tensor | None = None  # (T,) KL(q || p), nats, >= 0
+    jsd: Tensor | None = None  # (T,) b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p  (arXiv:2306.13649)
+    log_sum_sq: Tensor | None = None  # (T,) log sum p^2, <= 0
+    mean_logp: Tensor | None = None  # (T,) mean over the vocabulary of log p
+    top1: Tensor | None = None  # (T,) bool: no token is more likely than the target
+    logp_at_1: Tensor | None = None  # (T,) log p[target] at temperature 1, asked for as "logp@1"
+
+
+# How an output is asked for -> its field. "logp@1" is no Python name, so it alone differs.
+OUTPUTS = {("logp@1" if f.name == "logp_at_1" else f.name): f.name for f in fields(Stats)}
+NEEDS_REFERENCE = frozenset({"reverse_kl", "forward_kl", "jsd"})
+
+IGNORE = -100  # the target of a position where nothing is to be predicted
+
+PER_TOKEN = ("old_logp", "ref_logp", "rollout_logp", "advantage", "old_value", "return_")
+PER_SEQUENCE = ("label", "completion_length")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A packed batch: S sequences laid end to end in T positions, with what is known of each before the forward pass.
+
+    Positions count whole sequences, prompt and last position included; where nothing is to be predicted, target is -100.
+    Pairs are adjacent sequences: chosen, then rejected.
+    """
+
+    target: Tensor  # (T,) int64, or -100
+    lengths: Tensor  # (S,) int64, positions of each sequence in order; they sum to T
+    old_logp: Tensor | None = None  # (T,) under the policy that is being improved; None: on policy
+    ref_logp: Tensor | None = None  # (T,) under the reference
+    rollout_logp: Tensor | None = None  # (T,) as the sampler reported it
+    advantage: Tensor | None = None  # (T,); one of shape (S,) is spread over its sequence
+    old_value: Tensor | None = None  # (T,)
+    return_: Tensor | None = None  # (T,)
+    label: Tensor | None = None  # (S,) bool, desirable or not (KTO)
+    completion_length: Tensor | None = None  # (S,) tokens of the completion, before any masking
+    margin: Tensor | None = None  # (S / 2,)
+    kl: Tensor | None = None  # scalar, KTO's baseline
+    weight: Tensor | None = None  # (U,) the normalisation; None: 1 / kept units
+    kept: Tensor | None = None  # (N,) int64, positions with a target, if known beforehand; a Batch from packing has them
+    kept_lengths: Tensor | None = None  # (S,) int64 on the host, how many of them each sequence has; given with `kept`
+
+    def __post_init__(self):
+        T, S = self.target.numel(), self.lengths.numel()
+        if self.target.ndim != 1:
+            raise ValueError(f"batch.target must be flat, (T,), got shape {tuple(self.target.shape)}")
+        if self.target.dtype != torch.int64:
+            raise ValueError(f"batch.target must be int64, got {self.target.dtype}")
+        if self.lengths.ndim != 1 or self.lengths.is_floating_point():
+            raise ValueError(
+                f"batch.lengths must be a flat integer tensor (S,), got {self.lengths.dtype} {tuple(self.lengths.shape)}"
+            )
+        # Only where reading costs nothing: on an accelerator the head looks at the sum, with the other range checks.
+        if self.lengths.device.type == "cpu" and (S == 0 or int(self.lengths.min()) < 0 or int(self.lengths.sum()) != T):
+            raise ValueError(
+                f"batch.lengths must be non-negative and sum to the {T} positions of batch.target, "
+                f"got {S} lengths summing to {int(self.lengths.sum())}"
+            )
+        if self.advantage is not None and self.advantage.shape == (S,) and S != T:
+            object.__setattr__(self, "advantage", self.spread(self.advantage))
+        shapes = {name: (T,) for name in PER_TOKEN} | {name: (S,) for name in PER_SEQUENCE}
+        for name, shape in (shapes | {"margin": (S // 2,), "kl": ()}).items():
+            value = getattr(self, name)
+            if value is not None and value.shape != shape:
+                raise ValueError(
+                    f"batch.{name} must have shape {shape} to match {T} positions in {S} sequences, got {tuple(value.shape)}"
+                )
+
+    @functools.cached_property
+    def sequence(self) -> Tensor:
+        """(T,) the index of each position's sequence."""
+        index = torch.arange(self.lengths.numel(), device=self.target.device)
+        return index.repeat_interleave(self.lengths.to(index.device), output_size=self.target.numel())
+
+    def per_sequence(self, x: Tensor) -> Tensor:  # (T,) -> (S,)
+        """The sum of x over each sequence."""
+        return x.new_zeros(self.lengths.numel()).index_add(0, self.sequence, x)
+
+    def spread(self, x: Tensor) -> Tensor:  # (S,) -> (T,)
+        """x of each position's sequence."""
+        return x.index_select(0, self.sequence)
+
+    def behaviour_logp(self, logp: Tensor) -> Tensor:  # (T,) -> (T,)
+        """old_logp; where it was not given the policy that sampled is the one being trained, so logp itself, as a constant."""
+        return logp.detach() if self.old_logp is None else self.old_logp
+
+    @staticmethod
+    def pairs(x: Tensor) -> tuple[Tensor, Tensor]:  # (S,) -> (S / 2,), (S / 2,)
+        """(chosen, rejected)."""
+        chosen, rejected = x.view(-1, 2).unbind(1)
+        return chosen, rejected
+
+    def units(self, unit: Unit) -> int:
+        """U, how many numbers a loss of this unit returns."""
+        T, S = self.target.numel(), self.lengths.numel()
+        if unit == "pair" and S % 2:
+            raise ValueError(f"a pair is two adjacent sequences, chosen then rejected, but the batch has {S} sequences")
+        return {"token": T, "sequence": S, "pair": S // 2, "batch": 1}[unit]
+
+    def kept_units(self, unit: Unit) -> Tensor:  # (U,) bool
+        """Which units have a token left, for a batch from which the ignored ones are gone."""
+        if unit == "token":
+            return torch.ones_like(self.target, dtype=torch.bool)
+        left = self.lengths.to(self.target.device) > 0
+        return {"sequence": left, "pair": left[0::2] | left[1::2], "batch": left.any().reshape(1)}[unit]
+
+    def at(self, rows: Tensor) -> Batch:  # (N,) ascending positions
+        """The same sequences with only these positions left in them. `weight` is not carried: it belongs to units."""
+        lengths = self.kept_lengths
+        if len(rows) == self.target.numel():
+            return replace(self, weight=None, kept=None, kept_lengths=None)
+        if self.kept is None or lengths is None:
+            lengths = torch.zeros_like(self.lengths, device=rows.device).index_add(
+                0, self.sequence.index_select(0, rows), torch.ones_like(rows, dtype=self.lengths.dtype)
+            )
+        picked = {n: getattr(self, n).index_select(0, rows) for n in ("target", *PER_TOKEN) if getattr(self, n) is not None}
+        return replace(self, lengths=lengths, weight=None, kept=None, kept_lengths=None, **picked)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Every tensor on `device`, but for the lengths: they are read on the host."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if "lengths" not in f.name}
+        return replace(self, **{n: v.to(device, non_blocking=True) for n, v in moved.items() if v is not None})
+
+    def slice(self, first: int, last: int, start: int, stop: int) -> Batch:
+        """Sequences first..last, which are positions start..stop. Whole sequences only, so every field keeps its meaning."""
+        cut = {n: getattr(self, n)[start:stop] for n in ("target", *PER_TOKEN) if getattr(self, n) is not None}
+        cut |= {n: getattr(self, n)[first:last] for n in ("lengths", *PER_SEQUENCE) if getattr(self, n) is not None}
+        if self.margin is not None:
+            cut["margin"] = self.margin[first // 2 : last // 2]
+        return replace(self, weight=None, kept=None, kept_lengths=None, **cut)
+
+    def tokens(self, rows: slice) -> Batch:
+        """These positions as one sequence, for a loss that looks at tokens alone."""
+        cut = {n: getattr(self, n)[rows] for n in ("target", *PER_TOKEN) if getattr(self, n) is not None}
+        return Batch(lengths=torch.tensor([len(cut["target"])]), kl=self.kl, **cut)
+
+
+class _Given:
+    """A view in which reading what was not given is an error that names the loss, the thing and the field."""
+
+    def __init__(self, of: Stats | Batch, loss: str):
+        self._of, self._loss = of, loss
+
+    def __getattr__(self, name: str):
+        value = getattr(self._of, name)
+        if value is None:
+            raise ValueError(f"the loss {self._loss!r} needs {type(self._of).__name__.lower()}.{name}, which is None")
+        return value
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An equation and what the head must know to schedule it. Made by the decorator `loss`; called like the equation.
+
+    The equation sees kept tokens only, laid end to end: `batch.lengths` then counts the kept tokens of each sequence.
+    """
+
+    equation: Callable[..., Tensor]  # (stats, batch, *, knobs) -> (U,)
+    unit: Unit
+    reads: tuple[str, ...]  # statistics, as `token_stats` names its outputs
+    differentiates: tuple[str, ...]  # those of them that carry a gradient; the rest arrive detached
+
+    @property
+    def name(self) -> str:
+        return self.equation.__name__
+
+    @property
+    def __doc__(self) -> str | None:  # so that help(fp.losses.dpo) shows the formula
+        return self.equation.__doc__
+
+    def check_knobs(self, knobs: dict[str, object]) -> None:
+        known = [p.name for p in inspect.signature(self.equation).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        for name in knobs:
+            if name not in known:
+                raise ValueError(
+                    f"the loss {self.name!r} has no knob {name!r}{nearest(name, known)}; its knobs: {', '.join(known) or 'none'}"
+                )
+
+    def on_kept(self, stats: Stats, batch: Batch, **knobs: object) -> Tensor:  # batch.at(kept) -> (U,)
+        """The equation itself, for a batch from which the ignored tokens are gone already."""
+        return self.equation(_Given(stats, self.name), _Given(batch, self.name), **knobs)
+
+    def __call__(self, stats: Stats, batch: Batch, **knobs: object) -> Tensor:  # (T,) fields -> (U,)
+        """One number per unit; 0, with no gradient, for a unit whose tokens are all ignored."""
+        self.check_knobs(knobs)
+        U, T = batch.units(self.unit), batch.target.numel()
+        for f in fields(stats):
+            value = getattr(stats, f.name)
+            if value is not None and value.shape != (T,):
+                raise ValueError(f"stats.{f.name} must have shape ({T},) to match batch.target, got {tuple(value.shape)}")
+        rows = batch.kept if batch.kept is not None else (batch.target != IGNORE).nonzero()[:, 0]
+        kept = {f.name: getattr(stats, f.name) for f in fields(stats) if getattr(stats, f.name) is not None}
+        inner = batch.at(rows)
+        loss = self.on_kept(Stats(**{n: v.index_select(0, rows) for n, v in kept.items()}), inner, **knobs)
+        if self.unit == "token":
+            return loss.new_zeros(U).index_copy(0, rows, loss)
+        return torch.where(inner.kept_units(self.unit), loss, 0.0)
+
+
+def loss(
+    *, unit: Unit, reads: Sequence[str] = ("logp",), differentiates: Sequence[str] | None = None
+) -> Callable[[Callable[..., Tensor]], Loss]:
+    """Declares a loss: `@loss(unit="pair")` above `def dpo(stats, batch, *, beta=0.1)`.
+
+    unit: the smallest group of tokens that must be seen together. reads: the statistics it looks at.
+    differentiates: those through which its gradient flows (all it reads, unless named); fewer are cheaper.
+    """
+    for name in (*reads, *(differentiates or ())):
+        if name not in OUTPUTS:
+            raise ValueError(f"unknown statistic {name!r}{nearest(name, list(OUTPUTS))}; known: {', '.join(OUTPUTS)}")
+    if unit not in ("token", "sequence", "pair", "batch"):
+        raise ValueError(f"unit must be 'token', 'sequence', 'pair' or 'batch', got {unit!r}")
+    return lambda equation: Loss(equation, unit, tuple(reads), tuple(reads if differentiates is None else differentiates))
