@@ -29,8 +29,10 @@ MAY_IMPORT = {
     "topk": ("types", "rows"),
     "reference": ("types",),
     "sweep": ("types", "gemm", "rows", "topk", "kernels"),
-    "head": ("types", "gemm", "rows", "topk", "kernels", "sweep", "reference"),
-    "": ("types", "losses", "advantages", "packing", "reference", "head"),
+    "door": ("types", "sweep"),
+    "head": ("types", "gemm", "sweep", "door"),
+    "functional": ("types", "losses", "head"),
+    "": ("types", "losses", "advantages", "packing", "head", "functional"),
     "data": ("types", "packing"),
     "models": ("types", "packing", "head"),
     "rollout": ("types", "packing", "head", "models"),
@@ -42,8 +44,9 @@ MAY_IMPORT = {
 # Doors that lead up, opened when called and not on import: (module, what it imports).
 DOORS = {("fastpost.types", "fastpost.models.heads")}
 
-TORCH_ALONE = {"", "types", "losses", "advantages", "packing", "gemm", "rows", "topk", "reference", "sweep", "head"}
-OUTSIDE = {part: {"torch"} for part in TORCH_ALONE} | {"kernels": {"torch", "triton"}}
+# Parts that import more than torch; `import fastpost` reaches none of them.
+WITH_EXTRAS = {"data", "models", "rollout", "rewards", "trainers", "demo", "cli"}
+OUTSIDE = {part: {"torch"} for part in MAY_IMPORT.keys() - WITH_EXTRAS} | {"kernels": {"torch", "triton"}}
 
 
 def modules() -> dict[str, Path]:
