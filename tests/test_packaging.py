@@ -1,4 +1,4 @@
-"""What is installed: every module, the kernels under their import name, torch the one requirement, no compiler needed."""
+"""What is installed: every module, the kernels by their import name, torch the one requirement, no compiler needed."""
 
 from __future__ import annotations
 
