@@ -62,6 +62,6 @@ class Gemm:
     def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:  # (M, N) += (M, K) @ (K, N)
         """total += a @ b, accumulated in total's own precision."""
         if a.dtype == total.dtype:
-            total.addmm_(a, b)
+            torch.addmm(total, a, b, out=total)
         else:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpost.door import Door, eager_only, open_door
-from fastpost.gemm import exact_products
+from fastpost.gemm import exact_products, wide
 from fastpost.sweep import Problem, Sweep, Totals, fold_chunk, grad_chunk
 from fastpost.types import IGNORE, OUTPUTS, Batch, Head, Loss, Stats, TopK
 
@@ -46,6 +46,14 @@ def _put(dhidden: Tensor, p: Problem, rows: slice, values: Tensor) -> None:
         dhidden[rows] = values.to(dhidden.dtype)
     else:
         dhidden.index_copy_(0, p.index[rows], values.to(dhidden.dtype))
+
+
+def _scaled(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """g * x in another dtype, without a second tensor of x's size and precision."""
+    out = torch.empty_like(x, dtype=dtype)
+    for part, result in zip(x.split(4096), out.split(4096), strict=True):
+        result.copy_(part * g)
+    return out
 
 
 def _join(parts: list[dict[str, Tensor]], s: Sweep) -> dict[str, Tensor]:
@@ -183,8 +191,7 @@ class EagerLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor):
         scaled = (
-            None if x is None else torch.mul(x, g, out=torch.empty_like(x, dtype=dtype))
-            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if x is None else _scaled(x, g, dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*scaled, None, None, None)
 
@@ -372,10 +379,10 @@ def _plan_loss(loss: Loss, knobs: dict[str, object], batch: Batch, door: Door) -
     inner = batch.at(torch.arange(len(p), device=device) if p.index is None else p.index)
     kept = inner.kept_units(loss.unit) if door.kept is None else door.kept
     if batch.weight is None:
-        weight = (1 / kept.sum().clamp(min=1)).expand(len(kept))
+        weight = (1 / kept.sum(dtype=wide(p.dtype)).clamp(min=1)).expand(len(kept))
     elif loss.unit == "token" and p.index is not None:
         weight = batch.weight.to(device).index_select(0, p.index)
     else:
         weight = batch.weight.to(device)
     names = {name: door.inner(name) for name in loss.reads}
-    return Plan(loss, knobs, inner, weight, door.kept, names)
+    return Plan(loss, knobs, inner, weight.to(wide(p.dtype)), door.kept, names)

@@ -21,7 +21,7 @@ from fastpost.rows import C_P, LOWEST, LSE, MAX, SUM, TARGET, Shape
 from fastpost.types import NEEDS_REFERENCE, TopK
 
 # Bytes of tiles, blocks and accumulators that a sweep may hold, and the columns of a tile: on a CPU its scratch stays near the caches.
-WORKSPACE = {"cpu": 40 << 20, "cuda": 384 << 20}
+WORKSPACE = {"cpu": 56 << 20, "cuda": 384 << 20}
 COLUMNS = {"cpu": 1024, "cuda": 8192}
 MOST_ROWS = 4096
 

@@ -5,7 +5,8 @@ import torch
 
 import tiny
 from fastpost.models import attention
-from fastpost.models.trunk import check_packing, hidden_states
+from fastpost.models.probe import check_packing
+from fastpost.models.trunk import hidden_states
 from fastpost.packing import Example, pack
 
 LENGTHS = [7, 1, 23, 6, 12, 1, 2]

@@ -1,1 +1,1 @@
-"""Hugging Face models as fastpost uses them: loading, the trunk over packed sequences, the head."""
+"""Hugging Face models as fastpost uses them: loading and saving, the trunk over packed sequences, the head."""

@@ -1,12 +1,114 @@
-"""From a Hugging Face causal LM to its `Head`: logits = softcap(scale * (hidden @ weight.T + bias))."""
+"""From a Hugging Face causal LM to its `Head`: logits = softcap(scale * (hidden @ weight.T + bias)).
+
+Families write the same thing under many names and in both directions (Granite divides by `logits_scaling`,
+HyperCLOVA-X multiplies by it); the tables below are the only place that knows. Whatever they cannot express is refused
+by name: a wrong head trains the wrong model without a sound.
+"""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from fastpost.models.trunk import causal_lm
 from fastpost.types import Head
 
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+MULTIPLY = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
+DIVIDE = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
+MULTIPLY_LOGITS_SCALING = "hyperclovax"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-def head_of(model: torch.nn.Module) -> Head:
-    """The Head of a causal LM, wrapped by DDP or PEFT or not."""
-    raise NotImplementedError
+
+def head_of(model: nn.Module) -> Head:
+    """The Head of a causal LM, wrapped by DDP or PEFT or not. Its weight is the model's own tensor, not a copy."""
+    lm = causal_lm(unwrapped(model))
+    if not hasattr(lm, "get_output_embeddings"):
+        raise ValueError(f"Head.of takes a Hugging Face causal LM, got {type(lm).__name__}")
+    outer = lm.get_output_embeddings()
+    _refuse_more_than_a_head(lm, outer)
+    layer = _plain(outer)
+    config = lm.config.get_text_config()
+    vocabulary = getattr(config, "unpadded_vocab_size", None) or layer.weight.shape[0]
+    caps = [cap for name in SOFTCAPS if (cap := getattr(config, name, None))]
+    return Head(
+        weight=layer.weight[:vocabulary] if vocabulary < layer.weight.shape[0] else layer.weight,
+        bias=None if layer.bias is None else layer.bias[:vocabulary],
+        softcap=caps[0] if caps else None,
+        scale=_scale(config),
+    )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What DDP, or any wrapper that keeps the model as `.module`, has inside."""
+    while not hasattr(model, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module  # type: ignore[assignment]
+    return model
+
+
+def _scale(config: Any) -> float:
+    """What the logits are multiplied by."""
+    scale = 1.0
+    for name in MULTIPLY:
+        scale *= getattr(config, name, None) or 1.0
+    for name in DIVIDE:
+        divisor = getattr(config, name, None) or 1.0
+        multiplies = name == "logits_scaling" and config.model_type.startswith(MULTIPLY_LOGITS_SCALING)
+        scale *= divisor if multiplies else 1 / divisor
+    return scale
+
+
+def _refuse_more_than_a_head(lm: Any, layer: Any) -> None:
+    """BERT-like heads transform the hidden state first; then the output embedding is not all of the head."""
+    if layer is None:
+        raise ValueError(f"{type(lm).__name__} has no output embedding: Head.of takes a causal LM")
+    decoder = getattr(lm, lm.base_model_prefix, None)
+    children = dict(lm.named_children())
+    others = [name for name, child in children.items() if child not in (layer, decoder) and any(child.parameters())]
+    if layer not in children.values() or (decoder is not None and others):
+        where = "inside another module" if layer not in children.values() else f"beside {', '.join(others)}"
+        raise ValueError(
+            f"{type(lm).__name__} keeps its output embedding {where}, so its head is more than one linear layer: "
+            "pass fastpost.Head(weight, ...) and hidden states that are ready for it"
+        )
+
+
+def _plain(layer: Any) -> nn.Linear:
+    """The linear layer whose weight gives the logits now, out of PEFT's wrappers."""
+    if hasattr(layer, "modules_to_save") and hasattr(layer, "original_module"):
+        active = [name for name in layer.active_adapters if name in layer.modules_to_save]
+        layer = layer.original_module if layer.disable_adapters or not active else layer.modules_to_save[active[0]]
+    elif hasattr(layer, "base_layer"):
+        if not (layer.disable_adapters or layer.merged):
+            raise ValueError(
+                f"the head carries an adapter ({type(layer).__module__}.{type(layer).__name__}), whose gradient would be "
+                "lost: leave it out of lora_target_modules, or train it whole with modules_to_save=['lm_head']"
+            )
+        layer = layer.base_layer
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(
+            f"the head is a {type(layer).__name__}, which Head.of does not know: pass fastpost.Head(weight, bias, ...)"
+        )
+    _refuse_unreadable(layer.weight)
+    return layer
+
+
+def _refuse_unreadable(weight: Tensor) -> None:
+    """A weight that is quantised, sharded or elsewhere cannot be multiplied with as it is."""
+    kind = type(weight).__name__
+    if kind in ("Params4bit", "Int8Params") or weight.dtype not in DTYPES:
+        raise ValueError(
+            f"the head's weight is quantised ({kind}, {weight.dtype}): load the model with "
+            "llm_int8_skip_modules=['lm_head'], which leaves the head as it is"
+        )
+    if kind == "DTensor":
+        raise ValueError("the head's weight is sharded (DTensor): pass fastpost.Head(weight.full_tensor(), ...)")
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        raise ValueError(
+            "the head's weight is sharded (DeepSpeed ZeRO-3): call Head.of within deepspeed.zero.GatheredParameters"
+        )
+    if weight.is_meta or weight.ndim != 2:
+        where = "on the meta device, so offloaded or not loaded yet" if weight.is_meta else f"{weight.ndim}-dimensional"
+        raise ValueError(f"the head's weight is {where}, got shape {tuple(weight.shape)}: gather it first")

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastpost.models import attention
-from fastpost.packing import Example, Packed, pack
+from fastpost.packing import Packed
 
 
 def causal_lm(model: nn.Module) -> Any:
     """The Hugging Face causal LM inside PEFT's wrapper; its adapters stay in it and stay active."""
     if hasattr(model, "get_base_model"):
-        config = getattr(model, "active_peft_config", None)
+        config: Any = getattr(model, "active_peft_config", None)
         if getattr(config, "is_prompt_learning", False):
             raise ValueError(
                 f"{config.peft_type} puts virtual tokens before every sequence, which a pack has no room for: use LoRA"
@@ -31,7 +30,7 @@ def causal_lm(model: nn.Module) -> Any:
 def hidden_states(model: nn.Module, packed: Packed) -> Tensor:  # (1, T, D)
     """The last hidden states of a causal LM over a pack, differentiable; what `Head.of(model)` turns into logits.
 
-    A model that `load_model` did not load deserves one `check_packing` before it is trained.
+    A model that `load_model` did not load deserves one `fastpost.models.probe.probe` before it is trained.
     """
     decoder = _decoder(causal_lm(model))
     outputs = decoder(
@@ -71,27 +70,3 @@ def _apart(decoder: Any, packed: Packed) -> dict[str, Any]:
         "max_length_q": packed.longest,
         "max_length_k": packed.longest,
     }
-
-
-@torch.no_grad()
-def check_packing(model: nn.Module) -> None:
-    """ValueError if sequences of a pack see each other: probed on two short ones, once, before training."""
-    lm = causal_lm(model)
-    device, vocabulary = lm.get_input_embeddings().weight.device, lm.get_input_embeddings().weight.shape[0]
-    first, other, second = ([(7 * i + k) % vocabulary for i in range(n)] for k, n in ((1, 5), (3, 5), (2, 4)))
-    was_training = model.training
-    model.eval()
-
-    def last(*sequences: list[int]) -> Tensor:
-        packed = pack([Example(ids, [False] * len(ids)) for ids in sequences])
-        return hidden_states(model, packed.to(device))[0, -len(second) :].float()
-
-    alone, beside, changed = last(second), last(first, second), last(other, second)
-    model.train(was_training)
-    size, eps = alone.norm(), torch.finfo(lm.dtype).eps
-    # The same shapes and kernels twice, so only a leak can differ; alone, shapes differ, and with them rounding.
-    if (beside - changed).norm() > 4 * eps * size or (beside - alone).norm() > 0.05 * size:
-        raise ValueError(
-            f"{type(lm).__name__} lets packed sequences see each other with attn_implementation="
-            f"{lm.config._attn_implementation!r}: it cannot be trained on packs"
-        )
