@@ -66,7 +66,8 @@ def _refuse_more_than_a_head(lm: Any, layer: Any) -> None:
         raise ValueError(f"{type(lm).__name__} has no output embedding: Head.of takes a causal LM")
     decoder = getattr(lm, lm.base_model_prefix, None)
     children = dict(lm.named_children())
-    others = [name for name, child in children.items() if child not in (layer, decoder) and any(child.parameters())]
+    rest = {name: child for name, child in children.items() if child not in (layer, decoder)}
+    others = [name for name, child in rest.items() if next(child.parameters(), None) is not None]
     if layer not in children.values() or (decoder is not None and others):
         where = "inside another module" if layer not in children.values() else f"beside {', '.join(others)}"
         raise ValueError(
@@ -83,8 +84,8 @@ def _plain(layer: Any) -> nn.Linear:
     elif hasattr(layer, "base_layer"):
         if not (layer.disable_adapters or layer.merged):
             raise ValueError(
-                f"the head carries an adapter ({type(layer).__module__}.{type(layer).__name__}), whose gradient would be "
-                "lost: leave it out of lora_target_modules, or train it whole with modules_to_save=['lm_head']"
+                f"the head carries an adapter ({type(layer).__module__}.{type(layer).__name__}), whose gradient "
+                "would be lost: leave it out of lora_target_modules, or train it whole with modules_to_save=['lm_head']"
             )
         layer = layer.base_layer
     if not isinstance(layer, nn.Linear):

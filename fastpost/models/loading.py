@@ -16,7 +16,10 @@ import torch
 
 from fastpost.models import attention
 from fastpost.models.probe import probe
+from fastpost.models.saving import save_model
 from fastpost.types import nearest
+
+__all__ = ["load_model", "save_model"]
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,8 +44,8 @@ def load_model(
     options = {"trust_remote_code": trust_remote_code, "local_files_only": local}
     attention.register()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=_dtype(dtype),
             attn_implementation=attn_implementation,
@@ -51,8 +54,8 @@ def load_model(
         )
     except (OSError, KeyError) as error:
         raise ValueError(f"model {str(path)!r} could not be loaded: {error}") from error
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer in {path} has {len(tokenizer)} tokens, but the model embeds only {rows}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -62,8 +65,9 @@ def load_model(
         model = _with_lora(model, lora_r, lora_alpha, lora_dropout, lora_target_modules)
     probe(model)
     if gradient_checkpointing:
-        # Reentrant checkpointing needs an input with a gradient, which a frozen embedding does not give.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed it in 5.2x; reentrant, it would need an input with a gradient, which LoRA has not.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model, tokenizer
 
 

@@ -1,0 +1,73 @@
+"""What is assumed of a model, tried on a few tokens before anything is trained.
+
+Two assumptions fail without a sound: that the `Head` found in a model gives the model's own logits, and that sequences
+in a pack do not see each other (some models of transformers 5.23 ignore positions when they build their mask).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpost.models.heads import head_of
+from fastpost.models.trunk import causal_lm, hidden_states
+from fastpost.packing import Example, Packed, pack
+
+
+@torch.no_grad()
+def probe(model: nn.Module) -> None:
+    """ValueError if the model cannot be trained on packs through its Head; its mode is left as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        check_head(model)
+        check_packing(model)
+    finally:
+        model.train(was_training)
+
+
+def check_head(model: nn.Module) -> None:
+    """The Head against the model's own logits, for one sequence."""
+    lm = causal_lm(model)
+    packed = _packed(lm, _sequence(lm, 2, 4))
+    truth = lm(input_ids=packed.input_ids, use_cache=False).logits[0].float()
+    head, hidden = head_of(model), hidden_states(model, packed)[0]
+    bias = None if head.bias is None else head.bias.float()
+    logits = head.scale * nn.functional.linear(hidden.float(), head.weight.float(), bias)
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    rounding = 1e-5 + 4 * torch.finfo(hidden.dtype).eps
+    if logits.shape != truth.shape or (logits - truth).norm() > rounding * truth.norm():
+        raise ValueError(
+            f"the head found in {type(lm).__name__} does not give the model's own logits "
+            f"(softcap {head.softcap}, scale {head.scale}): fastpost does not know this architecture"
+        )
+
+
+def check_packing(model: nn.Module) -> None:
+    """One sequence alone, behind another one, and behind a third of the other's length."""
+    lm = causal_lm(model)
+    first, other, second = (_sequence(lm, k, n) for k, n in ((1, 5), (3, 5), (2, 4)))
+    last = lambda *sequences: hidden_states(model, _packed(lm, *sequences))[0, -4:].float()  # noqa: E731
+    alone, beside, changed = last(second), last(first, second), last(other, second)
+    # The same shapes and kernels twice, so only a leak can differ; alone, shapes differ, and with them the rounding.
+    leak = (beside - changed).norm() > 4 * torch.finfo(lm.dtype).eps * alone.norm()
+    if leak or (beside - alone).norm() > 0.05 * alone.norm():
+        raise ValueError(
+            f"{type(lm).__name__} lets packed sequences see each other with attn_implementation="
+            f"{lm.config._attn_implementation!r}: it cannot be trained on packs"
+        )
+
+
+def _sequence(lm: Any, first: int, length: int) -> list[int]:
+    """Some tokens, all different from those of another `first`."""
+    vocabulary = lm.get_input_embeddings().weight.shape[0]
+    return [(7 * i + first) % vocabulary for i in range(length)]
+
+
+def _packed(lm: Any, *sequences: list[int]) -> Packed:
+    """A pack with nothing to predict, where the model is."""
+    device = lm.get_input_embeddings().weight.device
+    return pack([Example(ids, [False] * len(ids)) for ids in sequences]).to(device)
