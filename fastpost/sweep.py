@@ -73,9 +73,9 @@ class Problem:
         return x[rows] if self.index is None else x.index_select(0, self.index[rows])
 
 
-def row_kernels(device: torch.device):
-    """The row kernels for a device: Triton's where there is a GPU and Triton, else torch's."""
-    if device.type == "cuda":
+def row_kernels(device: torch.device, dtype: torch.dtype):
+    """The row kernels for tiles of `dtype`: Triton's where there is a GPU and Triton, else torch's."""
+    if device.type == "cuda" and dtype == torch.float32:
         try:
             from fastpost.kernels.rows import TritonRows
         except ImportError:
@@ -115,7 +115,7 @@ class Sweep:
         self.device = weight.device
         self.wide = wide(p.dtype)
         self.gemm = Gemm(p.dtype, self.device)
-        self.kernels = row_kernels(self.device)
+        self.kernels = row_kernels(self.device, self.wide)
         self._buffers: dict[str, Tensor] = {}
         self.columns_each, self.rows_each = self._plan()
 
