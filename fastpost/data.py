@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -65,22 +64,18 @@ class Prompt:
     columns: Row  # every other column of the row
 
 
-# Reading
-
-
 def read_rows(path: str | PathLike[str]) -> Rows:
     """The rows of a .jsonl, .json or .parquet file, or of a directory that `datasets` saved."""
     file = Path(path).expanduser()
-    if file.is_dir():
-        return _saved_dataset(file)
-    if not file.is_file():
+    if not file.exists():
         near = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
         raise ValueError(f"dataset {str(path)!r} does not exist{nearest(file.name, near)}")
-    if file.suffix not in SUFFIXES:
+    if file.is_file() and file.suffix not in SUFFIXES:
         raise ValueError(
             f"dataset {str(path)!r} must end in {', '.join(SUFFIXES)}, or be a directory saved by datasets"
         )
-    rows = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}[file.suffix](file)
+    read = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+    rows = _saved_dataset(file) if file.is_dir() else read[file.suffix](file)
     if not len(rows):
         raise ValueError(f"{path} has no rows")
     return rows
@@ -143,9 +138,6 @@ def _saved_dataset(directory: Path) -> Rows:
     return rows
 
 
-# Columns
-
-
 def check_columns(rows: Rows, verb: Verb, path: str | PathLike[str]) -> None:
     """ValueError unless every row has one of the formats that the verb takes, the same in all of them."""
     present = list(rows.column_names) if hasattr(rows, "column_names") else list(rows[0])
@@ -154,12 +146,14 @@ def check_columns(rows: Rows, verb: Verb, path: str | PathLike[str]) -> None:
     wanted = _format(present, verb)
     if wanted is None:
         raise ValueError(f"{path}: {_missing(present, verb)}")
-    kinds: dict[str, str] = {}
+    kinds = {"text": ("text",), "messages": ("messages",)}
+    found: str | None = None
     for i, row in enumerate(rows):
         for name in wanted:
-            kind = _kind(row.get(name), f"{path}, row {i}, column {name!r}", allow_text=name != "messages")
-            if kinds.setdefault("text" if name == "text" else "all", kind) != kind:
-                raise ValueError(f"{path}, row {i}, column {name!r} is {kind}, where row 0 has {kinds['all']}")
+            where = f"{path}, row {i}, column {name!r}"
+            kind = _kind(row.get(name), where, kinds.get(name, ("text", "messages")))
+            if kind != (found := found or kind):
+                raise ValueError(f"{where} is {kind}, where the rows before have {found}")
 
 
 def _format(present: list[str], verb: str) -> tuple[str, ...] | None:
@@ -176,20 +170,17 @@ def _missing(present: list[str], verb: str) -> str:
     )
 
 
-def _kind(value: Any, where: str, allow_text: bool) -> str:
-    """ "text" or "messages"; ValueError for anything else."""
-    if isinstance(value, str) and allow_text:
+def _kind(value: Any, where: str, allowed: tuple[str, ...]) -> str:
+    """ "text" or "messages"; ValueError for anything else, and for what is not allowed."""
+    if isinstance(value, str) and "text" in allowed:
         return "text"
-    if not isinstance(value, list) or not value:
-        expected = "text or a list of messages" if allow_text else "a list of messages"
+    if not isinstance(value, list) or not value or "messages" not in allowed:
+        expected = " or ".join({"text": "text", "messages": "a list of messages"}[kind] for kind in allowed)
         raise ValueError(f"{where} must be {expected}, got {'nothing' if value is None else repr(value)[:60]}")
     for message in value:
         if not isinstance(message, dict) or "role" not in message or not {"content", "tool_calls"} & message.keys():
             raise ValueError(f'{where}: a message must be {{"role": ..., "content": ...}}, got {repr(message)[:80]}')
     return "messages"
-
-
-# Tokens
 
 
 def sft_examples(
