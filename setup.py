@@ -12,7 +12,7 @@ from setuptools import setup
 
 SOURCES = sorted(glob("csrc/*.cpp"))
 # Compiled with OpenMP but not linked to a libgomp of its own: torch's is loaded already, and two would fight for the cores.
-FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 
 
 def missing() -> str | None:

@@ -1,0 +1,159 @@
+"""csrc/rows.cpp against fastpost/rows.py in float64, with rows.py in fp32 as the yardstick; and where it hands over."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpost import rows
+from fastpost.rows import Shape, TorchRows
+from rules import assert_close_to_truth, assert_gradient_close_to_truth
+
+pytest.importorskip("fastpost._native", reason="the native extension is not built", exc_type=ImportError)
+
+from fastpost.native import NativeRows
+
+PLAIN = Shape(bias=None, scale=1.0, softcap=None)
+OWN = frozenset({"top1", "entropy", "log_sum_sq", "mean_logp", "logp@1"})
+BOTH = OWN | {"reverse_kl", "forward_kl"}
+V, START = 211, 64  # the target's columns are those of a vocabulary cut in tiles of these
+
+
+def walk(
+    kernels, z: Tensor, target: Tensor, wants: frozenset[str], inverse: Tensor | None, zq: Tensor | None, width: int
+):
+    """Statistics and dL/dtile of whole rows (R, V), tile by tile, in the dtype of z; L is a weighted sum."""
+    inverse = None if inverse is None else inverse.to(z.dtype)
+    shape_q = None if zq is None else PLAIN
+    state = rows.new_state(len(z), z.device, z.dtype)
+    spans = [slice(i, min(i + width, z.shape[1])) for i in range(0, z.shape[1], width)]
+    for span in spans:
+        tile_q = None if zq is None else zq[:, span]
+        kernels.fold(state, z[:, span], target, span.start, PLAIN, inverse, wants, tile_q, shape_q)
+    stats = rows.finish(state, wants, z.shape[1], inverse)
+    names = [name for name in ("logp", "lse", *sorted(wants)) if stats[name].is_floating_point()]
+    d = {name: torch.linspace(-1, 1.5 + i, len(z), dtype=z.dtype) for i, name in enumerate(names)}
+    c = rows.coefficients(stats, d, z.shape[1], 0.5)
+    grad = torch.empty_like(z)
+    for span in spans:
+        tile_q = None if zq is None else zq[:, span]
+        kernels.grads(
+            z[:, span], target, span.start, PLAIN, inverse, c, frozenset(names), grad[:, span], tile_q, shape_q
+        )
+    return {name: stats[name] for name in ("logp", "lse", *sorted(wants))}, grad
+
+
+def compare(z: Tensor, target: Tensor, wants=OWN, inverse: Tensor | None = None, zq: Tensor | None = None, width=64):
+    exact, exact_grad = walk(
+        TorchRows(), z.double(), target, wants, inverse, None if zq is None else zq.double(), z.shape[1]
+    )
+    plain, plain_grad = walk(TorchRows(), z, target, wants, inverse, zq, width)
+    ours, our_grad = walk(NativeRows(), z, target, wants, inverse, zq, width)
+    for name in exact:
+        assert_close_to_truth(ours[name].float(), plain[name].float(), exact[name].double(), name)
+    assert_gradient_close_to_truth(our_grad, plain_grad, exact_grad)
+
+
+@pytest.mark.parametrize(
+    "wants", [frozenset(), frozenset({"entropy"}), OWN, BOTH], ids=["logp", "entropy", "own", "both"]
+)
+@pytest.mark.parametrize("tempered", [False, True], ids=["temperature 1", "tempered"])
+def test_statistics_and_gradients(wants, tempered):
+    z, zq = 3 * torch.randn(37, V), 3 * torch.randn(37, V)
+    inverse = 0.5 + torch.rand(37) if tempered else None
+    compare(z, torch.randint(V, (37,)), wants, inverse, zq if wants is BOTH else None)
+
+
+@pytest.mark.parametrize(("R", "columns", "width"), [(1, 1, 1), (1, 2, 1), (3, 7, 3), (2, 131, 131), (9, 1025, 1024)])
+def test_odd_shapes(R, columns, width):
+    compare(torch.randn(R, columns), torch.randint(columns, (R,)), width=width)
+
+
+@pytest.mark.parametrize("spread", [1e-4, 30.0, 1e4], ids=str)
+def test_flat_and_extreme_logits(spread):
+    compare(spread * torch.randn(16, V), torch.randint(V, (16,)))
+
+
+def test_banned_tokens_have_no_mass_and_no_gradient():
+    z = torch.randn(4, V)
+    z[:, 5::7] = rows.LOWEST
+    stats, grad = walk(NativeRows(), z, torch.zeros(4, dtype=torch.int64), OWN - {"mean_logp"}, None, None, 64)
+    assert all(bool(x.isfinite().all()) for x in stats.values())
+    assert bool((grad[:, 5::7] == 0).all())
+    compare(z, torch.zeros(4, dtype=torch.int64), OWN - {"mean_logp"})
+
+
+def test_nan_and_infinity_are_not_hidden():
+    for bad in (float("nan"), float("inf")):
+        z = torch.randn(2, V)
+        z[1, 100] = bad
+        stats, _ = walk(NativeRows(), z, torch.zeros(2, dtype=torch.int64), OWN, None, None, 64)
+        assert bool(stats["logp"][0].isfinite()) and bool(stats["logp"][1].isnan())
+    outside, _ = walk(NativeRows(), torch.randn(1, V), torch.tensor([V]), OWN, None, None, 64)
+    assert bool(outside["logp"].isnan())
+
+
+def test_the_exponential_is_within_an_ulp_or_so_and_never_subnormal():
+    x = torch.cat([torch.zeros(1), torch.linspace(-87, 0, 200_001), torch.tensor([-87.5, -200.0, rows.LOWEST])])[None]
+    out = torch.empty_like(x)
+    state = rows.new_state(1, x.device, x.dtype)
+    NativeRows().fold(state, x, torch.zeros(1, dtype=torch.int64), 0, PLAIN, None, frozenset(), out=out)
+    truth = x.double().exp()
+    assert ((out - truth).abs() / truth)[0, :-3].max() < 1.5 * torch.finfo(torch.float32).eps
+    assert out[0, -3:].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_the_gradient_may_overwrite_its_tile_whose_rows_need_not_touch():
+    z, target, c = torch.randn(8, V), torch.randint(V, (8,)), torch.randn(rows.COEFFICIENT_ROWS, 8)
+    apart, tile = torch.empty(8, START), z.clone()[:, START : 2 * START]
+    for out in (apart, tile):
+        NativeRows().grads(tile, target, START, PLAIN, torch.full((8,), 0.7), c, frozenset({"logp@1"}), out)
+    assert torch.equal(apart, tile)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    z, target = torch.randn(100, V), torch.randint(V, (100,))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            stats, grad = walk(NativeRows(), z, target, OWN, None, None, 64)
+            found.append(torch.cat([*(x.float() for x in stats.values()), grad.flatten()]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (Shape(torch.randn(V), 1.0, None), torch.float32),
+        (Shape(None, 0.5, None), torch.float32),
+        (Shape(None, 1.0, 30.0), torch.float32),
+        (PLAIN, torch.float64),
+    ],
+    ids=["bias", "scale", "softcap", "float64"],
+)
+def test_what_it_does_not_reach_is_torchs_to_the_bit(shape, dtype):
+    z, target, c = (
+        torch.randn(5, V, dtype=dtype),
+        torch.randint(V, (5,)),
+        torch.randn(rows.COEFFICIENT_ROWS, 5, dtype=dtype),
+    )
+    found = []
+    for kernels in (TorchRows(), NativeRows()):
+        state, grad = rows.new_state(5, z.device, dtype), torch.empty_like(z)
+        kernels.fold(state, z, target, 0, shape, None, OWN)
+        kernels.grads(z, target, 0, shape, None, c, OWN, grad)
+        found.append(torch.cat([state.flatten(), grad.flatten()]))
+    assert torch.equal(*found)
+
+
+def test_a_tile_that_it_cannot_read_is_refused():
+    z = torch.randn(4, 8)
+    state, target = rows.new_state(8, z.device, z.dtype), torch.zeros(8, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"tile must be .* got Float \[8, 4\] with strides \[1, 8\]"):
+        NativeRows().fold(state, z.T, target, 0, PLAIN, None, OWN)
+    with pytest.raises(RuntimeError, match=r"target must be a contiguous int64 tensor of shape \[4\], got Long \[8\]"):
+        NativeRows().fold(state[:, :4].clone(), z, target, 0, PLAIN, None, OWN)
