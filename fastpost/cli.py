@@ -1,0 +1,183 @@
+"""`fastpost <verb> --config run.yaml [--field value]`: the edge where names become functions.
+
+A verb is a config dataclass and a function of it. Flags and YAML keys are the config's fields; a flag wins over the
+file. Bad input is one line on stderr that names it, and exit code 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import shutil
+import sys
+import textwrap
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastpost.trainers import config as configs
+from fastpost.trainers.options import REQUIRED, bare, placeholder
+from fastpost.types import nearest
+
+# verb -> (its config, module:function). The module is imported when the verb runs.
+VERBS: dict[str, tuple[type, str]] = {
+    "sft": (configs.Sft, "fastpost.trainers.sft:sft"),
+    "grpo": (configs.Grpo, "fastpost.trainers.grpo:grpo"),
+    "demo": (configs.Demo, "fastpost.demo:demo"),
+}
+PACKAGE = Path(__file__).resolve().parent
+HELP = ("-h", "--help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    verb = words[0] if words and not words[0].startswith("-") else None
+    try:
+        if verb is None:
+            if words and words[0] not in HELP:
+                raise ValueError(f"the verb comes first, got {words[0]!r}; verbs: {', '.join(VERBS)}")
+            print(overview())
+            return 0
+        if verb not in VERBS:
+            raise ValueError(f"unknown verb {verb!r}{nearest(verb, list(VERBS))}; verbs: {', '.join(VERBS)}")
+        cls, path = VERBS[verb]
+        if any(word in HELP for word in words[1:]):
+            print(help_of(verb, cls))
+            return 0
+        config = read_config(cls, words[1:])
+        module, function = path.split(":")
+        getattr(importlib.import_module(module), function)(config)
+    except (ValueError, FloatingPointError) as error:
+        if not said_by_us(error):
+            raise
+        print(f"fastpost{f' {verb}' if verb in VERBS else ''}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def said_by_us(error: BaseException) -> bool:
+    """Whether our own code raised it, to speak to the user; any other error is a defect and keeps its traceback."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and PACKAGE in Path(last.tb_frame.f_code.co_filename).resolve().parents
+
+
+# ---- words -> config ----
+
+
+def read_config(cls: type, words: list[str]) -> Any:
+    """The config that flags and, under them, a YAML file describe."""
+    flags = read_flags(cls, words)
+    path = flags.pop("config", None)
+    values = (read_yaml(cls, path) if path is not None else {}) | flags
+    missing = [f.name for f in dataclasses.fields(cls) if f.default is REQUIRED and f.name not in values]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be given, as a flag (--{missing[0]} ...) or in the --config file")
+    return cls(**values)
+
+
+def read_flags(cls: type, words: list[str]) -> dict[str, Any]:
+    """--name value, --name=value; a bool also as --name and --no-name, a list as several values or repeated flags."""
+    kinds = {name: bare(hint)[0] for name, hint in typing.get_type_hints(cls).items()}
+    found: dict[str, Any] = {}
+    for flag, values in split_flags(words):
+        name = flag[2:].replace("-", "_")
+        if not values and name.startswith("no_") and kinds.get(name[3:]) is bool:
+            name, values = name[3:], ["false"]
+        check_name(cls, name, "flag", flag)
+        if not values and kinds.get(name) is bool:
+            values = ["true"]
+        if not values:
+            raise ValueError(f"{flag} needs a value")
+        if typing.get_origin(kinds.get(name)) is tuple:
+            found[name] = [*found.get(name, []), *values]
+        elif len(values) > 1 or name in found:
+            raise ValueError(f"{flag} takes one value, got {' and '.join([*found.get(name, '').split(), *values])}")
+        else:
+            found[name] = values[0]
+    return found
+
+
+def split_flags(words: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each --flag with the words that follow it up to the next one."""
+    starts = [i for i, word in enumerate(words) if word.startswith("--")]
+    if words and starts[:1] != [0]:
+        raise ValueError(f"expected a flag, got {words[0]!r}: write --field value")
+    for start, end in zip(starts, [*starts[1:], len(words)], strict=True):
+        flag, equals, value = words[start].partition("=")
+        yield flag, ([value] if equals else []) + words[start + 1 : end]
+
+
+def read_yaml(cls: type, path: str) -> dict[str, Any]:
+    """The keys of a YAML file, safe-loaded; each must be a field."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the config {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `field: value` lines, got a {type(values).__name__}")
+    for name in values:
+        check_name(cls, str(name), "key", f"{name!r} in {path}")
+    return values
+
+
+def check_name(cls: type, name: str, what: str, shown: str) -> None:
+    """ValueError unless a field has this name."""
+    known = [field.name for field in dataclasses.fields(cls)] + (["config"] if what == "flag" else [])
+    if name not in known:
+        raise ValueError(f"unknown {what} {shown}{nearest(name, known)}")
+
+
+# ---- help ----
+
+
+def overview() -> str:
+    """What `fastpost --help` says."""
+    verbs = "\n".join(f"  {verb:<6} {first_line(cls)}" for verb, (cls, _) in VERBS.items())
+    usage = "usage: fastpost VERB --config run.yaml [--field value ...]"
+    return f"{usage}\n\n{verbs}\n\nfastpost VERB --help lists the fields."
+
+
+def help_of(verb: str, cls: type) -> str:
+    """What `fastpost VERB --help` says: every field by group, with its unit and default."""
+    groups: dict[str, list[str]] = {}
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    for field, kind in ((f, typing.get_type_hints(cls)[f.name]) for f in dataclasses.fields(cls)):
+        groups.setdefault(field.metadata["group"], []).append(field_help(field, kind, width))
+    body = "\n\n".join(f"{group}\n" + "\n".join(groups[group]) for group in configs.GROUPS if group in groups)
+    return (
+        f"usage: fastpost {verb} --config run.yaml [--field value ...]\n\n{first_line(cls)}\n\n"
+        f"Each field is a flag and a key of the YAML file; a flag wins.\n\n{body}"
+    )
+
+
+def field_help(field: dataclasses.Field, kind: Any, width: int) -> str:
+    """A flag, what it takes, what it means."""
+    if field.default is REQUIRED:
+        default = " (required)"
+    elif field.default is None:
+        default = ""
+    else:
+        value = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        default = f" (default: {str(value).lower() if isinstance(value, bool) else value})"
+    flag = f"  --{field.name} {placeholder(kind)}"
+    column = 36
+    text = textwrap.wrap(field.metadata["help"] + default, width - column)
+    lead = [f"{flag:<{column}}{text[0]}", *text[1:]] if len(flag) < column else [flag, *text]
+    return "\n".join([lead[0], *(" " * column + line for line in lead[1:])])
+
+
+def first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0]
