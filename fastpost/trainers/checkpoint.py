@@ -1,0 +1,144 @@
+"""checkpoint-N: the model after N steps, the optimizer's moments, and the little that (seed, N) does not already say.
+
+Tensors are safetensors, the rest JSON. A checkpoint is written aside and renamed, so it is whole or absent.
+N steps straight and k steps, then a resume to N, give the same bits on a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpost.models.loading import load_model
+from fastpost.models.saving import written_aside
+from fastpost.trainers.config import Training
+from fastpost.trainers.loop import adamw, the_device
+from fastpost.trainers.metrics import say
+
+# Fields that may differ on resume without a word: they do not change what is computed in a step.
+FREE = {"output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "eval_dataset"}
+FREE |= {"logging_steps", "eval_steps", "save_steps", "save_total_limit"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    model: Any
+    tokenizer: Any
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    num_tokens: int = 0
+
+
+def check_output_dir(config: Training) -> None:
+    """A new run must not mix its files with those of an old one."""
+    output = Path(config.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir {config.output_dir} is a file")
+    if config.resume_from_checkpoint is None and ((output / "metrics.jsonl").exists() or checkpoints(output)):
+        raise ValueError(
+            f"output_dir {config.output_dir} holds a run already: continue it with --resume_from_checkpoint latest, "
+            "or choose another output_dir"
+        )
+
+
+def start(config: Training) -> Start:
+    """The model on its device with its optimizer, fresh or as a checkpoint left them."""
+    found = find_checkpoint(config)
+    # An adapter's checkpoint holds the adapter alone; its base is still where it was.
+    model, tokenizer = _load(config, config.model if config.lora_r or found is None else str(found))
+    if found is not None and config.lora_r:
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(found), device="cpu"))
+    model.to(the_device()).train()
+    optimizer = adamw(model, config)
+    if found is None:
+        return Start(model, tokenizer, optimizer)
+    state = json.loads((found / "state.json").read_text(encoding="utf-8"))
+    _load_moments(optimizer, found / "optimizer.safetensors")
+    for name, then in state["config"].items():
+        now = _plain(config).get(name)
+        if now != then:
+            say(f"resuming with another {name}: {now!r}, in the checkpoint {then!r}")
+    return Start(model, tokenizer, optimizer, state["step"], state["num_tokens"])
+
+
+def _load(config: Training, path: str) -> tuple[Any, Any]:
+    targets = config.lora_target_modules
+    frozen_on_gpu = config.lora_r > 0 and the_device().type == "cuda"
+    return load_model(
+        path,
+        dtype=("bfloat16" if frozen_on_gpu else "float32") if config.dtype == "auto" else config.dtype,
+        attn_implementation=config.attn_implementation,
+        lora_r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        lora_target_modules="all-linear" if targets == ("all-linear",) else targets,
+        load_in_4bit=config.load_in_4bit,
+        gradient_checkpointing=config.gradient_checkpointing,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def save(config: Training, state: Start, step: int, num_tokens: int) -> None:
+    """Writes checkpoint-<step>, then removes the oldest beyond save_total_limit."""
+    from safetensors.torch import save_file
+
+    output = Path(config.output_dir)
+    with written_aside(output / f"checkpoint-{step}") as aside:
+        state.model.save_pretrained(aside)
+        state.tokenizer.save_pretrained(aside)
+        moments = state.optimizer.state_dict()["state"]
+        flat = {f"{i}.{name}": value for i, values in moments.items() for name, value in values.items()}
+        save_file(flat, aside / "optimizer.safetensors")
+        facts = {"step": step, "num_tokens": num_tokens, "config": _plain(config)}
+        (aside / "state.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    if config.save_total_limit is not None:
+        for old in checkpoints(output)[: -config.save_total_limit]:
+            shutil.rmtree(old)
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    from safetensors.torch import load_file
+
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(path).items():
+        index, name = key.split(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _plain(config: Training) -> dict[str, Any]:
+    """The fields that decide what a step computes, as JSON gives them back."""
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    return json.loads(json.dumps(fields))
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def find_checkpoint(config: Training) -> Path | None:
+    """The checkpoint to resume from, if any is asked for."""
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted == "latest":
+        found = checkpoints(Path(config.output_dir))
+        if not found:
+            raise ValueError(f"output_dir {config.output_dir} holds no checkpoint-N to resume from")
+        return found[-1]
+    if not (Path(wanted) / "state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint {wanted!r} is no checkpoint: it has no state.json")
+    return Path(wanted)

@@ -1,0 +1,135 @@
+"""What training loops share: the order of rows, their packs, the optimizer, its schedule, and reproducible randomness.
+
+Everything random is a function of (seed, step) or (seed, epoch), so a resumed run needs no saved generator to draw what
+the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import resource
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpost.packing import plan
+from fastpost.trainers.config import Training
+
+
+def the_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(config: Training) -> torch.autocast:
+    """The precision of forward passes: bfloat16 where asked for, or by default on a GPU that has it."""
+    device = the_device().type
+    wanted = device == "cuda" and torch.cuda.is_bf16_supported() if config.bf16 is None else config.bf16
+    return torch.autocast(device, torch.bfloat16, enabled=wanted)
+
+
+# ---- randomness and order ----
+
+
+def seed_of(*parts: int) -> int:
+    """A seed below 2^63 from several numbers; near numbers give unrelated seeds."""
+    return random.Random(" ".join(map(str, parts))).getrandbits(63)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Sets every generator of the process by (seed, step): for dropout, and for what a user's reward function draws."""
+    import numpy
+
+    mixed = seed_of(seed, step)
+    random.seed(mixed)
+    numpy.random.seed(mixed % 2**32)
+    torch.manual_seed(mixed)
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(rows: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
+
+
+def order(rows: int, seed: int, start: int, stop: int) -> list[int]:
+    """Places start..stop of the endless row of epochs, each of them a permutation of all rows."""
+    epochs = range(start // rows, -(-stop // rows))
+    ahead = torch.cat([permutation(rows, seed, epoch) for epoch in epochs])
+    return ahead[start - epochs.start * rows : stop - epochs.start * rows].tolist()
+
+
+def rows_to_see(config: Training, rows: int, each: int, iterations: int = 1) -> int:
+    """How many of `rows` rows, epochs counted, a whole run takes at `each` rows for so many optimizer steps."""
+    return config.max_steps // iterations * each if config.max_steps > 0 else math.ceil(config.num_train_epochs * rows)
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
+
+
+def bins(lengths: list[int], config: Training) -> list[list[int]]:
+    """Which rows of a step share a pack: as few packs as the cap on tokens allows, or microbatches of so many rows."""
+    if config.max_tokens_per_batch is not None:
+        return plan(lengths, config.max_tokens_per_batch)
+    size = config.per_device_train_batch_size
+    return [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]
+
+
+# ---- the optimizer ----
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def adamw(model: nn.Module, config: Training) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101); vectors, which are norms and biases, do not decay."""
+    parameters = trainable(model)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], config.learning_rate, betas, config.adam_epsilon)
+
+
+def learning_rate(config: Training, step: int, total: int) -> float:
+    """The rate of step 0, 1, ..., total - 1: a linear warmup, whose first step is not 0, then the schedule."""
+    warmup = config.warmup_steps if config.warmup_steps >= 1 else config.warmup_steps * total
+    if step < warmup:
+        return config.learning_rate * min(1.0, (step + 1) / warmup)
+    done = (step - warmup) / max(1.0, total - warmup)
+    left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return config.learning_rate * left[config.lr_scheduler_type]
+
+
+def apply_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float, max_norm: float) -> float:
+    """One optimizer step on the gradients at hand, clipped; returns their norm before clipping."""
+    norm = float(torch.nn.utils.clip_grad_norm_(trainable(model), max_norm or math.inf))
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the gradient's norm is {norm}, and one such step would destroy the model: lower learning_rate, "
+            "or resume from a checkpoint before the loss rose"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def peak_memory_mb() -> float:
+    """The most memory so far: of the GPU where there is one, else of the process. MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def means(sums: dict[str, Any], count: int) -> dict[str, float]:
+    """Sums over tokens, possibly on a GPU, as means on the host."""
+    return {name: float(value) / max(1, count) for name, value in sums.items()}

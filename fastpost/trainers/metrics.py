@@ -1,0 +1,94 @@
+"""What a run says while it runs: lines of metrics.jsonl, each a mean over some steps, and a bar on a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastpost.trainers.loop import peak_memory_mb
+
+SHOWN = ("loss", "reward", "mean_token_accuracy", "completions/mean_length")
+
+
+def say(text: str) -> None:
+    """A line for the user; stdout is left to results."""
+    print(text, file=sys.stderr)
+
+
+class Metrics:
+    """Means of what the steps add, written to metrics.jsonl by `write`."""
+
+    def __init__(self, directory: Path, verb: str, start: int, total: int, num_tokens: int):
+        from tqdm import tqdm
+
+        self.path = directory / "metrics.jsonl"
+        for path in (self.path, directory / "completions.jsonl"):
+            keep_until(path, start)
+        self.num_tokens = self._written = num_tokens
+        self._bar = tqdm(total=total, initial=start, desc=verb, unit="step", disable=None)
+        self._since = time.perf_counter()
+        self._values: dict[str, list[float]] = {}
+
+    def add(self, values: Mapping[str, float], tokens: int) -> None:
+        """One step's values, and how many tokens the model read in it."""
+        self.num_tokens += tokens
+        self.note(values)
+        self._bar.update()
+        self._bar.set_postfix({n.split("/")[-1]: f"{values[n]:.3g}" for n in SHOWN if n in values}, refresh=False)
+
+    def note(self, values: Mapping[str, float]) -> None:
+        """Values for the next line that are no step's own."""
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value)
+
+    def write(self, step: int, epoch: float) -> None:
+        """A line of the means since the last one."""
+        now = time.perf_counter()
+        line = {"step": step, "epoch": round(epoch, 4)}
+        line |= {name: _mean(values) for name, values in self._values.items()}
+        line["num_tokens"] = self.num_tokens
+        line["tokens_per_second"] = round((self.num_tokens - self._written) / (now - self._since), 1)
+        line["peak_memory_mb"] = round(peak_memory_mb(), 1)
+        append(self.path, [line])
+        self._since, self._written, self._values = now, self.num_tokens, {}
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _mean(values: list[float]) -> float | None:
+    """JSON has no NaN: the mean of the numbers among the values, null if there are none."""
+    numbers = [value for value in values if math.isfinite(value)]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Adds lines to a JSONL file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file that we wrote; one cut off by a kill is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops lines after `step`: a run resumed there writes them again."""
+    if path.exists():
+        aside = path.with_name(f".{path.name}")
+        aside.unlink(missing_ok=True)
+        append(aside, [line for line in read_lines(path) if line["step"] <= step])
+        os.replace(aside, path)

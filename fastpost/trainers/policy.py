@@ -1,0 +1,142 @@
+"""Rollouts -> packs -> gradients: the second half of a step of policy optimisation.
+
+`batch.weight` makes the normalisation of a step, over all S completions of it and their N tokens in all:
+  dapo     1 / N for a token             (arXiv:2503.14476)
+  grpo     1 / (S n) in a completion of n tokens  (arXiv:2402.03300)
+  dr_grpo  1 / (S max_completion_length) (arXiv:2503.20783)
+A loss of sequences weighs each by the sum over its tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpost import Batch, Head, Loss, Stats, fused_loss, losses, token_stats
+from fastpost.losses import kl
+from fastpost.models.trunk import hidden_states
+from fastpost.packing import Example, Packed, pack
+from fastpost.trainers.config import Grpo
+from fastpost.trainers.loop import autocast, bins, the_device
+from fastpost.trainers.rollouts import Rollouts
+
+LOSSES: dict[str, Loss] = {"token": losses.grpo, "sequence": losses.gspo}  # by importance_sampling_level
+
+
+def policy_packs(rollouts: Rollouts, advantages: Tensor, config: Grpo) -> list[Packed]:
+    """The completions that can have a gradient, packed with their advantages and weights."""
+    examples = [
+        _example(prompt.input_ids, completion.ids, completion.finished or not config.mask_truncated_completions)
+        for prompt, completion in zip(rollouts.prompts, rollouts.completions, strict=True)
+    ]
+    counts = torch.tensor([len(example.predicted) for example in examples])
+    weights = token_weights(counts, config.loss_type, config.max_completion_length)  # (S,)
+    live = [i for i in range(len(examples)) if counts[i] and (config.beta or advantages[i])]
+    lengths = [len(examples[i].input_ids) for i in live]
+    return [_pack([live[b] for b in rows], examples, advantages, weights, config) for rows in bins(lengths, config)]
+
+
+def _example(prompt: list[int], completion: list[int], kept: bool) -> Example:
+    return Example([*prompt, *completion], [False] * len(prompt) + [kept] * len(completion))
+
+
+def _pack(rows: list[int], examples: Sequence[Example], advantages: Tensor, weights: Tensor, config: Grpo) -> Packed:
+    chosen = [examples[i] for i in rows]
+    if LOSSES[config.importance_sampling_level].unit == "sequence":
+        weight = weights[rows] * torch.tensor([len(example.predicted) for example in chosen])
+    else:
+        weight = weights[rows].repeat_interleave(torch.tensor([len(example.input_ids) for example in chosen]))
+    return pack(chosen, advantage=advantages[rows], weight=weight).to(the_device())
+
+
+def token_weights(counts: Tensor, loss_type: str, max_completion_length: int) -> Tensor:  # (S,) -> (S,)
+    """What each token of a completion counts, by the completions' numbers of tokens."""
+    S, N = len(counts), counts.sum()
+    if loss_type == "dapo":
+        return torch.full((S,), 1.0) / N.clamp(min=1)
+    return 1 / (S * (counts.clamp(min=1) if loss_type == "grpo" else torch.full((S,), max_completion_length)))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The model as it was before training: the policy's own base with adapters switched off, or a frozen copy."""
+
+    model: Any
+    config: Grpo
+
+    @staticmethod
+    def of(model: Any, config: Grpo) -> Reference:
+        return Reference(model if config.lora_r else copy.deepcopy(model).requires_grad_(False), config)
+
+    @torch.no_grad()
+    def scored(self, packed: Packed) -> Packed:
+        """The pack with ref_logp."""
+        off = self.model.disable_adapter() if self.config.lora_r else contextlib.nullcontext()
+        self.model.eval()
+        with off, autocast(self.config):
+            hidden = hidden_states(self.model, packed)
+            stats = token_stats(
+                hidden[0], Head.of(self.model), packed.batch.target, temperature=self.config.temperature
+            )
+        self.model.train()
+        return replace(packed, batch=replace(packed.batch, ref_logp=stats.logp))
+
+
+def backward(model: Any, packs: Sequence[Packed], config: Grpo) -> tuple[list[Packed], dict[str, float]]:
+    """Adds the gradient of the packs; returns them with old_logp filled in, and the means over their tokens.
+
+    Packs without old_logp were sampled by this very policy: their old_logp is what it says now.
+    """
+    loss_function = LOSSES[config.importance_sampling_level]
+    knobs = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high, "beta": config.beta}
+    total, sums, count, scored = 0.0, {}, 0, []
+    for packed in packs:
+        with autocast(config):
+            hidden = hidden_states(model, packed)
+            loss, stats = fused_loss(
+                loss_function,
+                hidden,
+                Head.of(model),
+                packed.batch,
+                temperature=config.temperature,
+                outputs=("entropy",),
+                return_stats=True,
+                **knobs,
+            )
+        loss.backward()
+        batch = packed.batch if packed.batch.old_logp is not None else replace(packed.batch, old_logp=stats.logp)
+        scored.append(replace(packed, batch=batch))
+        total = total + loss.detach()
+        for name, value in token_sums(stats, batch, config).items():
+            sums[name] = sums.get(name, 0.0) + value
+        count += int((packed.batch.target != -100).sum())
+    return scored, {"loss": float(total)} | {name: float(value) / count for name, value in sums.items()}
+
+
+def token_sums(stats: Stats, batch: Batch, config: Grpo) -> dict[str, Tensor]:
+    """Sums over tokens of what the log shows of a policy: entropy, what was clipped, KL."""
+    assert stats.logp is not None and stats.entropy is not None
+    assert batch.old_logp is not None and batch.advantage is not None
+    kept = batch.target != -100
+    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    log_ratio = torch.where(kept, stats.logp - batch.old_logp, 0.0)
+    if LOSSES[config.importance_sampling_level].unit == "sequence":
+        log_ratio = batch.spread(batch.per_sequence(log_ratio) / batch.per_sequence(kept.float()).clamp(min=1))
+    ratio = log_ratio.exp()
+    low = kept & (ratio < 1 - config.epsilon) & (batch.advantage < 0)
+    above = kept & (ratio > 1 + high) & (batch.advantage > 0)
+    sums = {
+        "entropy": stats.entropy.sum(),
+        "clip_ratio/low_mean": low.sum(),
+        "clip_ratio/high_mean": above.sum(),
+        "clip_ratio/region_mean": (low | above).sum(),
+    }
+    if batch.ref_logp is not None:
+        sums["kl"] = torch.where(kept, kl.k3(stats.logp, batch.ref_logp), 0.0).sum()
+    return sums

@@ -1,0 +1,99 @@
+"""Prompts -> completions -> scores: the first half of every RL step, and all of an evaluation by reward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fastpost.data import Prompt
+from fastpost.rewards import Reward, Scores, score
+from fastpost.rollout import Completion, Sampling, generate
+
+
+@dataclass(frozen=True)
+class Task:
+    """How completions are drawn and how they are judged."""
+
+    rewards: Sequence[Reward]
+    weights: Sequence[float] | None  # None: 1 each
+    sampling: Sampling
+    batch_size: int = 256  # completions decoded together
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """S completions with their scores, the completions of a prompt adjacent."""
+
+    prompts: list[Prompt]  # S: each repeated for its completions
+    completions: list[Completion]
+    texts: list[str]
+    scores: Scores
+    seconds: dict[str, float]
+
+
+def roll_out(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], task: Task, num_generations: int = 1, step: int = 0
+) -> Rollouts:
+    """num_generations completions of each prompt, and what the reward functions think of them."""
+    began = time.perf_counter()
+    ids = [prompt.input_ids for prompt in prompts]
+    completions = generate(
+        model, tokenizer, ids, task.sampling, num_generations=num_generations, batch_size=task.batch_size
+    )
+    generated = time.perf_counter()
+    repeated = [prompt for prompt in prompts for _ in range(num_generations)]
+    token_ids = [completion.ids for completion in completions]
+    texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+    answers = [_answer(prompt, text) for prompt, text in zip(repeated, texts, strict=True)]
+    names = sorted({name for prompt in prompts for name in prompt.columns})
+    columns = {name: [prompt.columns.get(name) for prompt in repeated] for name in names}
+    asked = [prompt.prompt for prompt in repeated]
+    scores = score(task.rewards, task.weights, asked, answers, token_ids, columns, step=step)
+    seconds = {"step_time/rollout": generated - began, "step_time/reward": time.perf_counter() - generated}
+    return Rollouts(repeated, completions, texts, scores, seconds)
+
+
+def _answer(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
+    """A conversation is answered by a message, a text by a text."""
+    return text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def greedy_reward(model: Any, tokenizer: Any, prompts: Sequence[Prompt], task: Task) -> float:
+    """Mean reward of the likeliest completions, one a prompt."""
+    greedy = replace(task, sampling=replace(task.sampling, temperature=0.0))
+    return float(roll_out(model, tokenizer, prompts, greedy).scores.rewards.nanmean())
+
+
+# ---- what a log shows of them ----
+
+
+def rollout_metrics(rollouts: Rollouts, num_generations: int) -> dict[str, float]:
+    """Rewards, lengths and times, by TRL's names. All completions count here, those without an advantage too."""
+    groups = rollouts.scores.rewards.view(-1, num_generations)
+    lengths = torch.tensor([float(len(completion.ids)) for completion in rollouts.completions])
+    unfinished = sum(not completion.finished for completion in rollouts.completions)
+    values = {
+        "reward": groups.nanmean(),
+        "reward_std": torch.stack([group[~group.isnan()].std() for group in groups]).nanmean(),
+        "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": unfinished / len(lengths),
+    }
+    for name, each in rollouts.scores.by_function.items():
+        given = each[~each.isnan()]
+        values |= {f"rewards/{name}/mean": given.mean(), f"rewards/{name}/std": given.std()}
+    return {name: float(value) for name, value in (values | rollouts.scores.metrics | rollouts.seconds).items()}
+
+
+def first_group(rollouts: Rollouts, num_generations: int, step: int) -> Iterator[dict[str, Any]]:
+    """A prompt and its completions, as lines of completions.jsonl."""
+    for i in range(num_generations):
+        each = {name: float(values[i]) for name, values in rollouts.scores.by_function.items()}
+        said = {"prompt": rollouts.prompts[i].prompt, "completion": rollouts.texts[i]}
+        yield {"step": step, **said, "reward": float(rollouts.scores.rewards[i]), **each}

@@ -1,0 +1,112 @@
+"""Supervised fine-tuning: rows -> packs -> hidden states -> one fused loss, the mean over all tokens of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpost import Head, fused_loss, losses
+from fastpost.data import check_columns, read_rows, sft_examples
+from fastpost.models.saving import save_model
+from fastpost.models.trunk import hidden_states
+from fastpost.packing import Example, pack
+from fastpost.trainers import checkpoint
+from fastpost.trainers.config import Sft
+from fastpost.trainers.loop import (
+    apply_gradients,
+    autocast,
+    bins,
+    due,
+    learning_rate,
+    means,
+    order,
+    rows_to_see,
+    seed_step,
+    the_device,
+)
+from fastpost.trainers.metrics import Metrics, say
+from fastpost.trainers.plots import plot_metrics
+
+
+def sft(config: Sft) -> None:
+    """Trains config.model on config.dataset and leaves the result in config.output_dir."""
+    checkpoint.check_output_dir(config)
+    rows = {name: _rows(path) for name, path in (("train", config.dataset), ("eval", config.eval_dataset)) if path}
+    start = checkpoint.start(config)
+    model, optimizer = start.model, start.optimizer
+    data = {name: _examples(name, part, start.tokenizer, config) for name, part in rows.items()}
+    examples, each = data["train"], config.rows_per_step
+    stop = rows_to_see(config, len(examples), each)
+    total = math.ceil(stop / each)
+
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    metrics = Metrics(output, "sft", start.step, total, start.num_tokens)
+    for step in range(start.step, total):
+        seed_step(config.seed, step)
+        last = min((step + 1) * each, stop)
+        window = [examples[i] for i in order(len(examples), config.seed, step * each, last)]
+        values = backward(model, window, config)
+        rate = learning_rate(config, step, total)
+        values |= {"grad_norm": apply_gradients(model, optimizer, rate, config.max_grad_norm), "learning_rate": rate}
+        metrics.add(values, sum(len(example.input_ids) for example in window))
+        done = step + 1
+        if "eval" in data and (due(done, config.eval_steps) or done == total):
+            metrics.note(evaluate(model, data["eval"], config))
+        if due(done, config.logging_steps) or done == total:
+            metrics.write(done, last / len(examples))
+        if due(done, config.save_steps):
+            checkpoint.save(config, start, done, metrics.num_tokens)
+    metrics.close()
+    save_model(model, start.tokenizer, output)
+    plot_metrics(output)
+    say(f"saved {config.output_dir}")
+
+
+def _rows(path: str) -> Any:
+    rows = read_rows(path)
+    check_columns(rows, "sft", path)
+    return rows
+
+
+def _examples(name: str, rows: Any, tokenizer: Any, config: Sft) -> list[Example]:
+    examples, counts = sft_examples(
+        rows, tokenizer, config.max_length, config.completion_only_loss, config.assistant_only_loss
+    )
+    say(f"{name}: {counts}")
+    return examples
+
+
+def backward(model: Any, window: Sequence[Example], config: Sft) -> dict[str, float]:
+    """Adds the gradient of the mean loss over all predicted tokens of the window; returns its means."""
+    tokens = sum(len(example.predicted) for example in window)
+    sums = {"loss": 0.0, "entropy": 0.0, "mean_token_accuracy": 0.0}
+    for rows in bins([len(example.input_ids) for example in window], config):
+        chosen = [window[i] for i in rows]
+        positions = sum(len(example.input_ids) for example in chosen)
+        packed = pack(chosen, weight=torch.full((positions,), 1 / tokens)).to(the_device())
+        with autocast(config):
+            hidden = hidden_states(model, packed)
+            loss, stats = fused_loss(
+                losses.sft, hidden, Head.of(model), packed.batch, outputs=("entropy", "top1"), return_stats=True
+            )
+        if torch.is_grad_enabled():
+            loss.backward()
+        assert stats.logp is not None and stats.entropy is not None and stats.top1 is not None
+        sums["loss"] -= stats.logp.sum()
+        sums["entropy"] += stats.entropy.sum()
+        sums["mean_token_accuracy"] += stats.top1.sum()
+    return means(sums, tokens)
+
+
+@torch.no_grad()
+def evaluate(model: Any, examples: Sequence[Example], config: Sft) -> dict[str, float]:
+    """The same means over held-out rows, without gradients."""
+    model.eval()
+    values = backward(model, examples, config)
+    model.train()
+    return {f"eval_{name}": value for name, value in values.items()}
