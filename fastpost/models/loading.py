@@ -16,10 +16,7 @@ import torch
 
 from fastpost.models import attention
 from fastpost.models.probe import probe
-from fastpost.models.saving import save_model
 from fastpost.types import nearest
-
-__all__ = ["load_model", "save_model"]
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -1,0 +1,54 @@
+"""Reward functions by name: a built-in, or a function in a user's file."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastpost.rewards.builtin import BUILTIN
+from fastpost.types import nearest
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function and the name it has in the metrics."""
+
+    name: str
+    function: Callable[..., Any]
+
+
+def _module(file: Path, spec: str) -> Any:
+    """A user's file, run as a module of its own."""
+    if not file.is_file():
+        near = [other.name for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        raise ValueError(f"reward {spec!r}: the file {str(file)!r} does not exist{nearest(file.name, near)}")
+    found = importlib.util.spec_from_file_location(file.stem, file)
+    if found is None or found.loader is None:
+        raise ValueError(f"reward {spec!r}: {str(file)!r} is not a Python file")
+    module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"reward {spec!r}: {file} could not be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def load_reward(spec: str) -> Reward:
+    """A built-in name, or `file.py:function`."""
+    path, colon, name = spec.rpartition(":")
+    if not colon:
+        if spec.endswith(".py"):
+            raise ValueError(f"reward {spec!r} names a file but no function in it: write {spec}:function")
+        if spec not in BUILTIN:
+            hint = nearest(spec, list(BUILTIN))
+            raise ValueError(f"reward {spec!r} is no built-in ({', '.join(BUILTIN)}) and no file.py:function{hint}")
+        return Reward(spec, BUILTIN[spec])
+    module = _module(Path(path).expanduser(), spec)
+    functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"reward {spec!r}: {path} has no function {name!r}{nearest(name, functions)}")
+    return Reward(name, function)
