@@ -13,6 +13,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def split_flags(words: list[str]) -> Iterator[tuple[str, list[str]]]:
     starts = [i for i, word in enumerate(words) if word.startswith("--")]
     if words and starts[:1] != [0]:
         raise ValueError(f"expected a flag, got {words[0]!r}: write --field value")
-    for start, end in zip(starts, [*starts[1:], len(words)], strict=True):
+    for start, end in pairwise([*starts, len(words)]):
         flag, equals, value = words[start].partition("=")
         yield flag, ([value] if equals else []) + words[start + 1 : end]
 

@@ -126,10 +126,11 @@ def test_help_names_every_field_with_its_default(capsys: pytest.CaptureFixture, 
 
 
 def test_help_loads_no_heavy_library():
-    code = "import sys; from fastpost.cli import main; main(['grpo', '--help']); print([m for m in sys.argv[1:] if m in sys.modules])"
-    heavy = ["transformers", "peft", "datasets", "matplotlib", "rich", "yaml"]
-    done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    code = "import sys; from fastpost.cli import main; main(['grpo', '--help']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "peft", "datasets", "matplotlib", "rich", "yaml"}
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):
