@@ -37,20 +37,22 @@ def load_model(
     """The causal LM and the tokenizer of a directory (or a hub name); lora_r 0: no adapter, all weights train."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    local = _check_directory(path)
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": local}
+    source = _source(path)
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": isinstance(source, Path)}
     attention.register()
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path,
+            source,
             dtype=_dtype(dtype),
             attn_implementation=attn_implementation,
             quantization_config=_nf4() if load_in_4bit else None,
             **options,
         )
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ImportError) as error:
         raise ValueError(f"model {str(path)!r} could not be loaded: {error}") from error
+    if load_in_4bit:
+        _keep_differentiable(model)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer in {path} has {len(tokenizer)} tokens, but the model embeds only {rows}")
@@ -68,15 +70,15 @@ def load_model(
     return model, tokenizer
 
 
-def _check_directory(path: str | PathLike[str]) -> bool:
-    """True for a directory with a model and a tokenizer in it, False for what may be a name on the hub."""
+def _source(path: str | PathLike[str]) -> Path | str:
+    """A directory with a model and a tokenizer in it, or what may be a name on the hub."""
     directory = Path(path).expanduser()
     if not directory.is_dir():
         looks_local = directory.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
         if looks_local or directory.is_file():
             siblings = [sibling.name for sibling in directory.parent.glob("*/")] if directory.parent.is_dir() else []
             raise ValueError(f"model {str(path)!r} is no directory{nearest(directory.name, siblings)}")
-        return False
+        return str(path)
     if not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():
             raise ValueError(
@@ -86,7 +88,7 @@ def _check_directory(path: str | PathLike[str]) -> bool:
         raise ValueError(f"model {str(path)!r} has no config.json: it is not a Hugging Face model directory")
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise ValueError(f"model {str(path)!r} has no tokenizer (no tokenizer.json, no tokenizer_config.json)")
-    return True
+    return directory
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
@@ -103,6 +105,13 @@ def _nf4() -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _keep_differentiable(model: Any) -> None:
+    """bitsandbytes repacks a CPU weight at its first forward in eval mode, and then no gradient passes it any more."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _with_lora(model: Any, r: int, alpha: int, dropout: float, target_modules: str | Sequence[str]) -> Any:
