@@ -11,7 +11,7 @@ from glob import glob
 from setuptools import setup
 
 SOURCES = sorted(glob("csrc/*.cpp"))
-# Compiled with OpenMP but not linked to a libgomp of its own: torch's is loaded already, and two would fight for the cores.
+# Compiled with OpenMP but without a libgomp of its own: torch's is loaded, and two would fight for the cores.
 FLAGS = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 
 
