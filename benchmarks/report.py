@@ -1,0 +1,51 @@
+"""Measurements as a table for a terminal: by rich where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from measurement import Measurement
+
+ERRORS = {"logp": "logp err", "loss": "loss err", "dhidden": "dX err", "dweight": "dW err"}
+COLUMNS = ("case", "provider", "ms", "x floor", "x naive", "TFLOP/s", "peak MB", *ERRORS.values())
+
+
+def show(measurements: Sequence[Measurement]) -> None:
+    """One table, what each contestant is, and a line for each result that has no speed."""
+    _table(measurements[0].setup.title, [row(m) for m in measurements if m.status != "absent"])
+    for m in {m.provider: m for m in measurements}.values():
+        about = f"absent, {m.reason}" if m.status == "absent" else f"{m.package} {m.version}; {m.settings}"
+        print(f"{m.provider}: {about}")
+    for m in measurements:
+        if m.status not in ("ok", "absent"):
+            print(f"{m.status}: {m.provider}, {m.case}: {m.reason}")
+
+
+def row(m: Measurement) -> list[str]:
+    milliseconds = _number(m.seconds, ".1f", 1e3) if m.status == "ok" else m.status
+    ratios = [_number(m.over_floor, ".2f"), _number(m.over_naive, ".2f"), _number(m.tflops, ".2f")]
+    wrong = [_number(m.errors.get(name), ".0e") for name in ERRORS]
+    return [m.case, m.provider, milliseconds, *ratios, _number(m.peak_bytes, ".0f", 1e-6), *wrong]
+
+
+def _number(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "-" if value is None else format(value * scale, form)
+
+
+def _table(title: str, rows: Sequence[Sequence[str]]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+        print(title)
+        for line in (COLUMNS, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        return
+    table = Table(title=title)
+    for name in COLUMNS:
+        table.add_column(name, no_wrap=True, justify="left" if name in COLUMNS[:2] else "right")
+    for line, following in zip(rows, [*rows[1:], None], strict=True):
+        table.add_row(*line, end_section=following is None or following[0] != line[0])
+    wide = Console(width=1000)  # a narrow terminal may wrap the lines; numbers are never cut
+    Console(width=max(wide.measure(table).maximum, 80)).print(table)
