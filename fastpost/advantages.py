@@ -22,16 +22,19 @@ def group_centred(
         raise ValueError(f"rewards must be (S,) with S a multiple of group_size {group_size}, got {tuple(rewards.shape)}")
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale must be 'group', 'batch' or 'none', got {scale!r}")
-    if torch.isinf(rewards).any():
-        raise ValueError(f"rewards must be finite or NaN, got {rewards[torch.isinf(rewards)][0]} at {int(torch.isinf(rewards).nonzero()[0])}")
+    if not rewards.is_floating_point():
+        raise ValueError(f"rewards must be floating, got {rewards.dtype}")
+    infinite = rewards.isinf().nonzero()
+    if len(infinite):
+        raise ValueError(f"rewards must be finite or NaN, got {rewards[infinite[0, 0]].item()} at index {infinite[0, 0].item()}")
     groups = rewards.view(-1, group_size)  # (groups, G)
-    centred = groups - groups.nanmean(1, keepdim=True)
-    flat = (groups == groups[:, :1]).all(1, keepdim=True)
-    centred = centred.masked_fill(flat | centred.isnan(), 0.0)
+    missing = groups.isnan()
+    flat = groups.masked_fill(missing, torch.inf).amin(1) >= groups.masked_fill(missing, -torch.inf).amax(1)
+    centred = (groups - groups.nanmean(1, keepdim=True)).masked_fill(flat[:, None] | missing, 0.0)
     if scale == "group":
-        count = (~groups.isnan()).sum(1, keepdim=True)
+        count = (~missing).sum(1, keepdim=True)
         centred = centred / ((centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + eps)
     elif scale == "batch":
-        kept = rewards[~rewards.isnan()]
+        kept = groups[~missing]
         centred = centred / ((kept.std() if kept.numel() > 1 else rewards.new_zeros(())) + eps)
     return centred.reshape(-1)

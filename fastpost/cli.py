@@ -49,7 +49,10 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         config = read_config(cls, words[1:])
         module, function = path.split(":")
-        getattr(importlib.import_module(module), function)(config)
+        verb_function = getattr(importlib.import_module(module), function)
+        if not sys.stderr.isatty():
+            hush_libraries()
+        verb_function(config)
     except (ValueError, FloatingPointError) as error:
         if not said_by_us(error):
             raise
@@ -67,6 +70,13 @@ def said_by_us(error: BaseException) -> bool:
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     return last is not None and PACKAGE in Path(last.tb_frame.f_code.co_filename).resolve().parents
+
+
+def hush_libraries() -> None:
+    """No progress bars for loading and saving where nobody watches them."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 # ---- words -> config ----

@@ -119,6 +119,8 @@ def _operand_dtype(hidden: Tensor, head: Head) -> torch.dtype:
 
 
 def _check_hidden(hidden: Tensor, head: Head, target: Tensor, name: str = "hidden") -> None:
+    if not isinstance(target, Tensor):
+        raise ValueError(f"target must be an int64 tensor, got {type(target).__name__}")
     if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
         raise ValueError(f"{name} must be a floating tensor (..., D), got {getattr(hidden, 'dtype', type(hidden).__name__)}")
     if hidden.ndim == 0 or hidden.shape[-1] != head.weight.shape[1]:
@@ -190,6 +192,8 @@ def _inverse_temperature(temperature: float | Tensor, target: Tensor, index: Ten
     """(N,), or None at temperature 1. A tensor is trusted to be positive where that cannot be seen without a sync."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if not isinstance(temperature, Tensor):
+        if not isinstance(temperature, int | float):
+            raise ValueError(f"temperature must be a number or a tensor, got {temperature!r}")
         if not (temperature > 0 and temperature < float("inf")):
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         if temperature == 1:
@@ -234,6 +238,10 @@ def _reference(
         raise ValueError(
             f"the reference's head has a vocabulary of {head_q.weight.shape[0]} and the policy's one of {V}: they must be the same"
         )
+    if hidden_q.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise ValueError(f"hidden is {hidden.dtype} and the reference's hidden {hidden_q.dtype}: outside autocast they must agree")
+    if hidden_q.dtype != head_q.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise ValueError(f"the reference's hidden is {hidden_q.dtype} and its head's weight {head_q.weight.dtype}")
     if hidden_q.device != hidden.device:
         raise ValueError(f"hidden is on {hidden.device} and the reference's hidden on {hidden_q.device}")
     # The same tensor, not an alias of it, where policy and reference share a head: a sweep then widens its blocks once.

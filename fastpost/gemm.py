@@ -23,15 +23,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 @contextlib.contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """No autocast and no reduced-precision fp32 products inside; the process's own setting is put back after."""
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    precision = backend.fp32_precision
+    if precision != "ieee":
+        backend.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
+        if precision != "ieee":
+            backend.fp32_precision = precision
 
 
 class Gemm:

@@ -19,7 +19,7 @@ more where its logits are computed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from fastpost.door import Door, eager_only, open_door
 from fastpost.gemm import exact_products, wide
 from fastpost.sweep import Problem, Sweep, Totals, fold_chunk, grad_chunk
-from fastpost.types import IGNORE, OUTPUTS, Batch, Head, Loss, Stats, TopK
+from fastpost.types import IGNORE, NEEDS_REFERENCE, OUTPUTS, Batch, Head, Loss, Stats, TopK
 
 
 # ---- schedules ----
@@ -128,6 +128,8 @@ class LazyStats(torch.autograd.Function):
         p, values = ctx.p, ctx.unseen | dict(zip(ctx.names, out, strict=True))
         d = {n: g for n, g in zip(ctx.names, upstream, strict=True) if g is not None and n != "top1"}
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if not NEEDS_REFERENCE & d.keys():
+            p = replace(p, reference=None)  # its tiles were for the values
         with exact_products(hidden.device):
             s = Sweep(p, weight, bias, held=False)
             totals = _totals(s, need_weight, need_bias)
@@ -214,7 +216,7 @@ class Plan:
         seen = Stats(**{OUTPUTS[name]: stats[self.names[name]] for name in self.loss.reads})
         loss = self.loss.on_kept(seen, batch, **self.knobs)
         assert loss.shape == weight.shape, f"{self.loss.name} returned {tuple(loss.shape)} for {tuple(weight.shape)} units"
-        return (weight * torch.where(kept, loss, 0.0)).sum()
+        return (torch.where(kept, weight, 0.0) * torch.where(kept, loss, 0.0)).sum()
 
     def loss_and_grads(self, stats: Mapping[str, Tensor], part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """The chunk's share of the loss and dL/dstatistics: all of it on (R,) numbers, so plain autograd is free."""
@@ -341,10 +343,13 @@ def fused_loss(
     """
     if not isinstance(loss, Loss):
         raise ValueError(f"loss must be declared with fastpost.loss (fastpost.losses has the catalogue), got {loss!r}")
+    if not isinstance(batch, Batch):
+        raise ValueError(f"batch must be a fastpost.Batch, got {type(batch).__name__}")
     loss.check_knobs(knobs)
+    if ignore_index != IGNORE:
+        batch = replace(batch, kept=None, kept_lengths=None)
     asked = tuple(dict.fromkeys((*loss.reads, *outputs)))
-    known = batch.kept if ignore_index == IGNORE else None
-    door = open_door(hidden, head, batch.target, asked, reference, temperature, jsd_beta, ignore_index, known)
+    door = open_door(hidden, head, batch.target, asked, reference, temperature, jsd_beta, ignore_index, batch.kept)
     p, plan = door.problem, _plan_loss(loss, knobs, batch, door)
     tensors = (door.hidden, door.weight, door.bias)
     found: dict[str, Tensor] = {}
@@ -377,6 +382,8 @@ def _plan_loss(loss: Loss, knobs: dict[str, object], batch: Batch, door: Door) -
         raise ValueError(f"under graph capture only a loss of tokens can run, and {loss.name!r} is one of {loss.unit}s")
     device = door.hidden.device
     inner = batch.at(torch.arange(len(p), device=device) if p.index is None else p.index)
+    if door.kept is not None:
+        inner = inner.blank(door.kept)
     kept = inner.kept_units(loss.unit) if door.kept is None else door.kept
     if batch.weight is None:
         weight = (1 / kept.sum(dtype=wide(p.dtype)).clamp(min=1)).expand(len(kept))

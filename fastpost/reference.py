@@ -6,6 +6,8 @@ plain torch would give. Gradients are autograd's.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,7 @@ def jsd(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
         return kl(logq, logp)
     if beta == 1:
         return kl(logp, logq)
-    m = (beta * logq.exp() + (1 - beta) * logp.exp()).log()
+    m = torch.logaddexp(logq + math.log(beta), logp + math.log1p(-beta))
     return beta * kl(logq, m) + (1 - beta) * kl(logp, m)
 
 

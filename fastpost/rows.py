@@ -10,7 +10,8 @@ With z the tempered logits, p = softmax(z), every statistic is a function of a f
 combination of the row vectors 1_y, p, p log p, p log q, q, 1, p^2, p log m. `finish` and `coefficients` say which, on R numbers.
 
 Sums are kept relative to a running maximum m: when m grows by -shift, S = sum e^(z-m) becomes e^shift S and
-sum e^(z-m) (z-m) becomes e^shift (itself + shift S).
+sum e^(z-m) (z-m) becomes e^shift (itself + shift S). m and log S stay apart to the end, log p = (z - m) - log S: their sum, the
+logsumexp, is rounded to its own size, and that rounding would be a relative error of every probability.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ MAX, SUM, TARGET, SUM_Z, SUM_SQ, TOTAL, MAX_Q, SUM_Q, CROSS_P, CROSS_Q, SUM_ZQ, 
 STATE_ROWS = 15
 
 # Rows of the coefficients: multipliers of the row vectors, then the constants that turn logits into log-probabilities.
-C_TARGET, C_P, C_PLOGP, C_PLOGQ, C_Q, C_PSQ, C_ONE, C_PLOGM, C_AT_1, LSE, LSE_Q, LOG_SUM_SQ, LSE_1 = range(13)
-COEFFICIENT_ROWS = 13
+C_TARGET, C_P, C_PLOGP, C_PLOGQ, C_Q, C_PSQ, C_ONE, C_PLOGM, C_AT_1 = range(9)
+C_MAX, C_LOG_SUM, C_MAX_Q, C_LOG_SUM_Q, C_MAX_1, C_LOG_SUM_1, C_LOG_SUM_SQ = range(9, 16)
+COEFFICIENT_ROWS = 16
 
 
 class Shape(NamedTuple):
@@ -139,19 +141,18 @@ class TorchRows:
         inverse_temperature: Tensor | None,
         tile_q: Tensor,
         shape_q: Shape,
-        lse: Tensor,  # (R,)
-        lse_q: Tensor,  # (R,)
         beta: float,
     ) -> None:
-        """KL(p || m) and KL(q || m), m = beta q + (1 - beta) p."""
-        logp, logq, logm = self._log_probabilities(tile, shape, inverse_temperature, tile_q, shape_q, lse, lse_q, beta)
-        state[P_M] += (logp.exp() * (logp - logm)).sum(1)
-        state[Q_M] += (logq.exp() * (logq - logm)).sum(1)
-
-    def _log_probabilities(self, tile, shape, inverse_temperature, tile_q, shape_q, lse, lse_q, beta):
-        logp = self._tempered("z", tile, shape, inverse_temperature)[1] - lse[:, None]
-        logq = self._tempered("zq", tile_q, shape_q, inverse_temperature)[1] - lse_q[:, None]
-        return logp, logq, torch.logaddexp(logp + math.log1p(-beta), logq + math.log(beta))
+        """KL(p || m) and KL(q || m), m = beta q + (1 - beta) p, once the maxima and sums of the state are whole."""
+        z = self._tempered("z", tile, shape, inverse_temperature)[1]
+        zq = self._tempered("zq", tile_q, shape_q, inverse_temperature)[1]
+        logp = log_probability(z, state[MAX], state[SUM].log(), self._tile("x", z))
+        logq = log_probability(zq, state[MAX_Q], state[SUM_Q].log(), self._tile("xq", z))
+        logm = log_mixture(logp, logq, beta)
+        product = self._tile("product", z)
+        for slot, log_one in ((P_M, logp), (Q_M, logq)):
+            e = torch.exp(log_one, out=self._tile("e", z))
+            state[slot] += e.mul_(torch.sub(log_one, logm, out=product)).sum(1)
 
     def grads(
         self,
@@ -168,22 +169,21 @@ class TorchRows:
         beta: float = 0.5,
     ) -> None:
         at_1, z = self._tempered("z", tile, shape, inverse_temperature)
-        logp = torch.sub(z, c[LSE, :, None], out=self._tile("x", z))
+        logp = log_probability(z, c[C_MAX], c[C_LOG_SUM], self._tile("x", z))
         p = torch.exp(logp, out=self._tile("e", z))
         d, product = self._tile("d", z), self._tile("product", z)
         torch.mul(p, c[C_P, :, None], out=d)
         if wants & {"entropy", "reverse_kl", "jsd"}:
             d += torch.mul(p, logp, out=product).mul_(c[C_PLOGP, :, None])
         if "log_sum_sq" in wants:  # 2 p^2 / sum p^2
-            d += torch.mul(logp, 2.0, out=product).sub_(c[LOG_SUM_SQ, :, None]).exp_().mul_(c[C_PSQ, :, None])
+            d += torch.mul(logp, 2.0, out=product).sub_(c[C_LOG_SUM_SQ, :, None]).exp_().mul_(c[C_PSQ, :, None])
         if tile_q is not None and shape_q is not None:
             _, zq = self._tempered("zq", tile_q, shape_q, inverse_temperature)
-            logq = torch.sub(zq, c[LSE_Q, :, None], out=self._tile("xq", z))
+            logq = log_probability(zq, c[C_MAX_Q], c[C_LOG_SUM_Q], self._tile("xq", z))
             if "reverse_kl" in wants:
                 d += torch.mul(p, logq, out=product).mul_(c[C_PLOGQ, :, None])
             if "jsd" in wants:
-                logm = torch.logaddexp(logp + math.log1p(-beta), logq + math.log(beta))
-                d += torch.mul(p, logm, out=product).mul_(c[C_PLOGM, :, None])
+                d += torch.mul(p, log_mixture(logp, logq, beta), out=product).mul_(c[C_PLOGM, :, None])
             if "forward_kl" in wants:
                 d += torch.exp(logq, out=product).mul_(c[C_Q, :, None])
         if "mean_logp" in wants:
@@ -194,12 +194,21 @@ class TorchRows:
         if inverse_temperature is not None:
             d *= inverse_temperature[:, None]
         if "logp@1" in wants:  # 1_y - softmax of the untempered row
-            d -= torch.sub(at_1, c[LSE_1, :, None], out=product).exp_().mul_(c[C_AT_1, :, None])
+            d -= log_probability(at_1, c[C_MAX_1], c[C_LOG_SUM_1], product).exp_().mul_(c[C_AT_1, :, None])
             onehot = torch.where((column >= 0) & (column < d.shape[1]), c[C_AT_1], 0.0)
             d.scatter_add_(1, column.clamp(0, d.shape[1] - 1)[:, None], onehot[:, None])
         if shape.softcap is not None:
             d *= _cap_slope(at_1, shape.softcap, product)
         out.copy_(d if shape.scale == 1.0 else d.mul_(shape.scale))
+
+
+def log_probability(z: Tensor, maximum: Tensor, log_sum: Tensor, out: Tensor) -> Tensor:  # (R, B), (R,), (R,)
+    return torch.sub(z, maximum[:, None], out=out).sub_(log_sum[:, None])
+
+
+def log_mixture(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    """log(beta q + (1 - beta) p)"""
+    return torch.logaddexp(logp + math.log1p(-beta), logq + math.log(beta))
 
 
 def _cap_slope(logits: Tensor, softcap: float, out: Tensor) -> Tensor:
@@ -217,21 +226,21 @@ def finish(
     log_sum, log_sum_q = state[SUM].log(), state[SUM_Q].log()
     at_1 = state[TARGET]
     z_target = at_1 if inverse_temperature is None else at_1 * inverse_temperature
-    lse = state[MAX] + log_sum
-    stats = {"lse": lse, "logp": (z_target - lse).clamp(max=0)}
+    stats = {"max": state[MAX], "log_sum": log_sum, "lse": state[MAX] + log_sum}
+    stats["logp"] = (z_target - state[MAX] - log_sum).clamp(max=0)
     if "top1" in wants:
         stats["top1"] = z_target >= state[MAX]
     if "logp@1" in wants:
-        stats["lse@1"] = state[MAX_1] + state[SUM_1].log()
-        stats["logp@1"] = (at_1 - stats["lse@1"]).clamp(max=0)
+        stats |= {"max@1": state[MAX_1], "log_sum@1": state[SUM_1].log()}
+        stats["logp@1"] = (at_1 - state[MAX_1] - stats["log_sum@1"]).clamp(max=0)
     if "entropy" in wants:
         stats["entropy"] = (log_sum - state[SUM_Z] / state[SUM]).clamp(min=0)
     if "log_sum_sq" in wants:
         stats["log_sum_sq"] = (state[SUM_SQ].log() - 2 * log_sum).clamp(max=0)
     if "mean_logp" in wants:
-        stats["mean_logp"] = state[TOTAL] / vocabulary - lse
+        stats["mean_logp"] = state[TOTAL] / vocabulary - stats["lse"]
     if wants & {"reverse_kl", "forward_kl", "jsd"}:
-        stats["lse_q"] = state[MAX_Q] + log_sum_q
+        stats |= {"max_q": state[MAX_Q], "log_sum_q": log_sum_q}
     if "reverse_kl" in wants:
         stats["reverse_kl"] = ((state[SUM_Z] - state[CROSS_P]) / state[SUM] - log_sum + log_sum_q).clamp(min=0)
     if "forward_kl" in wants:
@@ -257,9 +266,9 @@ def coefficients(
             log_sum_sq  2 (p^2 / sum p^2 - p)        jsd  (1 - b) p (log p - log m - KL(p || m))
     """
     c = torch.zeros(COEFFICIENT_ROWS, len(stats["lse"]), dtype=stats["lse"].dtype, device=stats["lse"].device)
-    c[LSE] = stats["lse"]
-    if "lse_q" in stats:
-        c[LSE_Q] = stats["lse_q"]
+    c[C_MAX], c[C_LOG_SUM] = stats["max"], stats["log_sum"]
+    if "max_q" in stats:
+        c[C_MAX_Q], c[C_LOG_SUM_Q] = stats["max_q"], stats["log_sum_q"]
     if "logp" in d:
         c[C_TARGET] = d["logp"]
         c[C_P] -= d["logp"]
@@ -282,11 +291,11 @@ def coefficients(
     if "log_sum_sq" in d:
         c[C_P] -= 2 * d["log_sum_sq"]
         c[C_PSQ] = 2 * d["log_sum_sq"]
-        c[LOG_SUM_SQ] = stats["log_sum_sq"]
+        c[C_LOG_SUM_SQ] = stats["log_sum_sq"]
     if "mean_logp" in d:
         c[C_P] -= d["mean_logp"]
         c[C_ONE] = d["mean_logp"] / vocabulary
     if "logp@1" in d:
         c[C_AT_1] = d["logp@1"]
-        c[LSE_1] = stats["lse@1"]
+        c[C_MAX_1], c[C_LOG_SUM_1] = stats["max@1"], stats["log_sum@1"]
     return c

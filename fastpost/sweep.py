@@ -8,6 +8,7 @@ held (a chunk's whole rows stay until its gradients are made; fewer rows then fi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastpost import rows as row_math
 from fastpost import topk
 from fastpost.gemm import Gemm, wide
-from fastpost.rows import C_P, LOWEST, LSE, MAX, SUM, TARGET, Shape
+from fastpost.rows import C_P, LOWEST, MAX, SUM, TARGET, Shape
 from fastpost.types import NEEDS_REFERENCE, TopK
 
 # Bytes of tiles, blocks and accumulators that a sweep may hold, and the columns of a tile: on a CPU its scratch stays near the caches.
@@ -241,17 +242,25 @@ class Picks:
         z = raw * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
-    def outcomes(self, lse: Tensor, inverse_temperature: Tensor | None, vocabulary: int) -> Tensor:  # (R, K + 1)
+    def outcomes(self, state: Tensor, inverse_temperature: Tensor | None, vocabulary: int) -> Tensor:  # (R, K + 1)
         """The policy's log-probabilities of the named tokens and of all the others together, if there are others."""
         z = self._at_1() if inverse_temperature is None else self._at_1() * inverse_temperature[:, None]
-        K = z.shape[1]
+        maximum, log_sum, K = state[MAX], state[SUM].log(), z.shape[1]
+        named = z - maximum[:, None] - log_sum[:, None]
         if vocabulary == K:
-            return z - lse[:, None]
+            return named
         total = self.rest[SUM]
         if self.softcap is not None:  # a cap lifts the columns that were taken out to -softcap each: they leave the sum here
             lowest = -self.softcap if inverse_temperature is None else -self.softcap * inverse_temperature
             total = total - K * (lowest - self.rest[MAX]).exp()
-        return torch.cat([z, (self.rest[MAX] + total.log())[:, None]], 1) - lse[:, None]
+        return torch.cat([named, (self.rest[MAX] - maximum + total.log() - log_sum)[:, None]], 1)
+
+    def put(self, left: Tensor, block: Columns, values: Tensor) -> None:  # (R, B), (R, K)
+        """The named columns of a tile become `values`. Two additions: an id of another block, clamped into this one, adds 0."""
+        column, here = self.where(block)
+        old = torch.where(here, left.gather(1, column), 0)
+        left.scatter_add_(1, column, -old)
+        left.scatter_add_(1, column, torch.where(here, values.to(left.dtype), 0))
 
 
 # ---- one chunk of rows ----
@@ -275,9 +284,9 @@ def fold_chunk(s: Sweep, chunk: Chunk, u: Tensor | None = None) -> dict[str, Ten
             s.gemm.add_product(u, left, block.weight)
     stats = row_math.finish(state, wants, s.V, inverse)
     if "jsd" in wants:
-        stats |= _mixture(s, chunk, state, stats)
+        stats |= _mixture(s, chunk, state)
     if picks is not None and p.teacher is not None:
-        stats["outcomes"] = picks.outcomes(stats["lse"], inverse, s.V)
+        stats["outcomes"] = picks.outcomes(state, inverse, s.V)
         stats |= topk.divergences(stats["outcomes"], s.teacher_outcomes(chunk.rows), p.wants, p.jsd_beta)
     if u is not None:
         u.div_(state[SUM, :, None])
@@ -285,14 +294,14 @@ def fold_chunk(s: Sweep, chunk: Chunk, u: Tensor | None = None) -> dict[str, Ten
     return stats
 
 
-def _mixture(s: Sweep, chunk: Chunk, state: Tensor, stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _mixture(s: Sweep, chunk: Chunk, state: Tensor) -> dict[str, Tensor]:
     """The JSD's integrand needs finished logsumexps: a second look at tiles that are still there."""
     assert s.held, "the JSD needs whole rows"
     for block in s.columns(multiplied=False):
         tile, tile_q = s.tiles(chunk, block, again=True)
         assert tile_q is not None and block.shape_q is not None
         s.kernels.mixture(
-            state, tile, block.shape, chunk.inverse_temperature, tile_q, block.shape_q, stats["lse"], stats["lse_q"], s.p.jsd_beta
+            state, tile, block.shape, chunk.inverse_temperature, tile_q, block.shape_q, s.p.jsd_beta
         )
     return row_math.finish_mixture(state, s.p.jsd_beta)
 
@@ -316,27 +325,49 @@ def grad_chunk(
     """dL/dhidden of these rows, and what they add to dL/dweight and dL/dbias."""
     p, inverse = s.p, chunk.inverse_temperature
     on_rows = {n: g for n, g in d.items() if p.teacher is None or n not in NEEDS_REFERENCE}
+    on_teacher = {n: g for n, g in d.items() if n not in on_rows}
     c = row_math.coefficients(stats, on_rows, s.V, p.jsd_beta)
-    picked = None
-    if p.teacher is not None and len(on_rows) < len(d):
-        K = p.teacher.ids.shape[1]
-        g = topk.gradient(
-            stats["outcomes"], s.teacher_outcomes(chunk.rows), K, {n: d[n] for n in d if n not in on_rows}, p.jsd_beta
-        )
-        c[C_P] -= g.sum(1)
-        picked = Picks(p.teacher.ids[chunk.rows], s), g * s.slope(stats["outcomes"][:, :K] + c[LSE, :, None], inverse)
+    named = None if not on_teacher else Named(s, chunk, stats, on_teacher, c, on_rows.keys())
     for block in s.columns():
         tile, tile_q = s.tiles(chunk, block, again=s.held)
         left = s.left_operand(tile)
+        found = None if named is None else named.values(tile, block)
         s.kernels.grads(
             tile, chunk.target, block.span.start, block.shape, inverse, c, on_rows.keys(), left, tile_q, block.shape_q, p.jsd_beta
         )
-        if picked is not None:
-            column, here = picked[0].where(block)
-            left.scatter_add_(1, column, torch.where(here, picked[1], 0.0).to(left.dtype))
+        if named is not None and found is not None:
+            named.picks.put(left, block, found)
         if dhidden is not None:
             s.gemm.add_product(dhidden, left, block.weight)
         if totals.weight is not None:
             s.gemm.add_product(totals.weight[block.span], left.T, chunk.hidden)
         if totals.bias is not None:
             totals.bias[block.span] += left.sum(0, dtype=totals.bias.dtype)
+
+
+class Named:
+    """The gradient of a stored teacher's divergences. With g_o = dL/dlog p_o over its K + 1 outcomes, and G their sum:
+
+    dL/dz_k = g_k - p_k G in a named column, p_v (g_r / p_r - G) in any other. The second goes into the coefficient of p, which
+    the first does not share: where the policy is sure, 1 / p_r is so large that no correction of it would be left standing.
+    """
+
+    def __init__(self, s: Sweep, chunk: Chunk, stats: Mapping[str, Tensor], d: dict[str, Tensor], c: Tensor, other: AbstractSet[str]):
+        assert s.p.teacher is not None
+        K, p = s.p.teacher.ids.shape[1], stats["outcomes"]
+        g, ratio = topk.gradient(p, s.teacher_outcomes(chunk.rows), K, d, s.p.jsd_beta)
+        total = g.sum(1)
+        z = p[:, :K] + stats["lse"][:, None]
+        self.picks = Picks(s.p.teacher.ids[chunk.rows], s)
+        self.own = (g[:, :K] - p[:, :K].exp() * total[:, None]) * s.slope(z, chunk.inverse_temperature)
+        self.s, self.chunk, self.other, self.before = s, chunk, other, c.clone()
+        c[C_P] += ratio - total
+
+    def values(self, tile: Tensor, block: Columns) -> Tensor:  # (R, K)
+        """What the named columns are to hold: their own gradient and that of the other statistics, if any carries one."""
+        if not self.other:
+            return self.own
+        column, _ = self.picks.where(block)
+        out, inverse = torch.empty_like(tile), self.chunk.inverse_temperature
+        self.s.kernels.grads(tile, self.chunk.target, block.span.start, block.shape, inverse, self.before, self.other, out)
+        return self.own + out.gather(1, column)

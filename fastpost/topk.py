@@ -53,10 +53,28 @@ def divergences(p: Tensor, q: Tensor, wants: AbstractSet[str], beta: float) -> d
     return {name: value.clamp(min=0) for name, value in found.items()}
 
 
-def gradient(p: Tensor, q: Tensor, K: int, d: dict[str, Tensor], beta: float) -> Tensor:  # -> (R, K)
-    """dL/dlogp of the K tokens from dL/d(divergences). The rest moves against them: d log p_r / d log p_k = -p_k / p_r."""
-    with torch.enable_grad():
-        leaf = p.detach().requires_grad_()
-        values = divergences(leaf, q, d.keys(), beta)
-        (g,) = torch.autograd.grad(sum((d[n] * values[n]).sum() for n in d), leaf)
-    return g if g.shape[1] == K else g[:, :-1] - g[:, -1:] * (p[:, :-1] - p[:, -1:]).exp()
+def gradient(
+    p: Tensor,  # (R, K + 1)
+    q: Tensor,  # (R, K + 1)
+    K: int,
+    d: dict[str, Tensor],  # (R,) dL/d(divergence)
+    beta: float,
+) -> tuple[Tensor, Tensor]:  # (R, K + 1), (R,)
+    """g = dL/dlog p of each outcome, up to multiples of p (which cancel in dL/dlogits), and g / p of the rest.
+
+    forward  g = -q          reverse  g = p log(p / q)          jsd  g = (1 - b) p log(p / m)
+    """
+    g, ratio = torch.zeros_like(p), torch.zeros_like(p[:, 0])
+    probability = p.exp()
+    if "forward_kl" in d:
+        g -= d["forward_kl"][:, None] * q.exp()
+        ratio -= d["forward_kl"] * (q[:, -1] - p[:, -1]).clamp(max=80).exp()  # times a p_v <= p_r, so never large
+    slopes = {}
+    if "reverse_kl" in d:
+        slopes["reverse_kl"] = p - q
+    if "jsd" in d:
+        slopes["jsd"] = (1 - beta) * (p - torch.logaddexp(p + math.log1p(-beta), q + math.log(beta)))
+    for name, slope in slopes.items():
+        g += d[name][:, None] * torch.where(probability > 0, probability * slope, 0.0)
+        ratio += d[name] * slope[:, -1]
+    return g, ratio if p.shape[1] > K else torch.zeros_like(ratio)

@@ -52,8 +52,8 @@ class Head:
             )
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"head.softcap must be positive or None, got {self.softcap}")
-        if not (self.scale == self.scale and abs(self.scale) != float("inf")):
-            raise ValueError(f"head.scale must be finite, got {self.scale}")
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"head.scale must be positive and finite, got {self.scale}")
 
     @staticmethod
     def of(model: torch.nn.Module) -> Head:
@@ -77,9 +77,9 @@ class TopK:
     rest: Literal["bucket", "renormalize"] = "bucket"
 
     def __post_init__(self):
-        if self.ids.ndim < 2 or self.ids.shape != self.logp.shape:
+        if self.ids.ndim < 2 or self.ids.shape != self.logp.shape or self.ids.shape[-1] == 0:
             raise ValueError(
-                f"TopK.ids and TopK.logp must have one shape (T, K), got {tuple(self.ids.shape)} and {tuple(self.logp.shape)}"
+                f"TopK.ids and TopK.logp must have one shape (T, K), K > 0, got {tuple(self.ids.shape)} and {tuple(self.logp.shape)}"
             )
         if self.ids.dtype != torch.int64:
             raise ValueError(f"TopK.ids must be int64, got {self.ids.dtype}")
@@ -213,6 +213,11 @@ class Batch:
         picked = {n: getattr(self, n).index_select(0, rows) for n in ("target", *PER_TOKEN) if getattr(self, n) is not None}
         return replace(self, lengths=lengths, weight=None, kept=None, kept_lengths=None, **picked)
 
+    def blank(self, mask: Tensor) -> Batch:  # (T,) bool
+        """Zeros in every per-token field where mask is false, so that nothing found there can reach a sum."""
+        fields = {n: getattr(self, n) for n in PER_TOKEN if getattr(self, n) is not None}
+        return replace(self, **{n: torch.where(mask, x, torch.zeros_like(x)) for n, x in fields.items()})
+
     def to(self, device: torch.device | str) -> Batch:
         """Every tensor on `device`, but for the lengths: they are read on the host."""
         moved = {f.name: getattr(self, f.name) for f in fields(self) if "lengths" not in f.name}
@@ -307,4 +312,8 @@ def loss(
             raise ValueError(f"unknown statistic {name!r}{nearest(name, list(OUTPUTS))}; known: {', '.join(OUTPUTS)}")
     if unit not in ("token", "sequence", "pair", "batch"):
         raise ValueError(f"unit must be 'token', 'sequence', 'pair' or 'batch', got {unit!r}")
-    return lambda equation: Loss(equation, unit, tuple(reads), tuple(reads if differentiates is None else differentiates))
+    if differentiates is None:
+        differentiates = [name for name in reads if name != "top1"]
+    elif "top1" in differentiates or not set(differentiates) <= set(reads):
+        raise ValueError(f"differentiates must be some of reads {tuple(reads)} other than top1, got {tuple(differentiates)}")
+    return lambda equation: Loss(equation, unit, tuple(reads), tuple(differentiates))

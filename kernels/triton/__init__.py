@@ -1,0 +1,1 @@
+"""Triton kernels of fastpost (import name fastpost.kernels). They need torch and triton, and nothing of fastpost."""

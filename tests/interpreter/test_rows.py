@@ -1,0 +1,115 @@
+"""The Triton row kernels, run by Triton's interpreter on the CPU: same numbers as torch's, and the numerics contract.
+
+Run as a process of its own, TRITON_INTERPRET=1 pytest tests/interpreter: the switch is read when a kernel is decorated.
+"""
+
+import os
+
+import pytest
+import torch
+
+import fastpost as fp
+from fastpost import reference, sweep
+from fastpost.types import OUTPUTS
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
+
+from fastpost.kernels.rows import TritonRows
+
+STATISTICS = [name for name in OUTPUTS if name != "top1"]
+
+
+@pytest.fixture
+def triton_rows(monkeypatch):
+    monkeypatch.setattr(sweep, "row_kernels", lambda device, dtype: TritonRows())
+
+
+def problem(T: int, D: int, V: int, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    weight, bias = draw(V, D) * 0.5, draw(V)
+    bias[V // 2] = -torch.inf if V > 2 else 0.0
+    target = torch.randint(V, (T,), generator=g)
+    target = torch.where(target == V // 2, 0, target)
+    return draw(T, D), weight, bias, target, (draw(T, 2 * D + 1), draw(V, 2 * D + 1) * 0.3), 0.5 + draw(T).square()
+
+
+def run(hidden, head, target, reference_q, temperature, name):
+    leaves = [hidden.clone().requires_grad_(), head.weight.clone().requires_grad_(), head.bias.clone().requires_grad_()]
+    stats = fp.token_stats(
+        leaves[0],
+        fp.Head(leaves[1], leaves[2], head.softcap, head.scale),
+        target,
+        outputs=(name, "top1"),
+        reference=reference_q,
+        temperature=temperature,
+        jsd_beta=0.3,
+    )
+    value = getattr(stats, OUTPUTS[name])
+    upstream = torch.linspace(-1, 1, len(value))
+    return value.detach(), stats.top1, torch.autograd.grad((value * upstream).sum(), leaves)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+@pytest.mark.parametrize(("T", "D", "V"), [(1, 3, 1), (3, 5, 7), (4, 9, 509)], ids=["one", "small", "prime"])
+@pytest.mark.parametrize("softcap", [None, 4.0], ids=["", "capped"])
+def test_same_numbers_as_torch(monkeypatch, name, T, D, V, softcap):
+    hidden, weight, bias, target, (hidden_q, weight_q), temperature = problem(T, D, V)
+    head = fp.Head(weight, bias, softcap, 1.3)
+    arguments = (hidden, head, target, (hidden_q, fp.Head(weight_q, None, softcap, 0.9)), temperature, name)
+    monkeypatch.setitem(sweep.COLUMNS, "cpu", 128)  # several blocks: the running maximum moves between kernel launches
+    torch_value, torch_top1, torch_grads = run(*arguments)
+    monkeypatch.setattr(sweep, "row_kernels", lambda device, dtype: TritonRows())
+    value, top1, grads = run(*arguments)
+    assert torch.equal(top1, torch_top1)
+    torch.testing.assert_close(value, torch_value, rtol=3e-6, atol=3e-6)
+    for ours, theirs in zip(grads, torch_grads, strict=True):
+        assert (ours - theirs).norm() <= 3e-6 * theirs.norm() + 1e-6
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo", "gspo", "dpo"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_losses_agree_with_logits(triton_rows, name, frozen):
+    S, L, D, V = 4, 5, 8, 61
+    hidden, weight, _, target, _, _ = problem(S * L, D, V)
+    target[::4] = -100
+    batch = fp.Batch(
+        target,
+        torch.full((S,), L),
+        old_logp=torch.full((S * L,), -4.0),
+        ref_logp=torch.full((S * L,), -4.2),
+        advantage=torch.tensor([1.0, -1.0, 0.5, 2.0]),
+    )
+    loss = getattr(fp.losses, name)
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)]
+    total = fp.fused_loss(loss, *leaves, batch, outputs=("entropy",))
+    total.backward()
+    twin = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    stats = reference.token_stats(twin[0], fp.Head(twin[1]), target.clamp(min=0))
+    kept = target != -100 if loss.unit == "token" else slice(None)
+    truth = loss(stats, batch)[kept].mean()
+    truth.backward()
+    assert abs(total.item() - truth.item()) <= 1e-5 * max(1, abs(truth.item()))
+    for ours, theirs in zip(leaves, twin, strict=True):
+        if ours.requires_grad:
+            assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm()
+
+
+def test_a_target_outside_the_tile_touches_nothing(triton_rows):
+    hidden, weight, _, _, _, _ = problem(3, 4, 40)
+    ids = torch.tensor([0, 15, 39])
+    logp = fp.linear_logprobs(hidden, weight, ids)
+    torch.testing.assert_close(logp, (hidden @ weight.T).log_softmax(1).gather(1, ids[:, None])[:, 0])
+
+
+def test_logp_is_exact_to_1e_5_over_a_real_vocabulary(triton_rows):
+    T, D, V = 32, 1024, 131072
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(T, D, generator=g).bfloat16()
+    weight = (torch.randn(V, D, generator=g) * 3 / D**0.5).bfloat16()
+    target = torch.randint(V, (T,), generator=g)
+    logits = torch.cat([hidden.double() @ block.double().T for block in weight.split(8192)], 1)
+    assert 2.5 < logits.std() < 3.5
+    truth = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
+    assert (fp.linear_logprobs(hidden, weight, target).double() - truth).abs().max() <= 1e-5
