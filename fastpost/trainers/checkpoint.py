@@ -19,7 +19,7 @@ import torch
 from fastpost.models.loading import load_model
 from fastpost.models.saving import written_aside
 from fastpost.trainers.config import Training
-from fastpost.trainers.loop import adamw, the_device
+from fastpost.trainers.loop import adamw, seed_step, the_device
 from fastpost.trainers.metrics import say
 
 # Fields that may differ on resume without a word: they do not change what is computed in a step.
@@ -53,6 +53,7 @@ def check_output_dir(config: Training) -> None:
 def start(config: Training) -> Start:
     """The model on its device with its optimizer, fresh or as a checkpoint left them."""
     found = find_checkpoint(config)
+    seed_step(config.seed, -1)  # adapters begin at random
     # An adapter's checkpoint holds the adapter alone; its base is still where it was.
     model, tokenizer = _load(config, config.model if config.lora_r or found is None else str(found))
     if found is not None and config.lora_r:

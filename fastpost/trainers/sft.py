@@ -78,6 +78,9 @@ def _examples(name: str, rows: Any, tokenizer: Any, config: Sft) -> list[Example
         rows, tokenizer, config.max_length, config.completion_only_loss, config.assistant_only_loss
     )
     say(f"{name}: {counts}")
+    longest, cap = max(len(example.input_ids) for example in examples), config.max_tokens_per_batch
+    if cap is not None and longest > cap:
+        raise ValueError(f"max_tokens_per_batch must hold the longest row, {longest} tokens, got {cap}")
     return examples
 
 

@@ -1,0 +1,157 @@
+"""What the loops share: order and randomness as functions of the seed, the schedule, the optimizer, options, files."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+
+from fastpost.trainers import checkpoint, loop, metrics
+from fastpost.trainers.config import Grpo, Sft
+from fastpost.trainers.plots import plot_metrics
+
+
+def config(**changes) -> Sft:
+    return Sft(**({"model": "m", "dataset": "d", "output_dir": "o"} | changes))
+
+
+def test_every_epoch_is_another_permutation_and_any_slice_can_be_asked_for():
+    whole = loop.order(7, 3, 0, 21)
+    epochs = [whole[i : i + 7] for i in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert loop.order(7, 3, 5, 16) == whole[5:16]
+    assert loop.order(7, 4, 0, 7) != epochs[0]
+
+
+def test_a_step_seeds_every_generator():
+    def draws(step: int) -> tuple[float, float, float]:
+        loop.seed_step(1, step)
+        return random.random(), float(numpy.random.rand()), float(torch.rand(()))
+
+    first = draws(5)
+    assert first == draws(5)
+    assert all(a != b for a, b in zip(first, draws(6), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "wanted"),
+    [
+        ({"lr_scheduler_type": "linear"}, (0, 5, 9), (1.0, 0.5, 0.1)),
+        ({"lr_scheduler_type": "cosine"}, (0, 5, 9), (1.0, 0.5, 0.5 + 0.5 * math.cos(0.9 * math.pi))),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 4}, (0, 1, 3, 4, 9), (0.25, 0.5, 1.0, 1.0, 1.0)),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 0.2}, (0, 1, 2, 6), (0.5, 1.0, 1.0, 0.5)),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 0.05}, (0,), (1.0,)),
+    ],
+)
+def test_the_schedule(changes: dict, steps: tuple[int, ...], wanted: tuple[float, ...]):
+    rates = [loop.learning_rate(config(learning_rate=1.0, **changes), step, 10) for step in steps]
+    assert rates == pytest.approx(wanted)
+
+
+def test_packs_are_microbatches_of_rows_or_filled_up_to_a_cap():
+    lengths = [6, 2, 5, 3]
+    assert loop.bins(lengths, config(per_device_train_batch_size=3)) == [[0, 1, 2], [3]]
+    packed = loop.bins(lengths, config(max_tokens_per_batch=8))
+    assert len(packed) == 2 and all(sum(lengths[i] for i in rows) == 8 for rows in packed)
+
+
+def test_rows_to_see():
+    assert loop.rows_to_see(config(num_train_epochs=2.5), 3, 4) == 8
+    assert loop.rows_to_see(config(max_steps=6), 3, 4) == 24
+    assert loop.rows_to_see(config(max_steps=6), 3, 4, iterations=2) == 12
+
+
+def test_vectors_do_not_decay_and_frozen_weights_are_left_out():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2))
+    model[2].requires_grad_(False)
+    groups = loop.adamw(model, config(weight_decay=0.3)).param_groups
+    assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.3, 1), (0.0, 3)]
+
+
+def test_a_step_clips_steps_and_clears():
+    model = torch.nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    optimizer = torch.optim.SGD(model.parameters(), lr=99.0)
+    assert loop.apply_gradients(model, optimizer, 0.5, max_norm=1.0) == pytest.approx(5.0)
+    torch.testing.assert_close(before - model.weight.detach(), 0.5 * torch.tensor([[0.6, 0.8]]))
+    assert model.weight.grad is None
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied():
+    model = torch.nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.tensor([[float("nan"), 1.0]])
+    with pytest.raises(FloatingPointError, match="norm is nan"):
+        loop.apply_gradients(model, torch.optim.SGD(model.parameters(), lr=1.0), 1.0, 1.0)
+    assert torch.equal(model.weight, before)
+
+
+# ---- files ----
+
+
+def test_a_line_is_the_mean_of_its_steps_and_json_has_no_nan(tmp_path: Path):
+    log = metrics.Metrics(tmp_path, "sft", 0, 4, num_tokens=10)
+    log.add({"loss": 1.0, "kl": 4.0}, tokens=5)
+    log.add({"loss": 3.0, "reward": math.nan}, tokens=7)
+    log.write(2, 0.5)
+    log.add({"loss": 9.0}, tokens=1)
+    log.write(3, 0.75)
+    log.close()
+    first, second = metrics.read_lines(tmp_path / "metrics.jsonl")
+    assert (first["loss"], first["kl"], first["reward"], first["num_tokens"]) == (2.0, 4.0, None, 22)
+    assert (second["loss"], second["step"], "kl" in second) == (9.0, 3, False)
+
+
+def test_lines_after_the_step_of_a_resume_go_and_so_does_half_a_line(tmp_path: Path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    metrics.keep_until(file, 2)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_checkpoints_are_found_by_number_and_half_written_ones_are_not(tmp_path: Path):
+    for name in ("checkpoint-9", "checkpoint-10", ".checkpoint-11.4242", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    found = checkpoint.find_checkpoint(config(output_dir=str(tmp_path), resume_from_checkpoint="latest"))
+    assert found == tmp_path / "checkpoint-10"
+    with pytest.raises(ValueError, match=r"is no checkpoint: it has no state\.json"):
+        checkpoint.find_checkpoint(config(resume_from_checkpoint=str(tmp_path)))
+    with pytest.raises(ValueError, match="holds no checkpoint-N to resume from"):
+        checkpoint.find_checkpoint(config(output_dir=str(tmp_path / "x"), resume_from_checkpoint="latest"))
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds a run already: continue it with --resume_from_checkpoint latest"):
+        checkpoint.check_output_dir(config(output_dir=tmp_path))
+    checkpoint.check_output_dir(config(output_dir=tmp_path, resume_from_checkpoint="latest"))
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path):
+    model = torch.nn.Linear(2, 2)
+    saved = SimpleNamespace(save_pretrained=lambda path: None)
+    state = checkpoint.Start(saved, saved, torch.optim.AdamW(model.parameters()))
+    for step in (1, 2, 3):
+        checkpoint.save(config(output_dir=tmp_path, save_total_limit=2), state, step, 0)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_the_plot_shows_what_there_is(tmp_path: Path):
+    metrics.append(tmp_path / "metrics.jsonl", [{"step": i, "loss": 1 / i, "kl": None} for i in (1, 2)])
+    plot_metrics(tmp_path)
+    assert (tmp_path / "metrics.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_config_reads_what_python_yaml_and_flags_write():
+    read = Grpo(model=Path("m"), dataset="d", output_dir="o", reward="f", reward_weights=["2"], learning_rate="1e-4")
+    assert (read.model, read.reward, read.reward_weights, read.learning_rate) == ("m", ("f",), (2.0,), 1e-4)
+    assert json.loads(json.dumps(checkpoint._plain(read)))["reward"] == ["f"]
