@@ -42,10 +42,10 @@ def test_a_completion_ends_with_its_eos():
 def test_samples_follow_the_policy():
     """At temperature 2 the first token's frequencies are softmax(logits / 2), whatever the model's own config says."""
     model = tiny.model()
-    model.generation_config.top_k = 1
-    model.generation_config.repetition_penalty = 5.0
     with torch.no_grad():
         p = (model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 2).softmax(-1)
+    model.generation_config.top_k = 1
+    model.generation_config.suppress_tokens = [int(p.argmax())]
     draws = 4000
     one = Sampling(temperature=2.0, max_completion_length=1, seed=3)
     found = generate(model, TOKENIZER, PROMPTS[:1], one, num_generations=draws, batch_size=draws)
