@@ -42,6 +42,7 @@ STORIES = (
 DEMONSTRATIONS, PROMPTS, VALIDATION, TEST = 200, 2000, 200, 300  # problems of each file
 HELD_OUT = 30  # of the 90 two-digit numbers, kept for validation and test
 ROUND, PATIENCE = 50, 3  # SFT steps between validations, and validations without a rise before it stops
+GRPO_STEPS = 150
 REWARD = "number_match"
 
 
@@ -228,7 +229,7 @@ def _grpo(run: Path, seed: int, begun: Stage) -> Stage:
         max_completion_length=32,
         epsilon_high=0.28,
         gradient_checkpointing=False,
-        max_steps=100,
+        max_steps=GRPO_STEPS,
         save_steps=0,
         logging_steps=5,
     )
