@@ -12,21 +12,26 @@ def group_centred(
     scale: Literal["group", "batch", "none"] = "group",
     eps: float = 1e-4,
 ) -> Tensor:  # (S,)
-    """(R - mean of its group) / (std + eps): GRPO (arXiv:2402.03300), the std taken over the group (n - 1), the batch, or left out.
+    """(R - mean of its group) / (std + eps): GRPO (arXiv:2402.03300), the std taken over the group (n - 1), the batch,
+    or left out.
 
-    "none" is Dr. GRPO (arXiv:2503.20783): dividing by the group's std up-weights questions that are nearly solved or nearly
-    hopeless. A NaN reward means "not applicable": it leaves the means alone and gets advantage 0, as does a group
-    without variance (to the bit, not to rounding: such groups must reach no optimizer).
+    "none" is Dr. GRPO (arXiv:2503.20783): dividing by the group's std up-weights questions that are nearly solved or
+    nearly hopeless. A NaN reward means "not applicable": it leaves the means alone and gets advantage 0, as does a
+    group without variance (to the bit, not to rounding: such groups must reach no optimizer).
     """
     if rewards.ndim != 1 or group_size < 1 or rewards.numel() % group_size:
-        raise ValueError(f"rewards must be (S,) with S a multiple of group_size {group_size}, got {tuple(rewards.shape)}")
+        raise ValueError(
+            f"rewards must be (S,) with S a multiple of group_size {group_size}, got {tuple(rewards.shape)}"
+        )
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale must be 'group', 'batch' or 'none', got {scale!r}")
     if not rewards.is_floating_point():
         raise ValueError(f"rewards must be floating, got {rewards.dtype}")
     infinite = rewards.isinf().nonzero()
     if len(infinite):
-        raise ValueError(f"rewards must be finite or NaN, got {rewards[infinite[0, 0]].item()} at index {infinite[0, 0].item()}")
+        raise ValueError(
+            f"rewards must be finite or NaN, got {rewards[infinite[0, 0]].item()} at index {infinite[0, 0].item()}"
+        )
     groups = rewards.view(-1, group_size)  # (groups, G)
     missing = groups.isnan()
     flat = groups.masked_fill(missing, torch.inf).amin(1) >= groups.masked_fill(missing, -torch.inf).amax(1)

@@ -1,4 +1,5 @@
-"""The public door of the head: checks every argument once, drops ignored rows, and hands on a `Problem` that needs no more checks."""
+"""The public door of the head: checks every argument once, drops ignored rows, and hands on a `Problem` that needs no
+more checks."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from fastpost.types import NEEDS_REFERENCE, OUTPUTS, Head, Stats, TopK, nearest
 
 
 def eager_only(function: Callable) -> Callable:
-    """Under torch.compile the call runs as it is, between two graphs. (torch.compiler.disable alone would import the compiler.)"""
+    """Under torch.compile the call runs as it is, between two graphs.
+
+    (The decorator torch.compiler.disable does the same, and imports the compiler: 1.6 s of everybody's import.)
+    """
 
     @functools.wraps(function)
     def call(*args, **knobs):
@@ -102,12 +106,14 @@ def _head(head: Head | Tensor, name: str) -> Head:
     if isinstance(head, Tensor):
         return Head(head)
     if not isinstance(head, Head):
-        raise ValueError(f"{name} must be a fastpost.Head or a (V, D) weight, got {type(head).__name__}; see Head.of(model)")
+        raise ValueError(
+            f"{name} must be a fastpost.Head or a (V, D) weight, got {type(head).__name__}; see Head.of(model)"
+        )
     return head
 
 
 def _operand_dtype(hidden: Tensor, head: Head) -> torch.dtype:
-    """The dtype in which F.linear would multiply: the autocast dtype where autocast is on, else the one that both have."""
+    """The dtype in which F.linear would multiply: autocast's where it is on, else the one that both have."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, head.weight.dtype):
         return torch.get_autocast_dtype(device)
@@ -122,17 +128,19 @@ def _check_hidden(hidden: Tensor, head: Head, target: Tensor, name: str = "hidde
     if not isinstance(target, Tensor):
         raise ValueError(f"target must be an int64 tensor, got {type(target).__name__}")
     if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
-        raise ValueError(f"{name} must be a floating tensor (..., D), got {getattr(hidden, 'dtype', type(hidden).__name__)}")
+        raise ValueError(
+            f"{name} must be a floating tensor (..., D), got {getattr(hidden, 'dtype', type(hidden).__name__)}"
+        )
     if hidden.ndim == 0 or hidden.shape[-1] != head.weight.shape[1]:
         raise ValueError(
-            f"{name} {tuple(hidden.shape)} and its head's weight {tuple(head.weight.shape)} must agree in the last dimension"
+            f"{name} {tuple(hidden.shape)} and its head's weight {tuple(head.weight.shape)} must have one D"
         )
     if target.dtype != torch.int64:
         raise ValueError(f"target must be int64, got {target.dtype}")
     flat = hidden.ndim == 3 and hidden.shape[0] == 1 and target.shape == hidden.shape[1:2]  # a packed trunk's (1, T, D)
     if hidden.shape[:-1] != target.shape and not flat:
         raise ValueError(
-            f"{name} {tuple(hidden.shape)} and target {tuple(target.shape)} must agree in all but {name}'s last dimension"
+            f"{name} {tuple(hidden.shape)} and target {tuple(target.shape)} must agree in all but the last dimension"
         )
     if target.numel() == 0:
         raise ValueError(f"target is empty: {name} has shape {tuple(hidden.shape)}")
@@ -148,12 +156,16 @@ def _check_outputs(outputs: Sequence[str], reference: object, jsd_beta: float) -
         if name not in OUTPUTS:
             raise ValueError(f"unknown output {name!r}{nearest(name, list(OUTPUTS))}; known: {', '.join(OUTPUTS)}")
         if name in NEEDS_REFERENCE and reference is None:
-            raise ValueError(f"output {name!r} compares two distributions: pass reference=(hidden_q, head_q) or a fastpost.TopK")
+            raise ValueError(
+                f"output {name!r} compares two distributions: pass reference=(hidden_q, head_q) or a fastpost.TopK"
+            )
     if not 0 <= jsd_beta <= 1:
         raise ValueError(f"jsd_beta must be in [0, 1], got {jsd_beta}")
     infinite = {"reverse_kl"} | ({"jsd"} if jsd_beta == 1 else set())
     if isinstance(reference, TopK) and reference.rest == "renormalize" and infinite & set(outputs):
-        raise ValueError("reverse_kl to a renormalised TopK teacher is infinite (it gives the rest nothing): use rest='bucket'")
+        raise ValueError(
+            "reverse_kl to a renormalised TopK teacher is infinite (it gives the rest nothing): use rest='bucket'"
+        )
 
 
 def _kept_rows(
@@ -162,7 +174,7 @@ def _kept_rows(
     vocabulary: int,
     known: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(index of kept rows or None for all, mask or None). On an accelerator this is the call's one host sync, unless `known`."""
+    """(index of kept rows or None for all, mask or None). On an accelerator this is the call's one host sync."""
     if known is not None:
         if target.device.type == "cpu":
             _check_range(target.index_select(0, known), vocabulary)
@@ -188,7 +200,9 @@ def _check_range(target: Tensor, vocabulary: int) -> None:
         )
 
 
-def _inverse_temperature(temperature: float | Tensor, target: Tensor, index: Tensor | None, hidden: Tensor) -> Tensor | None:
+def _inverse_temperature(
+    temperature: float | Tensor, target: Tensor, index: Tensor | None, hidden: Tensor
+) -> Tensor | None:
     """(N,), or None at temperature 1. A tensor is trusted to be positive where that cannot be seen without a sync."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if not isinstance(temperature, Tensor):
@@ -203,7 +217,9 @@ def _inverse_temperature(temperature: float | Tensor, target: Tensor, index: Ten
     if temperature.ndim == 0:
         temperature = temperature.expand(target.shape)
     if temperature.shape != target.shape:
-        raise ValueError(f"temperature must be a number or have target's shape {tuple(target.shape)}, got {tuple(temperature.shape)}")
+        raise ValueError(
+            f"temperature must be a number or have target's shape {tuple(target.shape)}, got {tuple(temperature.shape)}"
+        )
     flat = temperature.detach().to(hidden.device, dtype).reshape(-1)
     kept = flat if index is None else flat.index_select(0, index)
     if kept.device.type == "cpu" and not bool(((kept > 0) & kept.isfinite()).all()):
@@ -212,13 +228,18 @@ def _inverse_temperature(temperature: float | Tensor, target: Tensor, index: Ten
 
 
 def _reference(
-    reference: tuple[Tensor, Head | Tensor] | TopK | None, hidden: Tensor, head: Head, target: Tensor, index: Tensor | None
+    reference: tuple[Tensor, Head | Tensor] | TopK | None,
+    hidden: Tensor,
+    head: Head,
+    target: Tensor,
+    index: Tensor | None,
 ) -> Reference | TopK:
     V = head.weight.shape[0]
     if isinstance(reference, TopK):
         if reference.ids.shape[:-1] != target.shape:
             raise ValueError(
-                f"reference TopK {tuple(reference.ids.shape)} and target {tuple(target.shape)} must agree in all but the last dimension"
+                f"reference TopK {tuple(reference.ids.shape)} and target {tuple(target.shape)} must agree in all but "
+                "the last dimension"
             )
         ids, logp = (x.detach().reshape(-1, x.shape[-1]).to(hidden.device) for x in (reference.ids, reference.logp))
         if index is not None:
@@ -226,7 +247,9 @@ def _reference(
         if ids.device.type == "cpu" and ids.numel():
             low, high, ordered = int(ids.min()), int(ids.max()), ids.sort(1)[0]
             if low < 0 or high >= V:
-                raise ValueError(f"reference TopK.ids must be in [0, {V}), the vocabulary of the head, got {low if low < 0 else high}")
+                raise ValueError(
+                    f"reference TopK.ids must be in [0, {V}), the head's vocabulary, got {low if low < 0 else high}"
+                )
             if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
                 raise ValueError("reference TopK.ids must be distinct within a row")
         return TopK(ids, logp, reference.rest)
@@ -236,10 +259,13 @@ def _reference(
     _check_hidden(hidden_q, head_q, target, "the reference's hidden")
     if head_q.weight.shape[0] != V:
         raise ValueError(
-            f"the reference's head has a vocabulary of {head_q.weight.shape[0]} and the policy's one of {V}: they must be the same"
+            f"the reference's head has a vocabulary of {head_q.weight.shape[0]} and the policy's one of {V}: "
+            "they must be the same"
         )
     if hidden_q.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise ValueError(f"hidden is {hidden.dtype} and the reference's hidden {hidden_q.dtype}: outside autocast they must agree")
+        raise ValueError(
+            f"hidden is {hidden.dtype} and the reference's hidden {hidden_q.dtype}: outside autocast they must agree"
+        )
     if hidden_q.dtype != head_q.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
         raise ValueError(f"the reference's hidden is {hidden_q.dtype} and its head's weight {head_q.weight.dtype}")
     if hidden_q.device != hidden.device:

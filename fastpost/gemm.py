@@ -1,9 +1,12 @@
-"""Matrix products with fp32 results from operands of any floating dtype: the only place that knows what a device can multiply.
+"""Matrix products with fp32 results from operands of any floating dtype: the only place that knows what a device can
+multiply.
 
 A product rounded to bf16 costs 2e-2 in a log-probability; the same operands accumulated and kept in fp32, 1e-5 or less.
-  CPU   there is no bf16 x bf16 -> fp32 product, so operands are widened, a block at a time, into a buffer that is reused
+  CPU   there is no bf16 x bf16 -> fp32 product, so operands are widened, a block at a time, into a buffer that is
+        reused
   CUDA  torch.mm(..., out_dtype=torch.float32): tensor cores on bf16 operands, the fp32 accumulator written out
-fp32 operands are multiplied in IEEE fp32 (no TF32, no bf16 splitting), whatever the process has set; float64 in float64.
+fp32 operands are multiplied in IEEE fp32 (no TF32, no bf16 splitting), whatever the process has set; float64 in
+float64.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 @contextlib.contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """No autocast and no reduced-precision fp32 products inside; the process's own setting is put back after."""
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    cpu = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]  (made at run time)
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else cpu
     precision = backend.fp32_precision
     if precision != "ieee":
         backend.fp32_precision = "ieee"

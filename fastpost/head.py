@@ -1,7 +1,7 @@
 """The core: a language-model head turned into per-token statistics, without the (tokens, vocabulary) logits.
 
-One G is one product of the head, 2 T D V flop. `fastpost.sweep` visits the logits tile by tile; this file says in which order,
-and what is kept for the backward pass:
+One G is one product of the head, 2 T D V flop. `fastpost.sweep` visits the logits tile by tile; this file says in which
+order, and what is kept for the backward pass:
 
   statistics  no gradient is wanted                                               G
   frozen      weight needs none and only logp carries one: the same pass sums     2 G, any loss of any unit
@@ -12,8 +12,8 @@ and what is kept for the backward pass:
   lazy        otherwise, and for `token_stats`: backward computes the tiles       4 G (3 G with the weight frozen)
               again and needs only what the statistics left, (T,) numbers
 
-Same kernels, same loss, same numbers in each. Ignored rows are left out before the first product. A reference costs one G_q
-more where its logits are computed.
+Same kernels, same loss, same numbers in each. Ignored rows are left out before the first product. A reference costs one
+G_q more where its logits are computed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from fastpost.door import Door, eager_only, open_door
 from fastpost.gemm import exact_products, wide
 from fastpost.sweep import Problem, Sweep, Totals, fold_chunk, grad_chunk
 from fastpost.types import IGNORE, NEEDS_REFERENCE, OUTPUTS, Batch, Head, Loss, Stats, TopK
-
 
 # ---- schedules ----
 
@@ -75,7 +74,9 @@ class FrozenLogp(torch.autograd.Function):
     """logp with its gradient already made: U = dlogp/dhidden (N, D) is all that backward needs. 2 G."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, p: Problem, found: dict[str, Tensor]) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, p: Problem, found: dict[str, Tensor]
+    ) -> Tensor:
         with exact_products(hidden.device):
             s = Sweep(p, weight, bias, held="jsd" in p.row_wants)
             U = torch.empty(len(p), s.D, dtype=hidden.dtype, device=hidden.device)
@@ -108,7 +109,7 @@ class FrozenLogp(torch.autograd.Function):
 
 
 class LazyStats(torch.autograd.Function):
-    """Statistics as ordinary autograd tensors: backward visits the tiles a second time. 4 G, or 3 G with a frozen weight."""
+    """Statistics as autograd tensors: backward visits the tiles a second time. 4 G, or 3 G with a frozen weight."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, p: Problem, names: tuple[str, ...]):
@@ -137,7 +138,9 @@ class LazyStats(torch.autograd.Function):
             for rows in s.chunks() if d else ():
                 total = torch.zeros(rows.stop - rows.start, s.D, dtype=s.wide, device=s.device) if need_hidden else None
                 cut = lambda x, rows=rows: {n: v[rows] for n, v in x.items()}  # noqa: E731
-                grad_chunk(s, s.open(hidden, rows), cut(values), {n: g.to(s.wide) for n, g in cut(d).items()}, total, totals)
+                grad_chunk(
+                    s, s.open(hidden, rows), cut(values), {n: g.to(s.wide) for n, g in cut(d).items()}, total, totals
+                )
                 if dhidden is not None and total is not None:
                     _put(dhidden, p, rows, total)
         return (
@@ -215,7 +218,9 @@ class Plan:
         kept = kept if self.mask is None else kept & self.mask[units]
         seen = Stats(**{OUTPUTS[name]: stats[self.names[name]] for name in self.loss.reads})
         loss = self.loss.on_kept(seen, batch, **self.knobs)
-        assert loss.shape == weight.shape, f"{self.loss.name} returned {tuple(loss.shape)} for {tuple(weight.shape)} units"
+        assert loss.shape == weight.shape, (
+            f"{self.loss.name} returned {tuple(loss.shape)} for {tuple(weight.shape)} units"
+        )
         return (torch.where(kept, weight, 0.0) * torch.where(kept, loss, 0.0)).sum()
 
     def loss_and_grads(self, stats: Mapping[str, Tensor], part: Part) -> tuple[Tensor, dict[str, Tensor]]:
@@ -277,16 +282,20 @@ def token_stats(
 ) -> Stats:
     """Per-token statistics of p = softmax(logits / temperature), logits = head(hidden), as autograd tensors.
 
-    outputs: any of "logp" log p[target]; "lse" logsumexp; "entropy"; "reverse_kl" KL(p || q) and "forward_kl" KL(q || p), exact
-    over the vocabulary; "jsd", generalised by jsd_beta (arXiv:2306.13649; 0 and 1 are the forward and the reverse KL);
-    "log_sum_sq" log sum p^2; "mean_logp" mean_v log p_v; "top1" whether no token is likelier; "logp@1" logp at temperature 1.
-    All in nats.
+    outputs, any of, in nats:
+      "logp"        log p[target]                  "entropy"     -sum p log p
+      "lse"         logsumexp of the logits        "log_sum_sq"  log sum p^2
+      "reverse_kl"  KL(p || q), exact              "mean_logp"   mean_v log p_v
+      "forward_kl"  KL(q || p), exact              "top1"        whether no token is likelier than the target
+      "jsd"         generalised by jsd_beta        "logp@1"      logp at temperature 1
+    jsd_beta: m = b q + (1 - b) p as in GKD (arXiv:2306.13649); 0 and 1 give the forward and the reverse KL.
     reference: (hidden_q, head_q), whose D may differ and whose V may not, or a TopK teacher; q is a constant.
     temperature: a number, or a tensor of target's shape; it divides the logits of p and of q.
 
-    Returns a Stats with a field of target's shape for each output: fp32 (float64 for float64 inputs; top1 bool), None where not
-    asked. A target equal to ignore_index gives 0, no gradient, and no work. Gradients flow to hidden, weight and bias, in their
-    dtypes. Logits are fp32 whatever the inputs' dtype. On an accelerator the call waits once for the number of kept rows.
+    Returns a Stats with a field of target's shape for each output: fp32 (float64 for float64 inputs; top1 bool), None
+    where not asked. A target equal to ignore_index gives 0, no gradient, and no work. Gradients flow to hidden, weight
+    and bias, in their dtypes. Logits are fp32 whatever the inputs' dtype. On an accelerator the call waits once for the
+    number of kept rows.
 
     Raises ValueError, naming the argument and the shapes, for what does not fit together.
     """
@@ -314,9 +323,7 @@ def linear_logprobs(
 ) -> Tensor:  # (...)
     """log softmax(logits / temperature)[target]: `token_stats(...).logp`, in place of log_softmax and gather."""
     same = {"reference": reference, "temperature": temperature, "jsd_beta": jsd_beta, "ignore_index": ignore_index}
-    logp = token_stats(hidden, head, target, **same).logp
-    assert logp is not None
-    return logp
+    return token_stats(hidden, head, target, **same).logp
 
 
 @eager_only
@@ -334,12 +341,13 @@ def fused_loss(
     return_stats: bool = False,
     **knobs: object,
 ) -> Tensor | tuple[Tensor, Stats]:
-    """sum over kept units of batch.weight * loss: a scalar that backpropagates like any other, by the cheapest schedule.
+    """Sum over kept units of batch.weight * loss: a scalar that backpropagates, by the cheapest schedule.
 
-    loss: one of fastpost.losses, or any function declared with `fastpost.loss`. knobs go to it; an unknown one is a ValueError.
+    loss: one of fastpost.losses, or any function declared with `fastpost.loss`. knobs go to it; an unknown one is a
+    ValueError.
     batch.weight None: the mean over kept units, for one process and one accumulation step.
-    return_stats: (loss, Stats), detached and in input order, of what the loss reads and of `outputs`, from the same pass.
-    The other arguments are those of `token_stats`.
+    return_stats: (loss, Stats), detached and in input order, of what the loss reads and of `outputs`, from the same
+    pass. The other arguments are those of `token_stats`.
     """
     if not isinstance(loss, Loss):
         raise ValueError(f"loss must be declared with fastpost.loss (fastpost.losses has the catalogue), got {loss!r}")
@@ -377,7 +385,9 @@ def _plan_loss(loss: Loss, knobs: dict[str, object], batch: Batch, door: Door) -
     """Checks the weight and brings everything to the kept rows."""
     p, U = door.problem, batch.units(loss.unit)
     if batch.weight is not None and batch.weight.shape != (U,):
-        raise ValueError(f"batch.weight must have shape ({U},), one for each {loss.unit}, got {tuple(batch.weight.shape)}")
+        raise ValueError(
+            f"batch.weight must have shape ({U},), one for each {loss.unit}, got {tuple(batch.weight.shape)}"
+        )
     if door.kept is not None and loss.unit != "token":
         raise ValueError(f"under graph capture only a loss of tokens can run, and {loss.name!r} is one of {loss.unit}s")
     device = door.hidden.device

@@ -1,7 +1,8 @@
-"""The same mathematics with the logits in memory, for tests and for reading. Nothing here is fast, and nothing here is used at run time.
+"""The same mathematics with the logits in memory, for tests and for reading. Nothing here is fast, and nothing here is
+used at run time.
 
-`token_stats` is the truth that fastpost.token_stats is compared with: in float64 it is exact, in the inputs' own dtype it is what
-plain torch would give. Gradients are autograd's.
+`token_stats` is the truth that fastpost.token_stats is compared with: in float64 it is exact, in the inputs' own dtype
+it is what plain torch would give. Gradients are autograd's.
 """
 
 from __future__ import annotations

@@ -1,16 +1,19 @@
-"""The row kernels, in torch: everything that is ever done to a row of logits. kernels/triton/rows.py is the same on a GPU.
+"""The row kernels, in torch: everything that is ever done to a row of logits. kernels/triton/rows.py is the same on a
+GPU.
 
 A tile is (R rows, B vocabulary columns) of raw products hidden @ weight.T, in fp32 (float64 for float64 inputs).
 
-  fold     tile -> running sums of each row, so that a row need not be in memory at once (online softmax, arXiv:1805.02867)
+  fold     tile -> running sums of each row, so that a row need not be in memory at once (online softmax,
+           arXiv:1805.02867)
   mixture  the same for the two sums of the JSD, whose integrand needs the finished logsumexps
   grads    tile, dL/dstatistics -> dL/dtile
 
-With z the tempered logits, p = softmax(z), every statistic is a function of a few sums over the row, and its gradient in z is a
-combination of the row vectors 1_y, p, p log p, p log q, q, 1, p^2, p log m. `finish` and `coefficients` say which, on R numbers.
+With z the tempered logits, p = softmax(z), every statistic is a function of a few sums over the row, and its gradient
+in z is a combination of the row vectors 1_y, p, p log p, p log q, q, 1, p^2, p log m. `finish` and `coefficients` say
+which, on R numbers.
 
-Sums are kept relative to a running maximum m: when m grows by -shift, S = sum e^(z-m) becomes e^shift S and
-sum e^(z-m) (z-m) becomes e^shift (itself + shift S). m and log S stay apart to the end, log p = (z - m) - log S: their sum, the
+Sums are kept relative to a running maximum m: when m grows by -shift, S = sum e^(z-m) becomes e^shift S and sum e^(z-m)
+(z-m) becomes e^shift (itself + shift S). m and log S stay apart to the end, log p = (z - m) - log S: their sum, the
 logsumexp, is rounded to its own size, and that rounding would be a relative error of every probability.
 """
 
@@ -24,7 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A logit of -inf (a banned token, through the bias) is taken as this: exp gives 0, and 0 * LOWEST is 0 where 0 * inf is not.
+# A logit of -inf (a banned token, through the bias) is taken as this: exp gives 0, and 0 * LOWEST is 0 where 0 * inf is
+# not.
 LOWEST = -1e30
 
 # Rows of the state: the running maxima and sums of each row.
@@ -62,7 +66,7 @@ def shaped(raw: Tensor, shape: Shape, out: Tensor) -> Tensor:  # (R, B)
 
 
 class TorchRows:
-    """The kernels with their scratch tiles: on a CPU a fresh tile costs ten times the arithmetic done in it (page faults)."""
+    """The kernels and their scratch: on a CPU a fresh tile costs ten times the arithmetic done in it (page faults)."""
 
     def __init__(self):
         self._scratch: dict[str, Tensor] = {}
@@ -73,7 +77,9 @@ class TorchRows:
             tile = self._scratch[name] = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
         return tile[: like.numel()].view(like.shape)
 
-    def _tempered(self, name: str, raw: Tensor, shape: Shape, inverse_temperature: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _tempered(
+        self, name: str, raw: Tensor, shape: Shape, inverse_temperature: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         at_1 = shaped(raw, shape, self._tile(name + " at 1", raw))
         if inverse_temperature is None:
             return at_1, at_1
@@ -98,7 +104,7 @@ class TorchRows:
         wants: AbstractSet[str],
         tile_q: Tensor | None = None,  # (R, B) the reference's raw products
         shape_q: Shape | None = None,
-        out: Tensor | None = None,  # (R, B) receives e^(z - max) dz/dlogits, for a product with the weight in the same pass
+        out: Tensor | None = None,  # (R, B) receives e^(z - max) dz/dlogits, to be multiplied with the weight
     ) -> None:
         at_1, z = self._tempered("z", tile, shape, inverse_temperature)
         column = (target - start).clamp(0, tile.shape[1] - 1)
@@ -131,7 +137,9 @@ class TorchRows:
             state[SUM_Q] = state[SUM_Q] * decay_q + eq.sum(1)
         state[SUM] = state[SUM] * decay + e.sum(1)
         if out is not None:
-            out.copy_(e if shape.softcap is None else torch.mul(e, _cap_slope(at_1, shape.softcap, product), out=product))
+            out.copy_(
+                e if shape.softcap is None else torch.mul(e, _cap_slope(at_1, shape.softcap, product), out=product)
+            )
 
     def mixture(
         self,
@@ -222,7 +230,8 @@ def finish(
     vocabulary: int,
     inverse_temperature: Tensor | None,  # (R,)
 ) -> dict[str, Tensor]:
-    """The statistics that were asked for, by the names of `token_stats`, and lse, and what `coefficients` needs of the rest."""
+    """The statistics that were asked for, by the names of `token_stats`, and lse, and what `coefficients` needs of the
+    rest."""
     log_sum, log_sum_q = state[SUM].log(), state[SUM_Q].log()
     at_1 = state[TARGET]
     z_target = at_1 if inverse_temperature is None else at_1 * inverse_temperature

@@ -1,8 +1,9 @@
 """A way through the logits of (rows, vocabulary) tile by tile, in a workspace whose size depends on neither T nor V.
 
-Rows are cut into chunks; within a chunk the vocabulary is cut into blocks of columns; a tile is one product of the two, fp32.
-`fold_chunk` makes statistics of a chunk's tiles, `grad_chunk` gradients. A sweep is streamed (a tile is gone once folded) or
-held (a chunk's whole rows stay until its gradients are made; fewer rows then fit, but no tile is computed twice).
+Rows are cut into chunks; within a chunk the vocabulary is cut into blocks of columns; a tile is one product of the two,
+fp32. `fold_chunk` makes statistics of a chunk's tiles, `grad_chunk` gradients. A sweep is streamed (a tile is gone once
+folded) or held (a chunk's whole rows stay until its gradients are made; fewer rows then fit, but no tile is computed
+twice).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from fastpost.gemm import Gemm, wide
 from fastpost.rows import C_P, LOWEST, MAX, SUM, TARGET, Shape
 from fastpost.types import NEEDS_REFERENCE, TopK
 
-# Bytes of tiles, blocks and accumulators that a sweep may hold, and the columns of a tile: on a CPU its scratch stays near the caches.
+# Bytes of tiles, blocks and accumulators that a sweep may hold, and the columns of a tile: on a CPU its scratch stays
+# near the caches.
 WORKSPACE = {"cpu": 56 << 20, "cuda": 384 << 20}
 COLUMNS = {"cpu": 1024, "cuda": 8192}
 MOST_ROWS = 4096
@@ -68,7 +70,6 @@ class Problem:
         """What the row kernels must find; a stored teacher's divergences are found from its columns."""
         return self.wants if self.teacher is None else self.wants - NEEDS_REFERENCE
 
-
     def cut(self, x: Tensor, rows: slice) -> Tensor:
         """Kept rows `rows` of a tensor that has all T."""
         return x[rows] if self.index is None else x.index_select(0, self.index[rows])
@@ -78,7 +79,7 @@ def row_kernels(device: torch.device, dtype: torch.dtype):
     """The row kernels for tiles of `dtype`: Triton's where there is a GPU and Triton, else torch's."""
     if device.type == "cuda" and dtype == torch.float32:
         try:
-            from fastpost.kernels.rows import TritonRows
+            from fastpost.kernels.rows import TritonRows  # pyright: ignore[reportMissingImports]  (it is kernels/triton)
         except ImportError:
             return row_math.TorchRows()
         return TritonRows()
@@ -134,7 +135,7 @@ class Sweep:
         return columns, max(1, min(rows, MOST_ROWS, len(self.p)))
 
     def _buffer(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Scratch of at least this size, kept between tiles: on a CPU a fresh one costs more than the arithmetic in it."""
+        """Scratch of this shape, kept between tiles."""
         numel = shape[0] * shape[1]
         held = self._buffers.get(name)
         if held is None or held.numel() < numel or held.dtype != dtype:
@@ -158,7 +159,7 @@ class Sweep:
         )
 
     def columns(self, *, multiplied: bool = True) -> Iterator[Columns]:
-        """Blocks of the vocabulary; not `multiplied`: only their place and shape are needed, and no weight is widened."""
+        """Blocks of the vocabulary; unless they are to be multiplied no weight is widened."""
         p, q = self.p, self.p.dense
         for start in range(0, self.V, self.columns_each):
             span = slice(start, min(start + self.columns_each, self.V))
@@ -186,7 +187,9 @@ class Sweep:
         if held is not None and again:
             return held[:, span]
         shape = (hidden.shape[0], weight.shape[0])
-        return self.gemm.product(hidden, weight, self._buffer(name, shape, self.wide) if held is None else held[:, span])
+        return self.gemm.product(
+            hidden, weight, self._buffer(name, shape, self.wide) if held is None else held[:, span]
+        )
 
     def scratch(self, tile: Tensor) -> Tensor:
         """A tile of the same size that may be overwritten."""
@@ -205,7 +208,8 @@ class Sweep:
         return slope if inverse_temperature is None else slope * inverse_temperature[:, None]
 
     def left_operand(self, tile: Tensor) -> Tensor:
-        """Where a kernel writes what `add_product` multiplies: the tile itself, unless the product wants another dtype."""
+        """Where a kernel writes what `add_product` multiplies: the tile itself, unless the product wants another
+        dtype."""
         if self.gemm.tile_dtype == tile.dtype:
             return tile
         return self._buffer("left operand", (tile.shape[0], tile.shape[1]), self.gemm.tile_dtype)
@@ -250,13 +254,16 @@ class Picks:
         if vocabulary == K:
             return named
         total = self.rest[SUM]
-        if self.softcap is not None:  # a cap lifts the columns that were taken out to -softcap each: they leave the sum here
+        if (
+            self.softcap is not None
+        ):  # a cap lifts the columns that were taken out to -softcap each: they leave the sum here
             lowest = -self.softcap if inverse_temperature is None else -self.softcap * inverse_temperature
             total = total - K * (lowest - self.rest[MAX]).exp()
         return torch.cat([named, (self.rest[MAX] - maximum + total.log() - log_sum)[:, None]], 1)
 
     def put(self, left: Tensor, block: Columns, values: Tensor) -> None:  # (R, B), (R, K)
-        """The named columns of a tile become `values`. Two additions: an id of another block, clamped into this one, adds 0."""
+        """The named columns of a tile become `values`. Two additions: an id of another block, clamped into this one,
+        adds 0."""
         column, here = self.where(block)
         old = torch.where(here, left.gather(1, column), 0)
         left.scatter_add_(1, column, -old)
@@ -278,7 +285,9 @@ def fold_chunk(s: Sweep, chunk: Chunk, u: Tensor | None = None) -> dict[str, Ten
             picks.fold(s, tile, block, chunk)
         before = state[MAX].clone()
         left = None if u is None else s.left_operand(tile if not s.held else s.scratch(tile))
-        s.kernels.fold(state, tile, chunk.target, block.span.start, block.shape, inverse, wants, tile_q, block.shape_q, left)
+        s.kernels.fold(
+            state, tile, chunk.target, block.span.start, block.shape, inverse, wants, tile_q, block.shape_q, left
+        )
         if u is not None and left is not None:
             u.mul_((before - state[MAX]).exp_()[:, None])
             s.gemm.add_product(u, left, block.weight)
@@ -300,9 +309,7 @@ def _mixture(s: Sweep, chunk: Chunk, state: Tensor) -> dict[str, Tensor]:
     for block in s.columns(multiplied=False):
         tile, tile_q = s.tiles(chunk, block, again=True)
         assert tile_q is not None and block.shape_q is not None
-        s.kernels.mixture(
-            state, tile, block.shape, chunk.inverse_temperature, tile_q, block.shape_q, s.p.jsd_beta
-        )
+        s.kernels.mixture(state, tile, block.shape, chunk.inverse_temperature, tile_q, block.shape_q, s.p.jsd_beta)
     return row_math.finish_mixture(state, s.p.jsd_beta)
 
 
@@ -333,7 +340,17 @@ def grad_chunk(
         left = s.left_operand(tile)
         found = None if named is None else named.values(tile, block)
         s.kernels.grads(
-            tile, chunk.target, block.span.start, block.shape, inverse, c, on_rows.keys(), left, tile_q, block.shape_q, p.jsd_beta
+            tile,
+            chunk.target,
+            block.span.start,
+            block.shape,
+            inverse,
+            c,
+            on_rows.keys(),
+            left,
+            tile_q,
+            block.shape_q,
+            p.jsd_beta,
         )
         if named is not None and found is not None:
             named.picks.put(left, block, found)
@@ -348,11 +365,20 @@ def grad_chunk(
 class Named:
     """The gradient of a stored teacher's divergences. With g_o = dL/dlog p_o over its K + 1 outcomes, and G their sum:
 
-    dL/dz_k = g_k - p_k G in a named column, p_v (g_r / p_r - G) in any other. The second goes into the coefficient of p, which
-    the first does not share: where the policy is sure, 1 / p_r is so large that no correction of it would be left standing.
+    dL/dz_k = g_k - p_k G in a named column, p_v (g_r / p_r - G) in any other. The second goes into the coefficient of
+    p, which the first does not share: where the policy is sure, 1 / p_r is so large that no correction of it would be
+    left standing.
     """
 
-    def __init__(self, s: Sweep, chunk: Chunk, stats: Mapping[str, Tensor], d: dict[str, Tensor], c: Tensor, other: AbstractSet[str]):
+    def __init__(
+        self,
+        s: Sweep,
+        chunk: Chunk,
+        stats: Mapping[str, Tensor],
+        d: dict[str, Tensor],
+        c: Tensor,
+        other: AbstractSet[str],
+    ):
         assert s.p.teacher is not None
         K, p = s.p.teacher.ids.shape[1], stats["outcomes"]
         g, ratio = topk.gradient(p, s.teacher_outcomes(chunk.rows), K, d, s.p.jsd_beta)
@@ -364,10 +390,13 @@ class Named:
         c[C_P] += ratio - total
 
     def values(self, tile: Tensor, block: Columns) -> Tensor:  # (R, K)
-        """What the named columns are to hold: their own gradient and that of the other statistics, if any carries one."""
+        """What the named columns are to hold: their own gradient and that of the other statistics, if any carries
+        one."""
         if not self.other:
             return self.own
         column, _ = self.picks.where(block)
         out, inverse = torch.empty_like(tile), self.chunk.inverse_temperature
-        self.s.kernels.grads(tile, self.chunk.target, block.span.start, block.shape, inverse, self.before, self.other, out)
+        self.s.kernels.grads(
+            tile, self.chunk.target, block.span.start, block.shape, inverse, self.before, self.other, out
+        )
         return self.own + out.gather(1, column)

@@ -1,12 +1,13 @@
-"""A stored top-k teacher against the policy: divergences over K + 1 outcomes, the teacher's K tokens and everything else.
+"""A stored top-k teacher against the policy: divergences over K + 1 outcomes, the teacher's K tokens and everything
+else.
 
 With q_r = 1 - sum q_k the teacher's rest and p_r = 1 - sum p_k the policy's:
   forward  KL(q || p) = sum_k q_k log(q_k / p_k) + q_r log(q_r / p_r)
   reverse  KL(p || q) = sum_k p_k log(p_k / q_k) + p_r log(p_r / q_r)
   jsd      b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p
-By data processing each is a lower bound of the same divergence over the whole vocabulary. A renormalised teacher has q_r = 0,
-and then forward and jsd are exactly those over the vocabulary. The policy's rest is summed, not
-subtracted from one: 1 - sum p_k is all rounding where the teacher's tokens hold nearly everything.
+By data processing each is a lower bound of the same divergence over the whole vocabulary. A renormalised teacher has
+q_r = 0, and then forward and jsd are exactly those over the vocabulary. The policy's rest is summed, not subtracted
+from one: 1 - sum p_k is all rounding where the teacher's tokens hold nearly everything.
 """
 
 from __future__ import annotations

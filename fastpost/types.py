@@ -17,7 +17,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,14 +26,15 @@ Unit = Literal["token", "sequence", "pair", "batch"]
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """" (did you mean 'beta'?)", or nothing: the tail of every message about an unknown name."""
+    """ " (did you mean 'beta'?)", or nothing: the tail of every message about an unknown name."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias)), softcap(x) = c * tanh(x / c)."""
+    """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias)), softcap(x) = c * tanh(x /
+    c)."""
 
     weight: Tensor  # (V, D), the dtype of the hidden states
     bias: Tensor | None = None  # (V,)
@@ -43,7 +44,8 @@ class Head:
     def __post_init__(self):
         if self.weight.ndim != 2 or not self.weight.is_floating_point():
             raise ValueError(
-                f"head.weight must be a floating (V, D) matrix, got {self.weight.dtype} of shape {tuple(self.weight.shape)}"
+                f"head.weight must be a floating (V, D) matrix, got {self.weight.dtype} of shape "
+                f"{tuple(self.weight.shape)}"
             )
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise ValueError(
@@ -79,7 +81,8 @@ class TopK:
     def __post_init__(self):
         if self.ids.ndim < 2 or self.ids.shape != self.logp.shape or self.ids.shape[-1] == 0:
             raise ValueError(
-                f"TopK.ids and TopK.logp must have one shape (T, K), K > 0, got {tuple(self.ids.shape)} and {tuple(self.logp.shape)}"
+                f"TopK.ids and TopK.logp must have one shape (T, K), K > 0, "
+                f"got {tuple(self.ids.shape)} and {tuple(self.logp.shape)}"
             )
         if self.ids.dtype != torch.int64:
             raise ValueError(f"TopK.ids must be int64, got {self.ids.dtype}")
@@ -87,20 +90,28 @@ class TopK:
             raise ValueError(f"TopK.rest must be 'bucket' or 'renormalize', got {self.rest!r}")
 
 
+# None, for fields typed as the Tensor they are once given. A loss may rely on the type: the view it gets of Stats and
+# Batch refuses to hand out a None (`_Given`).
+NOT_GIVEN: Any = None
+
+
 @dataclass(frozen=True)
 class Stats:
-    """Per-token facts about p = softmax(logits / temperature): all that a loss may know of the model. None: not asked for."""
+    """Per-token facts about p = softmax(logits / temperature): all that a loss may know of the model.
 
-    logp: Tensor | None = None  # (T,) log p[target], <= 0
-    lse: Tensor | None = None  # (T,) logsumexp of the logits / temperature
-    entropy: Tensor | None = None  # (T,) -sum p log p, nats, >= 0
-    reverse_kl: Tensor | None = None  # (T,) KL(p || q), nats, >= 0
-    forward_kl: Tensor | None = None  # (T,) KL(q || p), nats, >= 0
-    jsd: Tensor | None = None  # (T,) b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p  (arXiv:2306.13649)
-    log_sum_sq: Tensor | None = None  # (T,) log sum p^2, <= 0
-    mean_logp: Tensor | None = None  # (T,) mean over the vocabulary of log p
-    top1: Tensor | None = None  # (T,) bool: no token is more likely than the target
-    logp_at_1: Tensor | None = None  # (T,) log p[target] at temperature 1, asked for as "logp@1"
+    A statistic that was not asked for is None.
+    """
+
+    logp: Tensor = NOT_GIVEN  # (T,) log p[target], <= 0
+    lse: Tensor = NOT_GIVEN  # (T,) logsumexp of the logits / temperature
+    entropy: Tensor = NOT_GIVEN  # (T,) -sum p log p, nats, >= 0
+    reverse_kl: Tensor = NOT_GIVEN  # (T,) KL(p || q), nats, >= 0
+    forward_kl: Tensor = NOT_GIVEN  # (T,) KL(q || p), nats, >= 0
+    jsd: Tensor = NOT_GIVEN  # (T,) b KL(q || m) + (1 - b) KL(p || m), m = b q + (1 - b) p  (arXiv:2306.13649)
+    log_sum_sq: Tensor = NOT_GIVEN  # (T,) log sum p^2, <= 0
+    mean_logp: Tensor = NOT_GIVEN  # (T,) mean over the vocabulary of log p
+    top1: Tensor = NOT_GIVEN  # (T,) bool: no token is more likely than the target
+    logp_at_1: Tensor = NOT_GIVEN  # (T,) log p[target] at temperature 1, asked for as "logp@1"
 
 
 # How an output is asked for -> its field. "logp@1" is no Python name, so it alone differs.
@@ -117,25 +128,27 @@ PER_SEQUENCE = ("label", "completion_length")
 class Batch:
     """A packed batch: S sequences laid end to end in T positions, with what is known of each before the forward pass.
 
-    Positions count whole sequences, prompt and last position included; where nothing is to be predicted, target is -100.
-    Pairs are adjacent sequences: chosen, then rejected.
+    Positions count whole sequences, prompt and last position included; where nothing is to be predicted, target is
+    -100. Pairs are adjacent sequences: chosen, then rejected.
     """
 
     target: Tensor  # (T,) int64, or -100
     lengths: Tensor  # (S,) int64, positions of each sequence in order; they sum to T
-    old_logp: Tensor | None = None  # (T,) under the policy that is being improved; None: on policy
-    ref_logp: Tensor | None = None  # (T,) under the reference
-    rollout_logp: Tensor | None = None  # (T,) as the sampler reported it
-    advantage: Tensor | None = None  # (T,); one of shape (S,) is spread over its sequence
-    old_value: Tensor | None = None  # (T,)
-    return_: Tensor | None = None  # (T,)
-    label: Tensor | None = None  # (S,) bool, desirable or not (KTO)
-    completion_length: Tensor | None = None  # (S,) tokens of the completion, before any masking
-    margin: Tensor | None = None  # (S / 2,)
-    kl: Tensor | None = None  # scalar, KTO's baseline
-    weight: Tensor | None = None  # (U,) the normalisation; None: 1 / kept units
-    kept: Tensor | None = None  # (N,) int64, positions with a target, if known beforehand; a Batch from packing has them
-    kept_lengths: Tensor | None = None  # (S,) int64 on the host, how many of them each sequence has; given with `kept`
+    old_logp: Tensor = NOT_GIVEN  # (T,) under the policy that is being improved; None: on policy
+    ref_logp: Tensor = NOT_GIVEN  # (T,) under the reference
+    rollout_logp: Tensor = NOT_GIVEN  # (T,) as the sampler reported it
+    advantage: Tensor = NOT_GIVEN  # (T,); one of shape (S,) is spread over its sequence
+    old_value: Tensor = NOT_GIVEN  # (T,)
+    return_: Tensor = NOT_GIVEN  # (T,)
+    label: Tensor = NOT_GIVEN  # (S,) bool, desirable or not (KTO)
+    completion_length: Tensor = NOT_GIVEN  # (S,) tokens of the completion, before any masking
+    margin: Tensor = NOT_GIVEN  # (S / 2,)
+    kl: Tensor = NOT_GIVEN  # scalar, KTO's baseline
+    weight: Tensor = NOT_GIVEN  # (U,) the normalisation; None: 1 / kept units
+    kept: Tensor | None = (
+        None  # (N,) int64, positions with a target, if known beforehand; a Batch from packing has them
+    )
+    kept_lengths: Tensor = NOT_GIVEN  # (S,) int64 on the host, how many of them each sequence has; given with `kept`
 
     def __post_init__(self):
         T, S = self.target.numel(), self.lengths.numel()
@@ -145,22 +158,26 @@ class Batch:
             raise ValueError(f"batch.target must be int64, got {self.target.dtype}")
         if self.lengths.ndim != 1 or self.lengths.is_floating_point():
             raise ValueError(
-                f"batch.lengths must be a flat integer tensor (S,), got {self.lengths.dtype} {tuple(self.lengths.shape)}"
+                f"batch.lengths must be a flat integer tensor (S,), got {self.lengths.dtype} of shape "
+                f"{tuple(self.lengths.shape)}"
             )
         # Only where reading costs nothing: on an accelerator the head looks at the sum, with the other range checks.
-        if self.lengths.device.type == "cpu" and (S == 0 or int(self.lengths.min()) < 0 or int(self.lengths.sum()) != T):
+        if self.lengths.device.type == "cpu" and (
+            S == 0 or int(self.lengths.min()) < 0 or int(self.lengths.sum()) != T
+        ):
             raise ValueError(
                 f"batch.lengths must be non-negative and sum to the {T} positions of batch.target, "
                 f"got {S} lengths summing to {int(self.lengths.sum())}"
             )
         if self.advantage is not None and self.advantage.shape == (S,) and S != T:
             object.__setattr__(self, "advantage", self.spread(self.advantage))
-        shapes = {name: (T,) for name in PER_TOKEN} | {name: (S,) for name in PER_SEQUENCE}
+        shapes = dict.fromkeys(PER_TOKEN, (T,)) | dict.fromkeys(PER_SEQUENCE, (S,))
         for name, shape in (shapes | {"margin": (S // 2,), "kl": ()}).items():
             value = getattr(self, name)
             if value is not None and value.shape != shape:
                 raise ValueError(
-                    f"batch.{name} must have shape {shape} to match {T} positions in {S} sequences, got {tuple(value.shape)}"
+                    f"batch.{name} must have shape {shape} to match {T} positions in {S} sequences, "
+                    f"got {tuple(value.shape)}"
                 )
 
     @functools.cached_property
@@ -178,7 +195,8 @@ class Batch:
         return x.index_select(0, self.sequence)
 
     def behaviour_logp(self, logp: Tensor) -> Tensor:  # (T,) -> (T,)
-        """old_logp; where it was not given the policy that sampled is the one being trained, so logp itself, as a constant."""
+        """old_logp; where it was not given the policy that sampled is the one being trained, so logp itself, as a
+        constant."""
         return logp.detach() if self.old_logp is None else self.old_logp
 
     @staticmethod
@@ -199,7 +217,10 @@ class Batch:
         if unit == "token":
             return torch.ones_like(self.target, dtype=torch.bool)
         left = self.lengths.to(self.target.device) > 0
-        return {"sequence": left, "pair": left[0::2] | left[1::2], "batch": left.any().reshape(1)}[unit]
+        if unit == "pair":
+            chosen, rejected = self.pairs(left)
+            return chosen | rejected
+        return left if unit == "sequence" else left.any().reshape(1)
 
     def at(self, rows: Tensor) -> Batch:  # (N,) ascending positions
         """The same sequences with only these positions left in them. `weight` is not carried: it belongs to units."""
@@ -210,7 +231,9 @@ class Batch:
             lengths = torch.zeros_like(self.lengths, device=rows.device).index_add(
                 0, self.sequence.index_select(0, rows), torch.ones_like(rows, dtype=self.lengths.dtype)
             )
-        picked = {n: getattr(self, n).index_select(0, rows) for n in ("target", *PER_TOKEN) if getattr(self, n) is not None}
+        picked = {
+            n: getattr(self, n).index_select(0, rows) for n in ("target", *PER_TOKEN) if getattr(self, n) is not None
+        }
         return replace(self, lengths=lengths, weight=None, kept=None, kept_lengths=None, **picked)
 
     def blank(self, mask: Tensor) -> Batch:  # (T,) bool
@@ -224,7 +247,8 @@ class Batch:
         return replace(self, **{n: v.to(device, non_blocking=True) for n, v in moved.items() if v is not None})
 
     def slice(self, first: int, last: int, start: int, stop: int) -> Batch:
-        """Sequences first..last, which are positions start..stop. Whole sequences only, so every field keeps its meaning."""
+        """Sequences first..last, which are positions start..stop. Whole sequences only, so every field keeps its
+        meaning."""
         cut = {n: getattr(self, n)[start:stop] for n in ("target", *PER_TOKEN) if getattr(self, n) is not None}
         cut |= {n: getattr(self, n)[first:last] for n in ("lengths", *PER_SEQUENCE) if getattr(self, n) is not None}
         if self.margin is not None:
@@ -275,7 +299,8 @@ class Loss:
         for name in knobs:
             if name not in known:
                 raise ValueError(
-                    f"the loss {self.name!r} has no knob {name!r}{nearest(name, known)}; its knobs: {', '.join(known) or 'none'}"
+                    f"the loss {self.name!r} has no knob {name!r}{nearest(name, known)}; "
+                    f"its knobs: {', '.join(known) or 'none'}"
                 )
 
     def on_kept(self, stats: Stats, batch: Batch, **knobs: object) -> Tensor:  # batch.at(kept) -> (U,)
@@ -289,7 +314,9 @@ class Loss:
         for f in fields(stats):
             value = getattr(stats, f.name)
             if value is not None and value.shape != (T,):
-                raise ValueError(f"stats.{f.name} must have shape ({T},) to match batch.target, got {tuple(value.shape)}")
+                raise ValueError(
+                    f"stats.{f.name} must have shape ({T},) to match batch.target, got {tuple(value.shape)}"
+                )
         rows = batch.kept if batch.kept is not None else (batch.target != IGNORE).nonzero()[:, 0]
         kept = {f.name: getattr(stats, f.name) for f in fields(stats) if getattr(stats, f.name) is not None}
         inner = batch.at(rows)
@@ -315,5 +342,7 @@ def loss(
     if differentiates is None:
         differentiates = [name for name in reads if name != "top1"]
     elif "top1" in differentiates or not set(differentiates) <= set(reads):
-        raise ValueError(f"differentiates must be some of reads {tuple(reads)} other than top1, got {tuple(differentiates)}")
+        raise ValueError(
+            f"differentiates must be some of reads {tuple(reads)} other than top1, got {tuple(differentiates)}"
+        )
     return lambda equation: Loss(equation, unit, tuple(reads), tuple(differentiates))

@@ -8,7 +8,8 @@ from fastpost.types import Batch, Stats, loss
 
 
 def clipped(ratio: Tensor, advantage: Tensor, epsilon: float, epsilon_high: float | None) -> Tensor:  # (U,) each
-    """-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) of PPO (arXiv:1707.06347); another epsilon_high is DAPO's clip-higher."""
+    """-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) of PPO (arXiv:1707.06347); another epsilon_high is DAPO's
+    clip-higher."""
     high = epsilon if epsilon_high is None else epsilon_high
     if not (0 <= epsilon <= 1 and high >= 0):
         raise ValueError(f"epsilon must be in [0, 1] and epsilon_high not negative, got {epsilon} and {epsilon_high}")
@@ -16,7 +17,9 @@ def clipped(ratio: Tensor, advantage: Tensor, epsilon: float, epsilon_high: floa
 
 
 @loss(unit="token")
-def grpo(stats: Stats, batch: Batch, *, epsilon: float = 0.2, epsilon_high: float | None = None, beta: float = 0.0) -> Tensor:
+def grpo(
+    stats: Stats, batch: Batch, *, epsilon: float = 0.2, epsilon_high: float | None = None, beta: float = 0.0
+) -> Tensor:
     """-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) + beta k3(logp, ref_logp). Unit: token. arXiv:2402.03300.
 
     epsilon_high: None means epsilon; larger is DAPO's clip-higher (arXiv:2503.14476). beta: 0 reads no ref_logp.

@@ -1,11 +1,12 @@
 """The row kernels on a GPU: what `fastpost.rows.TorchRows` does, one pass over the tile for each kernel.
 
-  fold     one program a row walks its columns: online maxima and sums, then (frozen schedule) e^(z - max) in the operands' dtype
+  fold     one program a row walks its columns: online maxima and sums, then (frozen schedule) e^(z - max) in the
+           operands' dtype
   mixture  one program a row: KL(p || m) and KL(q || m)
   grads    one program a row and block of columns: dL/dtile, elementwise
 
-All three read each logit once or twice and write at most one number for it, so memory bandwidth is their floor. Tiles are fp32; every
-sum is fp32. The lines quoted above a stage are those of fastpost/rows.py.
+All three read each logit once or twice and write at most one number for it, so memory bandwidth is their floor. Tiles
+are fp32; every sum is fp32. The lines quoted above a stage are those of fastpost/rows.py.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Set as AbstractSet
 
-import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # The same places as in fastpost/rows.py; a test compares them.
 MAX, SUM, TARGET, SUM_Z, SUM_SQ, TOTAL, MAX_Q, SUM_Q, CROSS_P, CROSS_Q, SUM_ZQ, MAX_1, SUM_1, P_M, Q_M = map(
@@ -26,7 +27,8 @@ C_TARGET, C_P, C_PLOGP, C_PLOGQ, C_Q, C_PSQ, C_ONE, C_PLOGM, C_AT_1 = map(tl.con
 C_MAX, C_LOG_SUM, C_MAX_Q, C_LOG_SUM_Q, C_MAX_1, C_LOG_SUM_1, C_LOG_SUM_SQ = map(tl.constexpr, range(9, 16))
 LOWEST = tl.constexpr(-1e30)
 
-# Columns a program takes at a time, and warps: without a spill on sm_80, sm_89, sm_90, sm_100 and gfx942 (tests/test_triton_compile.py).
+# Columns a program takes at a time, and warps: without a spill on sm_80, sm_89, sm_90, sm_100 and gfx942
+# (tests/test_triton_compile.py).
 # Not yet timed on a GPU.
 LAUNCH = {
     "fold": {"BV": 4096, "num_warps": 8},
@@ -73,7 +75,11 @@ def _fold_kernel(
     i_r = tl.program_id(0).to(tl.int64)
     p_state, p_tile, p_tile_q = state + i_r, tile + i_r * tile_stride, tile_q + i_r * tile_q_stride
     b_max, b_sum = tl.load(p_state + MAX * R), tl.load(p_state + SUM * R)
-    b_sum_z, b_sum_sq, b_total = tl.load(p_state + SUM_Z * R), tl.load(p_state + SUM_SQ * R), tl.load(p_state + TOTAL * R)
+    b_sum_z, b_sum_sq, b_total = (
+        tl.load(p_state + SUM_Z * R),
+        tl.load(p_state + SUM_SQ * R),
+        tl.load(p_state + TOTAL * R),
+    )
     b_max_q, b_sum_q = tl.load(p_state + MAX_Q * R), tl.load(p_state + SUM_Q * R)
     b_cross_p, b_cross_q, b_sum_zq = (
         tl.load(p_state + CROSS_P * R),
@@ -228,10 +234,9 @@ def _grads_kernel(
         if JSD:
             b_factor += _logaddexp(b_logp + log_other, b_logq + log_beta) * tl.load(p_c + C_PLOGM * R)
     b_d = b_p * b_factor
-    if DENSE:
-        # + q * c[Q]
-        if FORWARD:
-            b_d += tl.exp(b_logq) * tl.load(p_c + C_Q * R)
+    # + q * c[Q]
+    if DENSE and FORWARD:
+        b_d += tl.exp(b_logq) * tl.load(p_c + C_Q * R)
     if WANT_SQ:
         b_d += tl.exp(2.0 * b_logp - tl.load(p_c + C_LOG_SUM_SQ * R)) * tl.load(p_c + C_PSQ * R)
     # + c[ONE] + 1_y * c[TARGET]
@@ -251,7 +256,8 @@ def _grads_kernel(
 
 
 class TritonRows:
-    """`fold`, `mixture` and `grads` of fastpost.rows.TorchRows, with its arguments. Tiles are fp32 with unit column stride."""
+    """`fold`, `mixture` and `grads` of fastpost.rows.TorchRows, with its arguments. Tiles are fp32 with unit column
+    stride."""
 
     def fold(
         self,
@@ -270,11 +276,13 @@ class TritonRows:
         q, o = tile if tile_q is None else tile_q, tile if out is None else out
         _fold_kernel[(tile.shape[0],)](
             state, tile, q, o, target, _or(bias, tile), _or(bias_q, tile), _or(inverse_temperature, tile),
-            *tile.shape, start, tile.stride(0), q.stride(0), o.stride(0), scale, softcap or 1.0, scale_q, softcap_q or 1.0,
+            *tile.shape, start, tile.stride(0), q.stride(0), o.stride(0),
+            scale, softcap or 1.0, scale_q, softcap_q or 1.0,
             HAS_BIAS=bias is not None, CAPPED=softcap is not None, TEMPERED=inverse_temperature is not None,
             DENSE=tile_q is not None, HAS_BIAS_Q=bias_q is not None, CAPPED_Q=softcap_q is not None,
-            WANT_Z=bool(wants & {"entropy", "reverse_kl"}), WANT_SQ="log_sum_sq" in wants, WANT_TOTAL="mean_logp" in wants,
-            WANT_AT_1="logp@1" in wants, REVERSE="reverse_kl" in wants, FORWARD="forward_kl" in wants, WRITE=out is not None,
+            WANT_Z=bool(wants & {"entropy", "reverse_kl"}), WANT_SQ="log_sum_sq" in wants,
+            WANT_TOTAL="mean_logp" in wants, WANT_AT_1="logp@1" in wants,
+            REVERSE="reverse_kl" in wants, FORWARD="forward_kl" in wants, WRITE=out is not None,
             **_launch("fold", tile.shape[1]),
         )  # fmt: skip
 
@@ -317,12 +325,14 @@ class TritonRows:
         jsd = "jsd" in wants
         _grads_kernel[(tile.shape[0], triton.cdiv(tile.shape[1], launch["BV"]))](
             tile, q, out, target, _or(bias, tile), _or(bias_q, tile), _or(inverse_temperature, tile), c,
-            *tile.shape, start, tile.stride(0), q.stride(0), out.stride(0), scale, softcap or 1.0, scale_q, softcap_q or 1.0,
+            *tile.shape, start, tile.stride(0), q.stride(0), out.stride(0),
+            scale, softcap or 1.0, scale_q, softcap_q or 1.0,
             math.log(beta) if jsd else 0.0, math.log1p(-beta) if jsd else 0.0,
             HAS_BIAS=bias is not None, CAPPED=softcap is not None, TEMPERED=inverse_temperature is not None,
             DENSE=tile_q is not None, HAS_BIAS_Q=bias_q is not None, CAPPED_Q=softcap_q is not None,
-            WANT_Z=bool(wants & {"entropy", "reverse_kl", "jsd"}), WANT_SQ="log_sum_sq" in wants, WANT_ONE="mean_logp" in wants,
-            WANT_AT_1="logp@1" in wants, REVERSE="reverse_kl" in wants, FORWARD="forward_kl" in wants, JSD=jsd,
+            WANT_Z=bool(wants & {"entropy", "reverse_kl", "jsd"}), WANT_SQ="log_sum_sq" in wants,
+            WANT_ONE="mean_logp" in wants, WANT_AT_1="logp@1" in wants,
+            REVERSE="reverse_kl" in wants, FORWARD="forward_kl" in wants, JSD=jsd,
             **launch,
         )  # fmt: skip
 
