@@ -39,10 +39,10 @@ STORIES = (
     "There are {a} {what} in a box and {b} in a bag. How many {what} are there?\n",
     "{who} counts {a} {what}, then {b} others. How many {what} in all?\n",
 )
-DEMONSTRATIONS, PROMPTS, VALIDATION, TEST = 200, 2000, 200, 300  # problems of each file
-HELD_OUT = 30  # of the 90 two-digit numbers, kept for validation and test
+DEMONSTRATIONS, PROMPTS, VALIDATION, TEST = 250, 2000, 200, 300  # problems of each file
+HELD_OUT = 25  # of the 90 two-digit numbers, kept for validation and test
 ROUND, PATIENCE = 50, 3  # SFT steps between validations, and validations without a rise before it stops
-GRPO_STEPS = 150
+GRPO_STEPS, LONGEST = 150, 26  # a worked sum has at most 24 tokens
 REWARD = "number_match"
 
 
@@ -173,7 +173,7 @@ def accuracy(model_dir: Path, dataset: Path) -> float:
     rows = read_rows(dataset)
     check_columns(rows, "grpo", dataset)
     model, tokenizer = load_model(model_dir, dtype="float32")
-    task = Task([load_reward(REWARD)], None, Sampling(max_completion_length=32))
+    task = Task([load_reward(REWARD)], None, Sampling(max_completion_length=LONGEST))
     return greedy_reward(model, tokenizer, prompts(rows, tokenizer, None), task)
 
 
@@ -226,7 +226,7 @@ def _grpo(run: Path, seed: int, begun: Stage) -> Stage:
         adam_beta2=0.99,
         per_device_train_batch_size=512,
         generation_batch_size=512,
-        max_completion_length=32,
+        max_completion_length=LONGEST,
         epsilon_high=0.28,
         gradient_checkpointing=False,
         max_steps=GRPO_STEPS,

@@ -68,6 +68,11 @@ def test_rows_to_see():
     assert loop.rows_to_see(config(max_steps=6), 3, 4, iterations=2) == 12
 
 
+def test_something_is_due_when_a_multiple_was_reached_or_passed():
+    assert [loop.due(step, step + 4, 10) for step in range(0, 24, 4)] == [False, False, True, False, True, False]
+    assert not loop.due(0, 5, 0)
+
+
 def test_vectors_do_not_decay_and_frozen_weights_are_left_out():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2))
     model[2].requires_grad_(False)

@@ -55,7 +55,7 @@ def start(config: Training) -> Start:
     found = find_checkpoint(config)
     seed_step(config.seed, -1)  # adapters begin at random
     # An adapter's checkpoint holds the adapter alone; its base is still where it was.
-    model, tokenizer = _load(config, config.model if config.lora_r or found is None else str(found))
+    model, tokenizer = load(config, config.model if config.lora_r or found is None else str(found))
     if found is not None and config.lora_r:
         from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -73,7 +73,8 @@ def start(config: Training) -> Start:
     return Start(model, tokenizer, optimizer, state["step"], state["num_tokens"])
 
 
-def _load(config: Training, path: str) -> tuple[Any, Any]:
+def load(config: Training, path: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a directory, as the config wants them."""
     targets = config.lora_target_modules
     frozen_on_gpu = config.lora_r > 0 and the_device().type == "cuda"
     return load_model(

@@ -117,7 +117,9 @@ class Grpo(Training):
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = option(
         "dapo", LOSS, "what a step averages over: its tokens; within then over completions; max_completion_length each"
     )
-    num_iterations: int = option(1, LOSS, "optimizer steps on the same rollouts", above=0)
+    num_iterations: int = option(
+        1, LOSS, "optimizer steps on the same rollouts; files are written between rollouts", above=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,14 +131,11 @@ class Grpo(Training):
                 f"reward_weights must hold one number for each of the {len(self.reward)} rewards, "
                 f"got {len(self.reward_weights)}"
             )
-        for name in ("max_steps", "save_steps", "eval_steps"):
-            value = getattr(self, name)
-            if value > 0 and value % self.num_iterations:
-                more = value + -value % self.num_iterations
-                raise ValueError(
-                    f"{name} must be a multiple of num_iterations {self.num_iterations}, since rollouts are used up "
-                    f"before a run stops, saves or evaluates: got {value}, try {more}"
-                )
+        if self.max_steps > 0 and self.max_steps % self.num_iterations:
+            raise ValueError(
+                f"max_steps must be a multiple of num_iterations {self.num_iterations}, so that the last rollouts are "
+                f"used up: got {self.max_steps}, try {self.max_steps + -self.max_steps % self.num_iterations}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

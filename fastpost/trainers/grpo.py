@@ -14,14 +14,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastpost.advantages import group_centred
 from fastpost.data import Prompt, check_columns, prompts, read_rows
 from fastpost.models.saving import save_model
+from fastpost.packing import Packed
 from fastpost.rewards import load_reward
 from fastpost.rollout import Sampling
 from fastpost.trainers import checkpoint
 from fastpost.trainers.config import Grpo
-from fastpost.trainers.loop import apply_gradients, due, learning_rate, order, rows_to_see, seed_of, seed_step
+from fastpost.trainers.loop import (
+    apply_gradients,
+    autocast,
+    due,
+    learning_rate,
+    order,
+    rows_to_see,
+    seed_of,
+    seed_step,
+)
 from fastpost.trainers.metrics import Metrics, append, say
 from fastpost.trainers.plots import plot_metrics
 from fastpost.trainers.policy import Reference, backward, policy_packs
@@ -36,18 +48,18 @@ def grpo(config: Grpo) -> None:
     start = checkpoint.start(config)
     model, tokenizer = start.model, start.tokenizer
     data = {name: _prompts(name, part, tokenizer, config) for name, part in rows.items()}
-    reference = Reference.of(model, config) if config.beta else None
-    G, inner, asked = config.num_generations, config.num_iterations, data["train"]
+    reference = Reference.of(start, config) if config.beta else None
+    G, iterations, asked = config.num_generations, config.num_iterations, data["train"]
     each = config.rows_per_step // G  # prompts of a round
-    stop = rows_to_see(config, len(asked), each, inner)
-    total = math.ceil(stop / each) * inner
+    stop = rows_to_see(config, len(asked), each, iterations)
+    total = math.ceil(stop / each) * iterations
 
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(output, "grpo", start.step, total, start.num_tokens)
-    for step in range(start.step, total, inner):
+    for step in range(start.step, total, iterations):
         seed_step(config.seed, step)
-        first = step // inner * each
+        done, first = step + iterations, step // iterations * each
         last = min(first + each, stop)
         chosen = [asked[i] for i in order(len(asked), config.seed, first, last)]
         sampling = replace(task.sampling, seed=seed_of(config.seed, step))
@@ -55,31 +67,38 @@ def grpo(config: Grpo) -> None:
         advantages = group_centred(rollouts.scores.rewards, G, config.scale_rewards)
         packs = policy_packs(rollouts, advantages, config)
         packs = packs if reference is None else [reference.scored(packed) for packed in packs]
-        for done in range(step + 1, step + inner + 1):
-            began = time.perf_counter()
-            packs, values = backward(model, packs, config)
-            rate = learning_rate(config, done - 1, total)
-            # With no gradient at all AdamW would still move the model, by momentum and decay alone.
-            norm = apply_gradients(model, start.optimizer, rate, config.max_grad_norm) if packs else 0.0
-            values |= {"grad_norm": norm, "learning_rate": rate, "step_time/update": time.perf_counter() - began}
-            metrics.add(rollout_metrics(rollouts, G) | values, sum(packed.input_ids.numel() for packed in packs))
-            if "eval" in data and (due(done, config.eval_steps) or done == total):
-                metrics.note({"eval_reward": greedy_reward(model, tokenizer, data["eval"], task)})
-            if due(done, config.logging_steps) or done == total:
-                metrics.write(done, last / len(asked))
-                append(output / "completions.jsonl", first_group(rollouts, G, done))
-        if due(step + inner, config.save_steps):
-            checkpoint.save(config, start, step + inner, metrics.num_tokens)
+        facts = rollout_metrics(rollouts, G)
+        for at in range(step, done):
+            packs, values = update(model, start.optimizer, packs, learning_rate(config, at, total), config)
+            metrics.add(facts | values, sum(packed.input_ids.numel() for packed in packs))
+        if "eval" in data and (due(step, done, config.eval_steps) or done == total):
+            metrics.note({"eval_reward": greedy_reward(model, tokenizer, data["eval"], task)})
+        if due(step, done, config.logging_steps) or done == total:
+            metrics.write(done, last / len(asked))
+            append(output / "completions.jsonl", first_group(rollouts, G, done))
+        if due(step, done, config.save_steps):
+            checkpoint.save(config, start, done, metrics.num_tokens)
     metrics.close()
     save_model(model, tokenizer, output)
     plot_metrics(output)
     say(f"saved {config.output_dir}")
 
 
+def update(
+    model: Any, optimizer: torch.optim.Optimizer, packs: list[Packed], rate: float, config: Grpo
+) -> tuple[list[Packed], dict[str, float]]:
+    """One optimizer step on the packs; returns them with old_logp, and what the log shows of the step."""
+    began = time.perf_counter()
+    packs, values = backward(model, packs, config)
+    # With no gradient at all AdamW would still move the model, by momentum and decay alone.
+    norm = apply_gradients(model, optimizer, rate, config.max_grad_norm) if packs else 0.0
+    return packs, values | {"grad_norm": norm, "learning_rate": rate, "step_time/update": time.perf_counter() - began}
+
+
 def _task(config: Grpo) -> Task:
     sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.max_completion_length)
     rewards = [load_reward(spec) for spec in config.reward]
-    return Task(rewards, config.reward_weights, sampling, config.generation_batch_size)
+    return Task(rewards, config.reward_weights, sampling, config.generation_batch_size, autocast(config))
 
 
 def _rows(path: str) -> Any:

@@ -66,9 +66,9 @@ def rows_to_see(config: Training, rows: int, each: int, iterations: int = 1) -> 
     return config.max_steps // iterations * each if config.max_steps > 0 else math.ceil(config.num_train_epochs * rows)
 
 
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after this one."""
-    return every > 0 and step % every == 0
+def due(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of `every` (0: there is none) was reached between these numbers of steps."""
+    return every > 0 and after // every > before // every
 
 
 def bins(lengths: list[int], config: Training) -> list[list[int]]:

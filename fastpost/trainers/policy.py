@@ -22,6 +22,7 @@ from fastpost import Batch, Head, Loss, Stats, fused_loss, losses, token_stats
 from fastpost.losses import kl
 from fastpost.models.trunk import hidden_states
 from fastpost.packing import Example, Packed, pack
+from fastpost.trainers import checkpoint
 from fastpost.trainers.config import Grpo
 from fastpost.trainers.loop import autocast, bins, the_device
 from fastpost.trainers.rollouts import Rollouts
@@ -71,8 +72,12 @@ class Reference:
     config: Grpo
 
     @staticmethod
-    def of(model: Any, config: Grpo) -> Reference:
-        return Reference(model if config.lora_r else copy.deepcopy(model).requires_grad_(False), config)
+    def of(start: checkpoint.Start, config: Grpo) -> Reference:
+        if config.lora_r:
+            return Reference(start.model, config)
+        # On resume the policy has moved on; the reference is still where the run began.
+        model = checkpoint.load(config, config.model)[0] if start.step else copy.deepcopy(start.model)
+        return Reference(model.to(the_device()).requires_grad_(False), config)
 
     @torch.no_grad()
     def scored(self, packed: Packed) -> Packed:

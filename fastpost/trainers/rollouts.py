@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Task:
     weights: Sequence[float] | None  # None: 1 each
     sampling: Sampling
     batch_size: int = 256  # completions decoded together
+    precision: AbstractContextManager = field(default_factory=nullcontext)  # of generation
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,10 @@ def roll_out(
     """num_generations completions of each prompt, and what the reward functions think of them."""
     began = time.perf_counter()
     ids = [prompt.input_ids for prompt in prompts]
-    completions = generate(
-        model, tokenizer, ids, task.sampling, num_generations=num_generations, batch_size=task.batch_size
-    )
+    with task.precision:
+        completions = generate(
+            model, tokenizer, ids, task.sampling, num_generations=num_generations, batch_size=task.batch_size
+        )
     generated = time.perf_counter()
     repeated = [prompt for prompt in prompts for _ in range(num_generations)]
     token_ids = [completion.ids for completion in completions]

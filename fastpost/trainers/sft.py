@@ -55,11 +55,11 @@ def sft(config: Sft) -> None:
         values |= {"grad_norm": apply_gradients(model, optimizer, rate, config.max_grad_norm), "learning_rate": rate}
         metrics.add(values, sum(len(example.input_ids) for example in window))
         done = step + 1
-        if "eval" in data and (due(done, config.eval_steps) or done == total):
+        if "eval" in data and (due(step, done, config.eval_steps) or done == total):
             metrics.note(evaluate(model, data["eval"], config))
-        if due(done, config.logging_steps) or done == total:
+        if due(step, done, config.logging_steps) or done == total:
             metrics.write(done, last / len(examples))
-        if due(done, config.save_steps):
+        if due(step, done, config.save_steps):
             checkpoint.save(config, start, done, metrics.num_tokens)
     metrics.close()
     save_model(model, start.tokenizer, output)
