@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "sweep": ("types", "gemm", "rows", "topk", "kernels", "native"),
     "door": ("types", "sweep"),
     "head": ("types", "gemm", "sweep", "door"),
-    "functional": ("types", "losses", "head"),
+    "functional": ("types", "gemm", "losses", "head"),
     "": ("types", "losses", "advantages", "packing", "head", "functional"),
     "data": ("types", "packing"),
     "models": ("types", "packing", "head"),
