@@ -42,7 +42,7 @@ STORIES = (
 DEMONSTRATIONS, PROMPTS, VALIDATION, TEST = 250, 2000, 200, 300  # problems of each file
 HELD_OUT = 25  # of the 90 two-digit numbers, kept for validation and test
 ROUND, PATIENCE = 50, 3  # SFT steps between validations, and validations without a rise before it stops
-GRPO_STEPS, LONGEST = 150, 26  # a worked sum has at most 24 tokens
+GRPO_STEPS, LONGEST = 120, 26  # a worked sum has at most 24 tokens
 REWARD = "number_match"
 
 
@@ -116,7 +116,6 @@ def write_task(run: Path, seed: int) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     rows = problems(seed)
-    run.mkdir(parents=True, exist_ok=True)
     for name, some in rows.items():
         append(run / f"{name}.jsonl", some)
     tokenizer = make_tokenizer([row["prompt"] + row["completion"] for row in rows["demonstrations"]])

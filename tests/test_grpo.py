@@ -242,9 +242,12 @@ def test_conversations_are_answered_by_messages(files: Path, run: Callable[..., 
     assert len(read_lines(tmp_path / "out" / "completions.jsonl")) == 3
 
 
-def test_a_nan_from_a_reward_function_is_named(files: Path, run: Callable[..., list[dict]]):
+def test_a_nan_from_a_reward_function_is_named_and_leaves_nothing(
+    files: Path, run: Callable[..., list[dict]], tmp_path: Path
+):
     with pytest.raises(ValueError, match=r"broken.*sample 0"):
         run("out", reward=f"{files / 'rewards.py'}:broken")
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_written_when_prompts_and_completions_cannot_fit(run: Callable[..., list[dict]], tmp_path: Path):

@@ -55,7 +55,6 @@ def grpo(config: Grpo) -> None:
     total = math.ceil(stop / each) * iterations
 
     output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(output, "grpo", start.step, total, start.num_tokens)
     for step in range(start.step, total, iterations):
         seed_step(config.seed, step)

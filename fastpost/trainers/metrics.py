@@ -69,7 +69,8 @@ def _mean(values: list[float]) -> float | None:
 
 
 def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Adds lines to a JSONL file."""
+    """Adds lines to a JSONL file. Its directory comes into being with it: a run that fails at once leaves nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 

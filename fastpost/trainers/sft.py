@@ -44,7 +44,6 @@ def sft(config: Sft) -> None:
     total = math.ceil(stop / each)
 
     output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     metrics = Metrics(output, "sft", start.step, total, start.num_tokens)
     for step in range(start.step, total):
         seed_step(config.seed, step)
