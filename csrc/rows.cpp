@@ -31,11 +31,12 @@ constexpr int64_t kRowsPerTask = 8;
 
 // The rows of the state and of the coefficients, in the order of rows.py.
 enum State {
-  MAX, SUM, TARGET, SUM_Z, SUM_SQ, TOTAL, MAX_Q, SUM_Q, CROSS_P, CROSS_Q, SUM_ZQ, MAX_1, SUM_1, P_M, Q_M,
+  MAX, SUM, TARGET, SUM_Z, SUM_SQ, TOTAL, MAX_Q, SUM_Q, APART_P, APART_Q, MAX_1, SUM_1, P_M, Q_M,
   kStateRows
 };
 enum Coefficient {
-  C_TARGET, C_P, C_PLOGP, C_PLOGQ, C_Q, C_PSQ, C_ONE, C_PLOGM, C_AT_1, LSE, LSE_Q, LOG_SUM_SQ, LSE_1,
+  C_TARGET, C_P, C_PLOGP, C_PLOGQ, C_Q, C_PSQ, C_ONE, C_PLOGM, C_AT_1,
+  C_MAX, C_LOG_SUM, C_MAX_Q, C_LOG_SUM_Q, C_MAX_1, C_LOG_SUM_1, C_LOG_SUM_SQ,
   kCoefficientRows
 };
 
@@ -96,52 +97,58 @@ EACH_CPU Sums fold_row(Row a, float max, int64_t n, float* out) {
 }
 
 struct Crossed {
-  float e = 0, e_other = 0, e_own = 0, other_e = 0;  // sums of eq, eq x, eq xq and e xq
+  float eq = 0, apart_p = 0, apart_q = 0;  // sums of eq, e (x - xq) and eq (xq - x)
 };
 
 // Sums over the reference's eq = e^xq, xq = zq - maxq, and across; e is what fold_row wrote.
 EACH_CPU Crossed fold_across(Row a, float max, Row q, float max_q, const float* written, int64_t n) {
-  float e_sum = 0, other_sum = 0, own_sum = 0, cross_sum = 0;
-#pragma omp simd reduction(+ : e_sum, other_sum, own_sum, cross_sum)
+  float eq_sum = 0, p_sum = 0, q_sum = 0;
+#pragma omp simd reduction(+ : eq_sum, p_sum, q_sum)
   for (int64_t i = 0; i < n; ++i) {
     const float x = a.logit[i] * a.slope - max, xq = q.logit[i] * q.slope - max_q;
     const float eq = exponential(xq);
-    e_sum += eq;
-    other_sum += eq * x;
-    own_sum += eq * xq;
-    cross_sum += written[i] * xq;
+    eq_sum += eq;
+    p_sum += written[i] * (x - xq);
+    q_sum += eq * (xq - x);
   }
-  return {e_sum, other_sum, own_sum, cross_sum};
+  return {eq_sum, p_sum, q_sum};
 }
 
-// What multiplies 1, p, p log p and p^2 in dL/dz, and log sum e^z.
-struct Slopes {
-  float one, p, p_logp, p_p, lse;
+// A row's logsumexp in its two parts, which are taken off one after the other: see rows.py.
+struct Norm {
+  float max, log_sum;
+  float log_probability(float z) const { return (z - max) - log_sum; }
 };
 
-EACH_CPU void grads_row(Row a, Slopes c, int64_t n, float* out) {
+// What multiplies 1, p, p log p and p^2 in dL/dz.
+struct Slopes {
+  float one, p, p_logp, p_p;
+};
+
+EACH_CPU void grads_row(Row a, Norm a_norm, Slopes c, int64_t n, float* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float logp = a.logit[i] * a.slope - c.lse, p = exponential(logp);
+    const float logp = a_norm.log_probability(a.logit[i] * a.slope), p = exponential(logp);
     out[i] = (c.one + p * (c.p + c.p_logp * logp + c.p_p * p)) * a.slope;
   }
 }
 
 // The same with a reference: p log q and q have their multipliers too.
-EACH_CPU void grads_row_across(Row a, Slopes c, Row q, float p_logq, float c_q, float lse_q, int64_t n, float* out) {
+EACH_CPU void grads_row_across(Row a, Norm a_norm, Slopes c, Row q, Norm q_norm, float p_logq, float c_q, int64_t n,
+                               float* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float logp = a.logit[i] * a.slope - c.lse, p = exponential(logp);
-    const float logq = q.logit[i] * q.slope - lse_q;
+    const float logp = a_norm.log_probability(a.logit[i] * a.slope), p = exponential(logp);
+    const float logq = q_norm.log_probability(q.logit[i] * q.slope);
     const float d = c.one + p * (c.p + c.p_logp * logp + c.p_p * p + p_logq * logq) + c_q * exponential(logq);
     out[i] = d * a.slope;
   }
 }
 
 // out -= c softmax(logit)
-EACH_CPU void subtract_softmax(const float* logit, float c, float lse, int64_t n, float* out) {
+EACH_CPU void subtract_softmax(const float* logit, Norm norm, float c, int64_t n, float* out) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] -= c * exponential(logit[i] - lse);
+  for (int64_t i = 0; i < n; ++i) out[i] -= c * exponential(norm.log_probability(logit[i]));
 }
 
 // ---- tiles ----
@@ -176,7 +183,7 @@ void each_row(int64_t rows, int64_t columns, const Work& work) {
   });
 }
 
-// state is (15, R), `at_1`: the sums of "logp@1" too. The rest as in rows.py.
+// state is (14, R), `at_1`: the sums of "logp@1" too. The rest as in rows.py.
 void fold(const at::Tensor& state, const at::Tensor& tile, const at::Tensor& target, int64_t start,
           const MaybeTensor& inverse_temperature, bool at_1, const MaybeTensor& tile_q, const MaybeTensor& out) {
   const int64_t R = tile.size(0), B = tile.size(1);
@@ -208,10 +215,9 @@ void fold(const at::Tensor& state, const at::Tensor& tile, const at::Tensor& tar
       const float max_q = std::max(at(MAX_Q), maximum(b, B));
       const float shift_q = at(MAX_Q) - max_q, decay_q = std::exp(shift_q);
       const Crossed cross = fold_across(a, max, b, max_q, e, B);
-      at(CROSS_P) = (at(CROSS_P) + shift_q * at(SUM)) * decay + cross.other_e;
-      at(CROSS_Q) = (at(CROSS_Q) + shift * at(SUM_Q)) * decay_q + cross.e_other;
-      at(SUM_ZQ) = (at(SUM_ZQ) + shift_q * at(SUM_Q)) * decay_q + cross.e_own;
-      at(SUM_Q) = at(SUM_Q) * decay_q + cross.e;
+      at(APART_P) = (at(APART_P) + (shift - shift_q) * at(SUM)) * decay + cross.apart_p;
+      at(APART_Q) = (at(APART_Q) + (shift_q - shift) * at(SUM_Q)) * decay_q + cross.apart_q;
+      at(SUM_Q) = at(SUM_Q) * decay_q + cross.eq;
       at(MAX_Q) = max_q;
     }
     at(SUM_Z) = (at(SUM_Z) + shift * at(SUM)) * decay + sums.ex;
@@ -222,7 +228,7 @@ void fold(const at::Tensor& state, const at::Tensor& tile, const at::Tensor& tar
   });
 }
 
-// c is (13, R); out may be the tile. `at_1`: "logp@1" has a gradient.
+// c is (16, R); out may be the tile. `at_1`: "logp@1" has a gradient.
 void grads(const at::Tensor& tile, const at::Tensor& target, int64_t start, const MaybeTensor& inverse_temperature,
            const at::Tensor& c, bool at_1, const at::Tensor& out, const MaybeTensor& tile_q) {
   const int64_t R = tile.size(0), B = tile.size(1);
@@ -241,14 +247,16 @@ void grads(const at::Tensor& tile, const at::Tensor& target, int64_t start, cons
     const auto at = [&](Coefficient slot) { return coefficient.row(slot)[r]; };
     if (at_1) std::copy(a.logit, a.logit + B, scratch);  // read again after out, which may be the tile, is written
     // p^2 / sum p^2 = p * p / sum p^2: no second exponential
-    const Slopes slopes{at(C_ONE), at(C_P), at(C_PLOGP), at(C_PSQ) * std::exp(-at(LOG_SUM_SQ)), at(LSE)};
+    const Slopes slopes{at(C_ONE), at(C_P), at(C_PLOGP), at(C_PSQ) * std::exp(-at(C_LOG_SUM_SQ))};
+    const Norm norm{at(C_MAX), at(C_LOG_SUM)};
     float* d = o.row(r);
     if (tile_q) {
-      grads_row_across(a, slopes, {q.row(r), a.slope}, at(C_PLOGQ), at(C_Q), at(LSE_Q), B, d);
+      const Norm q_norm{at(C_MAX_Q), at(C_LOG_SUM_Q)};
+      grads_row_across(a, norm, slopes, {q.row(r), a.slope}, q_norm, at(C_PLOGQ), at(C_Q), B, d);
     } else {
-      grads_row(a, slopes, B, d);
+      grads_row(a, norm, slopes, B, d);
     }
-    if (at_1) subtract_softmax(scratch, at(C_AT_1), at(LSE_1), B, d);
+    if (at_1) subtract_softmax(scratch, {at(C_MAX_1), at(C_LOG_SUM_1)}, at(C_AT_1), B, d);
     if (y[r] >= start && y[r] < start + B) d[y[r] - start] += at(C_TARGET) * a.slope + (at_1 ? at(C_AT_1) : 0.0f);
   });
 }

@@ -32,8 +32,8 @@ from torch import Tensor
 LOWEST = -1e30
 
 # Rows of the state: the running maxima and sums of each row.
-MAX, SUM, TARGET, SUM_Z, SUM_SQ, TOTAL, MAX_Q, SUM_Q, CROSS_P, CROSS_Q, SUM_ZQ, MAX_1, SUM_1, P_M, Q_M = range(15)
-STATE_ROWS = 15
+MAX, SUM, TARGET, SUM_Z, SUM_SQ, TOTAL, MAX_Q, SUM_Q, APART_P, APART_Q, MAX_1, SUM_1, P_M, Q_M = range(14)
+STATE_ROWS = 14
 
 # Rows of the coefficients: multipliers of the row vectors, then the constants that turn logits into log-probabilities.
 C_TARGET, C_P, C_PLOGP, C_PLOGQ, C_Q, C_PSQ, C_ONE, C_PLOGM, C_AT_1 = range(9)
@@ -120,7 +120,7 @@ class TorchRows:
         x, e, product = self._tile("x", z), self._tile("e", z), self._tile("product", z)
         shift, decay = self._shift(state, MAX, z, x)
         torch.exp(x, out=e)
-        if wants & {"entropy", "reverse_kl"}:  # sum e^(z-m) (z-m)
+        if "entropy" in wants:  # sum e^(z-m) (z-m)
             state[SUM_Z] = (state[SUM_Z] + shift * state[SUM]) * decay + torch.mul(e, x, out=product).sum(1)
         if "log_sum_sq" in wants:
             state[SUM_SQ] = state[SUM_SQ] * decay.square() + torch.mul(e, e, out=product).sum(1)
@@ -128,12 +128,14 @@ class TorchRows:
             _, zq = self._tempered("zq", tile_q, shape_q, inverse_temperature)
             xq = self._tile("xq", z)
             shift_q, decay_q = self._shift(state, MAX_Q, zq, xq)
-            if "reverse_kl" in wants:  # sum e^(z-m) (zq-mq)
-                state[CROSS_P] = (state[CROSS_P] + shift_q * state[SUM]) * decay + torch.mul(e, xq, out=product).sum(1)
+            # The difference is summed, not the sums subtracted: of two nearly equal distributions it is all there is.
+            if "reverse_kl" in wants:  # sum e^(z-m) ((z-m) - (zq-mq))
+                apart = torch.sub(x, xq, out=product).mul_(e).sum(1)
+                state[APART_P] = (state[APART_P] + (shift - shift_q) * state[SUM]) * decay + apart
             eq = torch.exp(xq, out=self._tile("eq", z))
-            if "forward_kl" in wants:  # sum e^(zq-mq) (z-m) and sum e^(zq-mq) (zq-mq)
-                for slot, y, moved in ((CROSS_Q, x, shift), (SUM_ZQ, xq, shift_q)):
-                    state[slot] = (state[slot] + moved * state[SUM_Q]) * decay_q + torch.mul(eq, y, out=product).sum(1)
+            if "forward_kl" in wants:  # sum e^(zq-mq) ((zq-mq) - (z-m))
+                apart = torch.sub(xq, x, out=product).mul_(eq).sum(1)
+                state[APART_Q] = (state[APART_Q] + (shift_q - shift) * state[SUM_Q]) * decay_q + apart
             state[SUM_Q] = state[SUM_Q] * decay_q + eq.sum(1)
         state[SUM] = state[SUM] * decay + e.sum(1)
         if out is not None:
@@ -251,9 +253,9 @@ def finish(
     if wants & {"reverse_kl", "forward_kl", "jsd"}:
         stats |= {"max_q": state[MAX_Q], "log_sum_q": log_sum_q}
     if "reverse_kl" in wants:
-        stats["reverse_kl"] = ((state[SUM_Z] - state[CROSS_P]) / state[SUM] - log_sum + log_sum_q).clamp(min=0)
+        stats["reverse_kl"] = (state[APART_P] / state[SUM] - log_sum + log_sum_q).clamp(min=0)
     if "forward_kl" in wants:
-        stats["forward_kl"] = ((state[SUM_ZQ] - state[CROSS_Q]) / state[SUM_Q] - log_sum_q + log_sum).clamp(min=0)
+        stats["forward_kl"] = (state[APART_Q] / state[SUM_Q] - log_sum_q + log_sum).clamp(min=0)
     return stats
 
 

@@ -1,7 +1,9 @@
-"""Every Triton kernel, in the configurations that are launched, compiled ahead of time for GPUs that are not here: no spills.
+"""Every Triton kernel, in the configurations that are launched, compiled ahead of time for GPUs that are not here: no
+spills.
 
-On NVIDIA a spill shows as STACK in cuobjdump's resource report (LOCAL is always 0 and proves nothing); on AMD in the kernel's own
-metadata. A tile too large for the registers is the control: it must trip the check, or the check is worth nothing.
+On NVIDIA a spill shows as STACK in cuobjdump's resource report (LOCAL is always 0 and proves nothing); on AMD in the
+kernel's own metadata. A tile too large for the registers is the control: it must trip the check, or the check is worth
+nothing.
 """
 
 import os
@@ -15,10 +17,9 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compilation and interpretation need separate processes", allow_module_level=True)
 
+from fastpost.kernels import rows  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-
-from fastpost.kernels import rows  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -46,7 +47,9 @@ def compiled(kernel, target: GPUTarget, on: set[str] | None, out: str, launch: d
         elif name in NUMBERS:
             signature[name] = "fp32"
         else:
-            signature[name] = {"out": f"*{out}", "target": "*i64", "bias": "*bf16", "bias_q": "*bf16"}.get(name, "*fp32")
+            signature[name] = {"out": f"*{out}", "target": "*i64", "bias": "*bf16", "bias_q": "*bf16"}.get(
+                name, "*fp32"
+            )
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=target, options={"num_warps": launch["num_warps"], "enable_fp_fusion": True})
@@ -69,7 +72,14 @@ def spills(binary, target: GPUTarget, tmp_path: Path) -> int:
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
 @pytest.mark.parametrize(
     ("kernel", "variant"),
-    [("fold", "plain"), ("fold", "frozen"), ("fold", "everything"), ("mixture", "everything"), ("grads", "plain"), ("grads", "everything")],
+    [
+        ("fold", "plain"),
+        ("fold", "frozen"),
+        ("fold", "everything"),
+        ("mixture", "everything"),
+        ("grads", "plain"),
+        ("grads", "everything"),
+    ],
 )
 def test_no_spills(kernel, variant, target, tmp_path):
     for out in ("bf16", "fp32") if variant == "everything" else ("bf16",):

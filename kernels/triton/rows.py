@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 
 # The same places as in fastpost/rows.py; a test compares them.
-MAX, SUM, TARGET, SUM_Z, SUM_SQ, TOTAL, MAX_Q, SUM_Q, CROSS_P, CROSS_Q, SUM_ZQ, MAX_1, SUM_1, P_M, Q_M = map(
-    tl.constexpr, range(15)
+MAX, SUM, TARGET, SUM_Z, SUM_SQ, TOTAL, MAX_Q, SUM_Q, APART_P, APART_Q, MAX_1, SUM_1, P_M, Q_M = map(
+    tl.constexpr, range(14)
 )
 C_TARGET, C_P, C_PLOGP, C_PLOGQ, C_Q, C_PSQ, C_ONE, C_PLOGM, C_AT_1 = map(tl.constexpr, range(9))
 C_MAX, C_LOG_SUM, C_MAX_Q, C_LOG_SUM_Q, C_MAX_1, C_LOG_SUM_1, C_LOG_SUM_SQ = map(tl.constexpr, range(9, 16))
@@ -81,11 +81,7 @@ def _fold_kernel(
         tl.load(p_state + TOTAL * R),
     )
     b_max_q, b_sum_q = tl.load(p_state + MAX_Q * R), tl.load(p_state + SUM_Q * R)
-    b_cross_p, b_cross_q, b_sum_zq = (
-        tl.load(p_state + CROSS_P * R),
-        tl.load(p_state + CROSS_Q * R),
-        tl.load(p_state + SUM_ZQ * R),
-    )
+    b_apart_p, b_apart_q = tl.load(p_state + APART_P * R), tl.load(p_state + APART_Q * R)
     b_max_1, b_sum_1 = tl.load(p_state + MAX_1 * R), tl.load(p_state + SUM_1 * R)
     b_inverse = 1.0
     if TEMPERED:
@@ -129,13 +125,12 @@ def _fold_kernel(
             b_max_q = b_new_q
             b_xq = b_zq - b_max_q
             b_eq = tl.exp(b_xq)
-            # state[CROSS_P] = (state[CROSS_P] + shift_q * state[SUM]) * decay + (e * xq).sum(1)
+            # state[APART_P] = (state[APART_P] + (shift - shift_q) * state[SUM]) * decay + (e * (x - xq)).sum(1)
             if REVERSE:
-                b_cross_p = (b_cross_p + shift_q * b_sum) * decay + tl.sum(b_e * b_xq)
-            # state[CROSS_Q], state[SUM_ZQ]: the same with p and q exchanged, and with q twice
+                b_apart_p = (b_apart_p + (shift - shift_q) * b_sum) * decay + tl.sum(b_e * (b_x - b_xq))
+            # state[APART_Q] = (state[APART_Q] + (shift_q - shift) * state[SUM_Q]) * decay_q + (eq * (xq - x)).sum(1)
             if FORWARD:
-                b_cross_q = (b_cross_q + shift * b_sum_q) * decay_q + tl.sum(b_eq * b_x)
-                b_sum_zq = (b_sum_zq + shift_q * b_sum_q) * decay_q + tl.sum(b_eq * b_xq)
+                b_apart_q = (b_apart_q + (shift_q - shift) * b_sum_q) * decay_q + tl.sum(b_eq * (b_xq - b_x))
             b_sum_q = b_sum_q * decay_q + tl.sum(b_eq)
         b_sum = b_sum * decay + tl.sum(b_e)
 
@@ -154,10 +149,9 @@ def _fold_kernel(
         tl.store(p_state + MAX_Q * R, b_max_q)
         tl.store(p_state + SUM_Q * R, b_sum_q)
         if REVERSE:
-            tl.store(p_state + CROSS_P * R, b_cross_p)
+            tl.store(p_state + APART_P * R, b_apart_p)
         if FORWARD:
-            tl.store(p_state + CROSS_Q * R, b_cross_q)
-            tl.store(p_state + SUM_ZQ * R, b_sum_zq)
+            tl.store(p_state + APART_Q * R, b_apart_q)
 
     # out = e * (1 - (at_1 / softcap)^2), at the maximum that all of the tile agrees on
     if WRITE:
@@ -261,7 +255,7 @@ class TritonRows:
 
     def fold(
         self,
-        state: Tensor,  # (15, R)
+        state: Tensor,  # (14, R)
         tile: Tensor,  # (R, B)
         target: Tensor,  # (R,)
         start: int,
@@ -280,7 +274,7 @@ class TritonRows:
             scale, softcap or 1.0, scale_q, softcap_q or 1.0,
             HAS_BIAS=bias is not None, CAPPED=softcap is not None, TEMPERED=inverse_temperature is not None,
             DENSE=tile_q is not None, HAS_BIAS_Q=bias_q is not None, CAPPED_Q=softcap_q is not None,
-            WANT_Z=bool(wants & {"entropy", "reverse_kl"}), WANT_SQ="log_sum_sq" in wants,
+            WANT_Z="entropy" in wants, WANT_SQ="log_sum_sq" in wants,
             WANT_TOTAL="mean_logp" in wants, WANT_AT_1="logp@1" in wants,
             REVERSE="reverse_kl" in wants, FORWARD="forward_kl" in wants, WRITE=out is not None,
             **_launch("fold", tile.shape[1]),
@@ -288,7 +282,7 @@ class TritonRows:
 
     def mixture(
         self,
-        state: Tensor,  # (15, R)
+        state: Tensor,  # (14, R)
         tile: Tensor,  # (R, B)
         shape: tuple[Tensor | None, float, float | None],
         inverse_temperature: Tensor | None,  # (R,)
