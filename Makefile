@@ -57,4 +57,6 @@ clean:
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) torch setuptools
 	@$(PIP) --no-build-isolation --editable ".[$*]"
+	@$(BIN)/python -c 'import fastpost._native' 2>/dev/null \
+		|| echo "the native extension is not built, for want of a C++ compiler (on x86-64, GCC 12 or newer)"
 	@touch "$@"
