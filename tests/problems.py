@@ -1,0 +1,159 @@
+"""Problems for the head: what it is called with, and what float64 and plain torch make of the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastpost as fp
+from fastpost import reference as plain
+from fastpost.types import OUTPUTS
+from rules import assert_close_to_truth, assert_gradient_close_to_truth
+
+OWN = ("logp", "lse", "entropy", "log_sum_sq", "mean_logp", "logp@1")  # statistics of p alone that have a gradient
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of `token_stats`. No target is ignored."""
+
+    hidden: Tensor  # (T, D)
+    head: fp.Head
+    target: Tensor  # (T,)
+    temperature: float | Tensor = 1.0
+    reference: tuple[Tensor, fp.Head] | fp.TopK | None = None
+    jsd_beta: float = 0.5
+
+    def to(self, dtype: torch.dtype, *, train_head: bool = True) -> Problem:
+        """The same numbers in another dtype, as fresh leaves."""
+        leaf = lambda x, train: None if x is None else x.detach().to(dtype, copy=True).requires_grad_(train)  # noqa: E731
+        head = replace(self.head, weight=leaf(self.head.weight, train_head), bias=leaf(self.head.bias, train_head))
+        reference = self.reference
+        if isinstance(reference, tuple):
+            hidden, q = reference
+            reference = leaf(hidden, False), replace(q, weight=leaf(q.weight, False), bias=leaf(q.bias, False))
+        temperature = self.temperature.to(dtype) if isinstance(self.temperature, Tensor) else self.temperature
+        return replace(self, hidden=leaf(self.hidden, True), head=head, temperature=temperature, reference=reference)
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        found = {"hidden": self.hidden, "weight": self.head.weight, "bias": self.head.bias}
+        return {name: x for name, x in found.items() if x is not None and x.requires_grad}
+
+    @property
+    def options(self) -> dict:
+        return {"temperature": self.temperature, "reference": self.reference, "jsd_beta": self.jsd_beta}
+
+
+def problem(
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    T: int = 13,
+    D: int = 16,
+    V: int = 200,
+    std: float = 3.0,  # of the logits
+    bias: bool = False,
+    **rest: object,  # of the head, and of Problem
+) -> Problem:
+    weight = torch.randn(V, D).mul(std / D**0.5)
+    shape = {name: rest.pop(name) for name in ("softcap", "scale") if name in rest}
+    head = fp.Head(weight.to(device, dtype), torch.randn(V).to(device, dtype) if bias else None, **shape)
+    target = torch.randint(0, V, (T,)).to(device)
+    return Problem(torch.randn(T, D).to(device, dtype), head, target, **rest).to(dtype)
+
+
+def stat(stats: fp.Stats, output: str) -> Tensor:
+    value = getattr(stats, OUTPUTS[output])
+    assert value is not None, f"{output} is None"
+    return value
+
+
+def ours(p: Problem, outputs: Sequence[str]) -> fp.Stats:
+    return fp.token_stats(p.hidden, p.head, p.target, outputs=outputs, **p.options)
+
+
+def theirs(p: Problem) -> fp.Stats:
+    return plain.token_stats(p.hidden, p.head, p.target, **p.options)
+
+
+def gradients(value: Tensor, upstream: Tensor, p: Problem) -> dict[str, Tensor]:
+    """Of sum(value * upstream), by the leaf's name; zero where a leaf plays no part."""
+    found = torch.autograd.grad(
+        value, list(p.leaves.values()), upstream.to(value.dtype), retain_graph=True, materialize_grads=True
+    )
+    return dict(zip(p.leaves, found, strict=True))
+
+
+def assert_exact(p: Problem, outputs: Sequence[str]) -> None:
+    """Every output and each of its gradients, by the rule of DESIGN 5; in float64, by torch's own tolerance as well."""
+    dtype = p.hidden.dtype
+    truth, fp32, same = p.to(torch.float64), p.to(torch.float32), p.to(dtype)
+    got, want, single, yardstick = ours(p, outputs), theirs(truth), theirs(fp32), theirs(same)
+    upstream = torch.randn(len(p.target)).bfloat16().float().to(p.hidden.device)
+    for name in outputs:
+        value = stat(got, name)
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), name
+        assert_close_to_truth(value, stat(single, name), stat(want, name), name)
+        grads, truths = gradients(value, upstream, p), gradients(stat(want, name), upstream, truth)
+        yardsticks = gradients(stat(yardstick, name), upstream, same)
+        for leaf, gradient in grads.items():
+            assert gradient.dtype == dtype, f"d{name}/d{leaf} is {gradient.dtype}"
+            assert_gradient_close_to_truth(gradient, yardsticks[leaf], truths[leaf], f"d{name}/d{leaf}")
+        if dtype == torch.float64:
+            torch.testing.assert_close(value, stat(want, name), msg=name)
+            torch.testing.assert_close(grads, truths)
+
+
+def in_dtype(batch: fp.Batch, dtype: torch.dtype) -> fp.Batch:
+    """Its floating fields in another dtype."""
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    floating = {n: x for n, x in values.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    return replace(batch, **{n: x.to(dtype) for n, x in floating.items()})
+
+
+def plain_loss(loss: fp.Loss, p: Problem, batch: fp.Batch, **knobs: object) -> Tensor:
+    """What `fused_loss` computes, with the logits in memory and in p's own dtype throughout."""
+    visible = replace(p, target=batch.target.clamp(min=0))
+    units = loss(theirs(visible), in_dtype(batch, p.hidden.dtype), **knobs)
+    return units.sum() if batch.weight is None else (units * batch.weight.to(units.dtype)).sum()
+
+
+def assert_loss_exact(
+    total: Tensor, loss: fp.Loss, p: Problem, batch: fp.Batch, name: str = "loss", **knobs: object
+) -> None:
+    """The rule for a loss with explicit weights, and for its gradient in each leaf of p."""
+    dtype, trained = p.hidden.dtype, p.head.weight.requires_grad
+    truth, fp32, same = (p.to(d, train_head=trained) for d in (torch.float64, torch.float32, dtype))
+    want, yardstick = plain_loss(loss, truth, batch, **knobs), plain_loss(loss, same, batch, **knobs)
+    assert_close_to_truth(total, plain_loss(loss, fp32, batch, **knobs), want, name)
+    one = torch.ones_like(total)
+    grads, truths, yardsticks = gradients(total, one, p), gradients(want, one, truth), gradients(yardstick, one, same)
+    for leaf, gradient in grads.items():
+        assert gradient.dtype == dtype, f"d{name}/d{leaf} is {gradient.dtype}"
+        assert_gradient_close_to_truth(gradient, yardsticks[leaf], truths[leaf], f"d{name}/d{leaf}")
+
+
+def small_tiles(monkeypatch: pytest.MonkeyPatch, *, columns: int = 64, rows: int = 5) -> None:
+    """Tiles so small that a tiny problem has many, of unequal size, and units that do not fit in one."""
+    monkeypatch.setattr("fastpost.sweep.COLUMNS", {"cpu": columns, "cuda": columns})
+    monkeypatch.setattr("fastpost.sweep.MOST_ROWS", rows)
+
+
+def schedules_of(value: Tensor) -> set[str]:
+    """The names of the head's autograd functions behind a tensor."""
+    seen, queue, found = set(), [value.grad_fn], set()
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found |= {name for name in ("FrozenLogp", "LazyStats", "EagerLoss") if node.name() == f"{name}Backward"}
+        queue += [following for following, _ in node.next_functions]
+    return found
