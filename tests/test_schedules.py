@@ -1,0 +1,460 @@
+"""fused_loss: each schedule gives the same loss and gradients, at the number of products that it promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastpost as fp
+from fastpost import losses
+from problems import Problem, assert_loss_exact, gradients, problem, schedules_of, small_tiles, stat
+
+LENGTHS = torch.tensor([21, 0, 29, 9, 24, 37, 1, 7])  # four pairs; one sequence is empty, one has a single position
+PROMPTS = (2, 0, 5, 1, 4, 2, 0, 1)  # positions at the head of each sequence that predict nothing; nor does the last
+T = int(LENGTHS.sum())
+
+
+@fp.loss(unit="token", reads=("logp", "entropy", "mean_logp"), differentiates=("logp", "entropy"))
+def entropic(stats: fp.Stats, batch: fp.Batch, *, beta: float = 0.1) -> Tensor:
+    """A loss of tokens with two differentiated statistics and one that is only looked at."""
+    return -stats.logp * stats.mean_logp.detach().exp() - beta * stats.entropy
+
+
+@fp.loss(unit="sequence", reads=("logp", "reverse_kl"))
+def distant(stats: fp.Stats, batch: fp.Batch) -> Tensor:
+    return torch.log1p(batch.per_sequence(stats.reverse_kl)) - 0.1 * batch.per_sequence(stats.logp)
+
+
+@fp.loss(unit="batch", reads=("logp", "log_sum_sq"))
+def spread(stats: fp.Stats, batch: fp.Batch) -> Tensor:
+    """A loss that cannot be cut: the variance over the batch."""
+    return (stats.logp + stats.log_sum_sq).var(correction=0)[None]
+
+
+CASES: dict[str, tuple[fp.Loss, dict]] = {
+    "sft": (losses.sft, {}),
+    "grpo": (losses.grpo, {"epsilon_high": 0.3, "beta": 0.04}),
+    "gspo": (losses.gspo, {"epsilon": 0.1, "beta": 0.04}),
+    "dpo": (losses.dpo, {"beta": 0.1, "label_smoothing": 0.1}),
+    "entropic": (entropic, {"beta": 0.2}),
+    "distant": (distant, {}),
+    "spread": (spread, {}),
+}
+
+
+def positions(first: int, last: int) -> slice:
+    """Of sequences first..last."""
+    return slice(int(LENGTHS[:first].sum()), int(LENGTHS[:last].sum()))
+
+
+def packed() -> Tensor:  # (T,) bool
+    """Which positions predict a token."""
+    keep = torch.ones(T, dtype=torch.bool)
+    for i, prompt in enumerate(PROMPTS):
+        where = positions(i, i + 1)
+        keep[where][:prompt] = False
+        keep[where][-1:] = False
+    return keep
+
+
+def longest_unit(loss: fp.Loss) -> int:
+    """Kept tokens."""
+    each = [int(packed()[positions(i, i + 1)].sum()) for i in range(len(LENGTHS))]
+    pairs = [a + b for a, b in zip(each[::2], each[1::2], strict=True)]
+    return {"token": 1, "sequence": max(each), "pair": max(pairs), "batch": sum(each)}[loss.unit]
+
+
+def setting(loss: fp.Loss, dtype: torch.dtype = torch.float32, *, train_head: bool = True) -> tuple[Problem, fp.Batch]:
+    p = problem(dtype, T=T, bias=True, temperature=0.75)
+    hidden, head = torch.randn(T, 9), fp.Head(torch.randn(200, 9))
+    p = replace(p, reference=(hidden.to(dtype), head)).to(dtype, train_head=train_head)
+    with torch.no_grad():
+        logp = fp.token_stats(p.hidden, p.head, p.target, temperature=0.75).logp.float()
+    batch = fp.Batch(
+        torch.where(packed(), p.target, -100),
+        LENGTHS,
+        old_logp=logp + 0.2 * torch.randn(T),
+        ref_logp=logp + 0.2 * torch.randn(T),
+        advantage=torch.randn(len(LENGTHS)),
+    )
+    return p, replace(batch, weight=torch.rand(batch.units(loss.unit)) + 0.5)
+
+
+def fused(loss: fp.Loss, p: Problem, batch: fp.Batch, **knobs: object) -> Tensor:
+    needs = {"reference": p.reference} if "reverse_kl" in loss.reads else {}
+    total = fp.fused_loss(loss, p.hidden, p.head, batch, temperature=p.temperature, **needs, **knobs)
+    assert isinstance(total, Tensor)
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("rows", [8, 60, 4096], ids="{} rows a chunk".format)
+@pytest.mark.parametrize("case", CASES)
+def test_every_schedule_is_exact(case, rows, train_head, dtype, monkeypatch):
+    """60 rows hold a pair or several sequences, and not the whole batch; 8 hold no unit of more than a token."""
+    loss, knobs = CASES[case]
+    p, batch = setting(loss, dtype, train_head=train_head)
+    small_tiles(monkeypatch, rows=rows)
+    total = fused(loss, p, batch, **knobs)
+    schedule = "EagerLoss" if longest_unit(loss) <= rows else "LazyStats"
+    if loss.differentiates == ("logp",) and not train_head:
+        schedule = "FrozenLogp"
+    assert schedules_of(total) == {schedule}
+    assert_loss_exact(total, loss, p, batch, case, **knobs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loss_itself_on_token_stats_is_the_lazy_schedule(case):
+    loss, knobs = CASES[case]
+    p, batch = setting(loss)
+    needs = {"reference": p.reference} if "reverse_kl" in loss.reads else {}
+    stats = fp.token_stats(p.hidden, p.head, batch.target, outputs=loss.reads, temperature=p.temperature, **needs)
+    total = (loss(stats, batch, **knobs) * batch.weight).sum()
+    assert schedules_of(total) == {"LazyStats"}
+    assert_loss_exact(total, loss, p, batch, case, **knobs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_gradients_only_the_statistics_are_found(case):
+    loss, knobs = CASES[case]
+    p, batch = setting(loss)
+    with torch.no_grad():
+        value = fused(loss, p, batch, **knobs)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, fused(loss, p, batch, **knobs).detach())
+
+
+# ---- what is ignored ----
+
+IGNORED = {
+    "a sequence": ("gspo", positions(2, 3), slice(2, 3)),
+    "a pair": ("dpo", positions(2, 4), slice(1, 2)),
+    "tokens": ("grpo", slice(10, 12), slice(10, 12)),
+}
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("what", IGNORED)
+@pytest.mark.parametrize("schedule", ["FrozenLogp", "EagerLoss", "LazyStats"])
+def test_an_ignored_unit_is_exactly_nothing(schedule, what, poison, monkeypatch):
+    """Its fields may hold anything: the loss is never formed from them."""
+    case, where, units = IGNORED[what]
+    loss, knobs = CASES[case]
+    if schedule == "LazyStats":
+        if loss.unit == "token":
+            pytest.skip("a loss of tokens is never lazy")
+        small_tiles(monkeypatch, rows=8)
+    p, batch = setting(loss, train_head=schedule != "FrozenLogp")
+    batch.target[where] = -100
+    quiet = replace(batch, weight=batch.weight.index_fill(0, torch.arange(units.start, units.stop), 0.0))
+    loud = replace(batch, **{n: getattr(batch, n).clone() for n in ("old_logp", "ref_logp", "advantage")})
+    for name in ("old_logp", "ref_logp", "advantage"):
+        getattr(loud, name)[where] = poison
+    total, want = fused(loss, p, loud, **knobs), fused(loss, p, quiet, **knobs)
+    assert schedules_of(total) == {schedule}
+    assert torch.equal(total, want)
+    got = gradients(total, torch.ones(()), p)
+    assert not got["hidden"][where].any() and got["hidden"].any()
+    for leaf, gradient in gradients(want, torch.ones(()), p).items():
+        assert torch.equal(got[leaf], gradient)
+
+
+@pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
+def test_the_weight_of_an_ignored_unit_may_be_one_over_nothing(train_head):
+    p, batch = setting(losses.gspo, train_head=train_head)
+    batch.target[positions(2, 3)] = -100
+    weight = 1 / batch.per_sequence((batch.target >= 0).float())
+    assert weight.isinf().sum() == 3
+    total = fused(losses.gspo, p, replace(batch, weight=weight))
+    assert torch.equal(total, fused(losses.gspo, p, replace(batch, weight=weight.nan_to_num(posinf=0.0))))
+
+
+@pytest.mark.parametrize("schedule", ["FrozenLogp", "EagerLoss"])
+def test_one_side_of_a_pair_may_be_ignored(schedule):
+    p, batch = setting(losses.dpo, train_head=schedule == "EagerLoss")
+    rejected = positions(3, 4)  # the second pair's
+    batch.target[rejected] = -100
+    total = fused(losses.dpo, p, batch)
+    assert schedules_of(total) == {schedule}
+    assert_loss_exact(total, losses.dpo, p, batch)
+    assert not gradients(total, torch.ones(()), p)["hidden"][rejected].any()
+
+
+@pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("case", ["sft", "grpo", "gspo", "dpo", "entropic"])
+def test_nothing_kept_is_zero_and_connected(case, train_head):
+    loss, knobs = CASES[case]
+    p, batch = setting(loss, train_head=train_head)
+    target = torch.full_like(batch.target, -100)
+    for weight in (batch.weight, None):
+        nothing = replace(batch, target=target, weight=weight)
+        total, stats = fp.fused_loss(loss, p.hidden, p.head, nothing, return_stats=True, **knobs)
+        assert total.item() == 0 and total.requires_grad
+        assert stats.logp.shape == (T,) and not stats.logp.any()
+        assert all(not g.any() for g in gradients(total, torch.ones(()), p).values())
+
+
+@pytest.mark.parametrize("case", ["grpo", "gspo", "dpo"])
+def test_without_a_weight_it_is_the_mean_over_kept_units(case):
+    loss, knobs = CASES[case]
+    p, batch = setting(loss)
+    batch.target[positions(2, 4)] = -100  # the second pair
+    units = loss(fp.token_stats(p.hidden, p.head, batch.target, temperature=p.temperature), batch, **knobs)
+    kept = {"token": int((batch.target >= 0).sum()), "sequence": 4, "pair": 3}[loss.unit]
+    torch.testing.assert_close(fused(loss, p, replace(batch, weight=None), **knobs), units.sum() / kept)
+
+
+def masking_door(target: Tensor, ignore_index: int, vocabulary: int, known: Tensor | None) -> tuple[None, Tensor]:
+    return None, target != ignore_index
+
+
+@pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("case", ["sft", "grpo", "entropic"])
+def test_under_graph_capture_ignored_rows_go_through_for_nothing(case, train_head, monkeypatch):
+    loss, knobs = CASES[case]
+    p, batch = setting(loss, train_head=train_head)
+    want = fused(loss, p, batch, **knobs)
+    grads, mean = gradients(want, torch.ones(()), p), fused(loss, p, replace(batch, weight=None), **knobs)
+    monkeypatch.setattr("fastpost.door._kept_rows", masking_door)
+    torch.testing.assert_close(fused(loss, p, replace(batch, weight=None), **knobs), mean)
+    total, stats = fp.fused_loss(
+        loss, p.hidden, p.head, batch, temperature=p.temperature, return_stats=True, outputs=("top1",), **knobs
+    )
+    torch.testing.assert_close(total, want)
+    torch.testing.assert_close(gradients(total, torch.ones(()), p), grads)
+    assert not gradients(total, torch.ones(()), p)["hidden"][~packed()].any()
+    assert not stats.logp[~packed()].any() and not stats.top1[~packed()].any()
+
+
+@pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
+def test_under_graph_capture_fields_of_ignored_rows_may_hold_anything(train_head, monkeypatch):
+    monkeypatch.setattr("fastpost.door._kept_rows", masking_door)
+    p, batch = setting(losses.grpo, train_head=train_head)
+    batch.advantage[~packed()] = torch.nan
+    total = fused(losses.grpo, p, batch)
+    assert total.isfinite() and all(g.isfinite().all() for g in gradients(total, torch.ones(()), p).values())
+
+
+def test_under_graph_capture_only_tokens_can_be_units(monkeypatch):
+    monkeypatch.setattr("fastpost.door._kept_rows", masking_door)
+    p, batch = setting(losses.dpo)
+    with pytest.raises(ValueError, match="only a loss of tokens can run, and 'dpo' is one of pairs"):
+        fused(losses.dpo, p, batch)
+
+
+# ---- return_stats ----
+
+
+@pytest.mark.parametrize("schedule", ["FrozenLogp", "EagerLoss", "LazyStats", "none"])
+def test_return_stats_are_those_of_token_stats_in_input_order(schedule, monkeypatch):
+    p, batch = setting(losses.dpo, train_head=schedule != "FrozenLogp")
+    if schedule == "LazyStats":
+        small_tiles(monkeypatch, rows=8)
+    with torch.set_grad_enabled(schedule != "none"):
+        extra = ("entropy", "top1", "logp@1", "reverse_kl", "forward_kl", "jsd")
+        total, stats = fp.fused_loss(
+            losses.dpo,
+            p.hidden,
+            p.head,
+            batch,
+            reference=p.reference,
+            temperature=p.temperature,
+            outputs=extra,
+            return_stats=True,
+        )
+    assert schedules_of(total) == ({schedule} - {"none"})
+    want = fp.token_stats(p.hidden, p.head, batch.target, outputs=("logp", *extra), **p.options)
+    for name in ("logp", *extra):
+        assert not stat(stats, name).requires_grad
+        torch.testing.assert_close(stat(stats, name), stat(want, name).detach(), msg=name)
+    assert stats.lse is None and stats.mean_logp is None
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 5])
+def test_sequences_need_not_be_even_in_number(sequences):
+    p, batch = setting(losses.gspo)
+    where = positions(0, sequences)
+    part = replace(batch.slice(0, sequences, where.start, where.stop), weight=batch.weight[:sequences])
+    p = replace(p, hidden=p.hidden[where].detach(), target=p.target[where], reference=None).to(torch.float32)
+    assert_loss_exact(fused(losses.gspo, p, part), losses.gspo, p, part)
+
+
+# ---- invariances ----
+
+
+def both(loss: fp.Loss, p: Problem, batch: fp.Batch, **knobs: object) -> tuple[Tensor, ...]:
+    total = fused(loss, p, batch, **knobs)
+    return total.detach(), *gradients(total, torch.ones(()), p).values()
+
+
+@pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_inputs_give_the_same_bits(case, train_head, monkeypatch):
+    loss, knobs = CASES[case]
+    small_tiles(monkeypatch, rows=60)
+    p, batch = setting(loss, torch.bfloat16, train_head=train_head)
+    first = both(loss, p, batch, **knobs)
+    assert all(torch.equal(a, b) for a, b in zip(first, both(loss, p, batch, **knobs), strict=True))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 64), (3, 64), (50, 100), (97, 64), (40, 4096)])
+@pytest.mark.parametrize("case", ["grpo", "dpo", "distant"])
+def test_the_size_of_chunks_is_invisible(case, rows, columns, monkeypatch):
+    """To rounding, as torch.testing understands it."""
+    loss, knobs = CASES[case]
+    p, batch = setting(loss)
+    want = both(loss, p, batch, **knobs)
+    small_tiles(monkeypatch, rows=rows, columns=columns)
+    torch.testing.assert_close(both(loss, p, batch, **knobs), want)
+
+
+def test_a_smaller_workspace_is_invisible(monkeypatch):
+    p, batch = setting(losses.gspo)
+    want = both(losses.gspo, p, batch)
+    monkeypatch.setattr("fastpost.sweep.WORKSPACE", {"cpu": 40_000, "cuda": 40_000})
+    torch.testing.assert_close(both(losses.gspo, p, batch), want)
+
+
+@pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("case", ["sft", "grpo", "gspo", "dpo"])
+def test_packed_is_the_sum_of_each_unit_alone(case, train_head):
+    """Which is gradient accumulation: the weight is given, so it does not matter how a batch is cut."""
+    loss, knobs = CASES[case]
+    p, batch = setting(loss, train_head=train_head)
+    step = 2 if loss.unit == "pair" else 1
+    whole = both(loss, p, batch, **knobs)
+    parts = []
+    for first in range(0, len(LENGTHS), step):
+        where = positions(first, first + step)
+        if where.start == where.stop:
+            continue
+        unit = where if loss.unit == "token" else slice(first // step, first // step + 1)
+        alone = replace(batch.slice(first, first + step, where.start, where.stop), weight=batch.weight[unit])
+        total = fp.fused_loss(loss, p.hidden[where], p.head, alone, temperature=p.temperature, **knobs)
+        parts.append((total.detach(), *gradients(total, torch.ones(()), p).values()))
+    torch.testing.assert_close(tuple(sum(each) for each in zip(*parts, strict=True)), whole)
+
+
+def test_kept_rows_that_are_known_beforehand_change_nothing():
+    p, batch = setting(losses.dpo)
+    rows = packed().nonzero()[:, 0]
+    lengths = batch.per_sequence(packed().float()).long()
+    for known in ({"kept": rows}, {"kept": rows, "kept_lengths": lengths}):
+        got, want = both(losses.dpo, p, replace(batch, **known)), both(losses.dpo, p, batch)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_kept_rows_are_those_of_another_ignore_index():
+    p, batch = setting(losses.dpo)
+    target = torch.where(packed(), p.target, -1)
+    everything = {"kept": torch.arange(T), "kept_lengths": LENGTHS}
+    want = fused(losses.dpo, p, batch)
+    other = replace(batch, target=target, **everything)
+    got = fp.fused_loss(losses.dpo, p.hidden, p.head, other, temperature=p.temperature, ignore_index=-1)
+    assert torch.equal(got, want)
+
+
+# ---- cost ----
+
+ROWS, WIDTH, WORDS, WIDTH_Q = 32, 24, 300, 8
+G, G_Q = 2 * ROWS * WIDTH * WORDS, 2 * ROWS * WIDTH_Q * WORDS
+
+
+def products(function: Callable[[], Tensor | None]) -> int:
+    """Flop of the products in a call, and in the backward pass of what it returns."""
+    with FlopCounterMode(display=False) as counter:
+        value = function()
+        if value is not None and value.requires_grad:
+            value.sum().backward()
+    return counter.get_total_flops()
+
+
+def workload(*, hidden: bool = True, weight: bool = True) -> tuple[Tensor, Tensor, fp.Batch, dict]:
+    h, w = torch.randn(ROWS, WIDTH, requires_grad=hidden), torch.randn(WORDS, WIDTH, requires_grad=weight)
+    target, lengths = torch.randint(0, WORDS, (ROWS,)), torch.tensor([16, 16])
+    batch = fp.Batch(target, lengths, advantage=torch.ones(2), ref_logp=torch.zeros(ROWS))
+    return h, w, batch, {"reference": (torch.randn(ROWS, WIDTH_Q), torch.randn(WORDS, WIDTH_Q))}
+
+
+TRAINED = [
+    # loss, hidden trains, weight trains, rows a chunk, flop
+    (losses.sft, True, True, 4096, 3 * G),
+    (losses.sft, True, True, 5, 3 * G),
+    (losses.sft, True, False, 4096, 2 * G),
+    (losses.sft, False, True, 4096, 2 * G),
+    (losses.sft, False, False, 4096, G),
+    (losses.gspo, True, True, 16, 3 * G),
+    (losses.gspo, True, True, 15, 4 * G),
+    (losses.gspo, False, True, 15, 3 * G),
+    (losses.gspo, True, False, 15, 2 * G),
+    (losses.dpo, True, True, 32, 3 * G),
+    (losses.dpo, True, True, 31, 4 * G),
+    (entropic, True, False, 4096, 2 * G),
+    (distant, True, True, 16, 3 * G + G_Q),
+    (distant, True, True, 15, 4 * G + 2 * G_Q),
+    (distant, True, False, 15, 3 * G + 2 * G_Q),
+]
+
+
+@pytest.mark.parametrize(("loss", "hidden", "weight", "rows", "flop"), TRAINED)
+def test_a_loss_costs_what_its_schedule_promises(loss, hidden, weight, rows, flop, monkeypatch):
+    h, w, batch, reference = workload(hidden=hidden, weight=weight)
+    small_tiles(monkeypatch, rows=rows)
+    needs = reference if "reverse_kl" in loss.reads else {}
+    assert products(lambda: fp.fused_loss(loss, h, w, batch, **needs)) == flop
+
+
+STATISTICS = [
+    # outputs, hidden trains, weight trains, flop
+    (("logp", "entropy", "top1"), False, False, G),
+    (("logp", "reverse_kl", "jsd"), False, False, G + G_Q),
+    (("logp", "top1"), True, False, 2 * G),
+    (("logp",), True, True, 4 * G),
+    (("entropy",), True, False, 3 * G),
+    (("entropy",), False, True, 3 * G),
+]
+
+
+@pytest.mark.parametrize(("outputs", "hidden", "weight", "flop"), STATISTICS)
+def test_statistics_cost_what_their_schedule_promises(outputs, hidden, weight, flop):
+    h, w, batch, reference = workload(hidden=hidden, weight=weight)
+    differentiable = [name for name in outputs if name != "top1"]
+
+    def function() -> Tensor:
+        stats = fp.token_stats(h, w, batch.target, outputs=outputs, **reference)
+        return sum(stat(stats, name) for name in differentiable)
+
+    assert products(function) == flop
+
+
+def test_a_divergence_that_is_only_logged_is_not_computed_again():
+    h, w, batch, reference = workload()
+    outputs = ("logp", "reverse_kl")
+    assert products(lambda: fp.token_stats(h, w, batch.target, outputs=outputs, **reference).logp) == 4 * G + G_Q
+
+
+def test_grpo_that_logs_entropy_and_kl_stays_on_the_frozen_schedule():
+    h, w, batch, reference = workload(weight=False)
+    for outputs, flop in ((("entropy",), 2 * G), (("entropy", "reverse_kl"), 2 * G + G_Q)):
+        call = lambda names=outputs: fp.fused_loss(  # noqa: E731
+            losses.grpo, h, w, batch, outputs=names, return_stats=True, **reference
+        )
+        assert schedules_of(call()[0]) == {"FrozenLogp"}
+        assert products(lambda call=call: call()[0]) == flop
+
+
+@pytest.mark.parametrize("kept", [0, 8])
+@pytest.mark.parametrize("weight", [True, False], ids=["trained", "frozen"])
+def test_ignored_rows_cost_nothing(weight, kept):
+    h, w, batch, reference = workload(weight=weight)
+    batch.target[kept:] = -100
+    share = {True: 3, False: 2}[weight] * G * kept // ROWS
+    assert products(lambda: fp.fused_loss(losses.sft, h, w, batch)) == share
+    logged = {"outputs": ("jsd",), "return_stats": True, **reference}
+    assert products(lambda: fp.fused_loss(losses.sft, h, w, batch, **logged)[0]) == share + G_Q * kept // ROWS
