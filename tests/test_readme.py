@@ -1,0 +1,72 @@
+"""What the README says is so: its example runs, its files and commands are there, its losses have those units."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import fastpost as fp
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for marked, block in fenced if marked == language]
+
+
+def test_the_example_runs(monkeypatch):
+    hidden = torch.randn(12, 16, requires_grad=True)
+    weight = torch.randn(50, 16)
+    target = torch.randint(50, (12,))
+    target[[5, 11]] = -100
+    names = {
+        "hidden": hidden,
+        "target": target,
+        "lengths": torch.tensor([6, 6]),
+        "advantage": torch.tensor([1.0, -1.0]),
+        "model": SimpleNamespace(lm_head=SimpleNamespace(weight=weight)),
+    }
+    monkeypatch.setattr(fp.Head, "of", staticmethod(lambda model: fp.Head(model.lm_head.weight)))
+    (example,) = blocks("python")
+    logp = (hidden @ weight.T).log_softmax(-1).gather(1, target.clamp(min=0)[:, None])[:, 0]
+    exec(example, names)
+    assert torch.allclose(names["logp"], torch.where(target == -100, 0.0, logp), atol=1e-5)
+    assert hidden.grad is not None and hidden.grad.norm() > 0
+    assert names["stats"].entropy[0] > 0
+
+
+def test_every_file_of_the_map_exists_and_every_module_is_on_it():
+    (lines,) = (block.splitlines() for block in blocks("") if block.startswith("fastpost/\n"))
+    named = [line.split()[0] for line in lines]
+    paths = [f"fastpost/{name}" if line.startswith("  ") else name for name, line in zip(named, lines, strict=True)]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    there = {path.name + "/" * path.is_dir() for path in (ROOT / "fastpost").iterdir() if path.name[0] not in "_."}
+    assert {name for name in there if name.endswith((".py", "/"))} == set(named[1 : named.index("kernels/triton/")])
+
+
+def test_every_make_target_named_exists():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([\w-]+)", README + CONTRIBUTING, re.MULTILINE))
+    assert {"demo", "test", "lint"} <= named <= targets
+
+
+def test_the_table_of_losses_is_the_losses():
+    table = dict(re.findall(r"^\| `(\w+)` \|.*\| (token|sequence|pair|batch) \|", README, re.MULTILINE))
+    losses = {name: getattr(fp.losses, name) for name in fp.losses.__all__}
+    assert table == {name: loss.unit for name, loss in losses.items() if isinstance(loss, fp.Loss)}
+
+
+def test_the_loss_of_contributing_is_right_as_it_stands():
+    (diff,) = (block for block in blocks("diff", CONTRIBUTING) if "@loss" in block)
+    source = "\n".join(line[1:] for line in diff.splitlines() if line.startswith("+") and not line.startswith("+++"))
+    names: dict = {}
+    exec("from torch import Tensor\nfrom fastpost.types import Batch, Stats, loss\n" + source, names)
+    logp, ref = torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-1.5, -2.0, -2.0, -4.5])
+    batch = fp.Batch(torch.zeros(4, dtype=torch.int64), torch.tensor([2, 2]), ref_logp=ref)
+    assert torch.allclose(names["ipo"](fp.Stats(logp=logp), batch, beta=0.25), torch.tensor([(0.5 - -0.5 - 2) ** 2]))
