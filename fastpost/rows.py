@@ -51,7 +51,8 @@ class Shape(NamedTuple):
 
 def new_state(rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:  # (STATE_ROWS, R)
     state = torch.zeros(STATE_ROWS, rows, device=device, dtype=dtype)
-    state[[MAX, MAX_Q, MAX_1]] = LOWEST
+    for slot in (MAX, MAX_Q, MAX_1):
+        state[slot] = LOWEST
     state[TARGET] = torch.nan  # a target outside the vocabulary is met by no tile, and says so
     return state
 

@@ -181,10 +181,15 @@ class Batch:
                 )
 
     @functools.cached_property
+    def counts(self) -> Tensor:
+        """(S,) lengths, beside the other tensors. A loss, whose batch has kept tokens alone, divides by these."""
+        return self.lengths.to(self.target.device, non_blocking=True)
+
+    @functools.cached_property
     def sequence(self) -> Tensor:
         """(T,) the index of each position's sequence."""
         index = torch.arange(self.lengths.numel(), device=self.target.device)
-        return index.repeat_interleave(self.lengths.to(index.device), output_size=self.target.numel())
+        return index.repeat_interleave(self.counts, output_size=self.target.numel())
 
     def per_sequence(self, x: Tensor) -> Tensor:  # (T,) -> (S,)
         """The sum of x over each sequence."""
@@ -216,7 +221,7 @@ class Batch:
         """Which units have a token left, for a batch from which the ignored ones are gone."""
         if unit == "token":
             return torch.ones_like(self.target, dtype=torch.bool)
-        left = self.lengths.to(self.target.device) > 0
+        left = self.counts > 0
         if unit == "pair":
             chosen, rejected = self.pairs(left)
             return chosen | rejected

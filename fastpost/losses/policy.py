@@ -36,7 +36,7 @@ def gspo(
 
     arXiv:2507.18071, equation 5 (which clips at 3e-4 and 4e-4: ratios of means are near 1). beta adds the mean of k3.
     """
-    n = batch.lengths.to(stats.logp.device).clamp(min=1)
+    n = batch.counts.clamp(min=1)
     ratio = (batch.per_sequence(stats.logp - batch.behaviour_logp(stats.logp)) / n).exp()
     policy = clipped(ratio, batch.per_sequence(batch.advantage) / n, epsilon, epsilon_high)
     return policy + beta * batch.per_sequence(k3(stats.logp, batch.ref_logp)) / n if beta else policy

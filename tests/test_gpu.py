@@ -1,0 +1,134 @@
+"""What only a GPU can show: no hidden synchronisation, graph capture, the workspace in bytes, Triton against torch, a run.
+
+The numerics run there too: every test that takes `device` does.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import fastpost as fp
+from fastpost import sweep
+from fastpost.cli import main
+from fastpost.packing import Example, pack
+from fastpost.rows import TorchRows
+from tiny import model as tiny_model
+from tiny import tokenizer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+LOSSES = ("sft", "grpo", "gspo", "dpo")
+
+
+def packed_batch(S: int, L: int, V: int) -> fp.Batch:
+    """S sequences of L tokens, of which the first half is prompt, made on the host and moved."""
+    examples = [Example(torch.randint(V, (L,)).tolist(), [i >= L // 2 for i in range(L)]) for _ in range(S)]
+    values = torch.randn(3, S * L)
+    batch = pack(examples, old_logp=values[0] - 8, ref_logp=values[1] - 8, advantage=values[2]).batch
+    return batch.to("cuda")
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_packed_batch_is_never_waited_for(name, frozen):
+    V, D = 1000, 64
+    batch = packed_batch(4, 16, V)
+    hidden = torch.randn(64, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(V, D, device="cuda", dtype=torch.bfloat16, requires_grad=not frozen)
+    loss = getattr(fp.losses, name)
+    fp.fused_loss(loss, hidden, weight, batch).backward()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fp.fused_loss(loss, hidden, weight, batch, outputs=("entropy",), return_stats=True)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_a_captured_graph_replays_the_loss_on_new_numbers(frozen):
+    T, V, D = 64, 1000, 64
+    target = torch.randint(V, (T,), device="cuda")
+    target[::3] = -100
+    batch = fp.Batch(target, torch.tensor([T]), weight=torch.full((T,), 1 / 42, device="cuda"))
+    hidden = torch.randn(T, D, device="cuda", requires_grad=True)
+    weight = torch.randn(V, D, device="cuda", requires_grad=not frozen)
+    leaves = [x for x in (hidden, weight) if x.requires_grad]
+
+    def step():
+        total = fp.fused_loss(fp.losses.sft, hidden, weight, batch)
+        return total.detach(), torch.autograd.grad(total, leaves)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total, grads = step()
+    with torch.no_grad():
+        hidden.normal_()
+    graph.replay()
+    want, want_grads = step()
+    torch.testing.assert_close(total, want)
+    for ours, theirs in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("schedule", ["frozen", "eager", "lazy"])
+def test_the_workspace_is_bounded(schedule):
+    T, D, V = 8192, 2048, 131072
+    hidden = torch.randn(T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(V, D, device="cuda", dtype=torch.bfloat16, requires_grad=schedule != "frozen")
+    target = torch.randint(V, (T,), device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    if schedule == "eager":
+        fp.fused_loss(fp.losses.sft, hidden, weight, fp.Batch(target, torch.tensor([T]))).backward()
+    else:
+        fp.linear_logprobs(hidden, weight, target).sum().backward()
+    returned = sum(x.grad.numel() * x.grad.element_size() for x in (hidden, weight) if x.grad is not None)
+    kept = hidden.numel() * hidden.element_size()  # U, or dhidden
+    accumulator = weight.numel() * 4 if weight.requires_grad else 0
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= returned + kept + accumulator + (512 << 20), f"{peak / 2**20:.0f} MiB"
+
+
+def test_triton_and_torch_give_the_same_numbers(monkeypatch):
+    T, D, V = 129, 96, 5003
+    hidden, weight = torch.randn(T, D, device="cuda"), torch.randn(V, D, device="cuda")
+    target = torch.randint(V, (T,), device="cuda")
+    reference = (torch.randn(T, 32, device="cuda"), torch.randn(V, 32, device="cuda"))
+    outputs = ("logp", "entropy", "reverse_kl", "forward_kl", "jsd", "log_sum_sq", "mean_logp", "logp@1")
+
+    def run():
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        stats = fp.token_stats(leaves[0], leaves[1], target, outputs=outputs, reference=reference, temperature=0.7)
+        values = [x for x in vars(stats).values() if x is not None]
+        return values, torch.autograd.grad(sum(x.sum() for x in values), leaves)
+
+    values, grads = run()
+    monkeypatch.setattr(sweep, "row_kernels", lambda device, dtype: TorchRows())
+    for ours, theirs in zip((*values, *grads), (lambda pair: (*pair[0], *pair[1]))(run()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_sft_and_grpo_run_by_their_verbs(tmp_path):
+    model = tmp_path / "model"
+    tiny_model().save_pretrained(model)
+    tokenizer().save_pretrained(model)
+    rows = [{"prompt": f"{i} plus {i} is", "completion": f" {2 * i}", "answer": str(2 * i)} for i in range(8)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--model", str(model), "--dataset", str(data), "--max_steps", "2", "--logging_steps", "1"]
+    assert main(["sft", *common, "--output_dir", str(tmp_path / "sft"), "--lora_r", "4"]) == 0
+    sampled = ["--reward", "number_match", "--max_completion_length", "8", "--beta", "0.1"]
+    assert main(["grpo", *common, "--output_dir", str(tmp_path / "grpo"), *sampled]) == 0
+    for run in ("sft", "grpo"):
+        lines = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        assert len(lines) == 2 and all(abs(line["loss"]) < 100 for line in lines)
