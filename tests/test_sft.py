@@ -99,7 +99,7 @@ def test_accuracy_and_entropy_are_those_of_the_logits(tmp_path: Path):
 
 def test_a_run_learns_and_leaves_a_model_metrics_and_a_plot(files: Path, tmp_path: Path):
     out = tmp_path / "out"
-    sft(config_of(files, out, max_steps=30, logging_steps=10, eval_dataset=files / "sums.jsonl", eval_steps=10))
+    sft(config_of(files, out, max_steps=30, logging_steps=20, eval_dataset=files / "sums.jsonl", eval_steps=10))
     lines = read_lines(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [10, 20, 30]
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]

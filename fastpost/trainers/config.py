@@ -57,7 +57,9 @@ class Training:
 
     output_dir: str = option(REQUIRED, RUN, "receives model, metrics.jsonl, metrics.png and checkpoint-N/")
     seed: int = option(42, RUN, "of everything random", least=0)
-    logging_steps: int = option(10, RUN, "optimizer steps that a line of metrics.jsonl averages", above=0)
+    logging_steps: int = option(
+        10, RUN, "optimizer steps that a line of metrics.jsonl averages; an evaluation ends one early", above=0
+    )
     eval_steps: int = option(0, RUN, "optimizer steps between evaluations; 0: at the end only", least=0)
     save_steps: int = option(500, RUN, "optimizer steps between checkpoints; 0: none", least=0)
     save_total_limit: int | None = option(None, RUN, "checkpoints to keep, the newest; default: all", above=0)

@@ -70,9 +70,10 @@ def grpo(config: Grpo) -> None:
         for at in range(step, done):
             packs, values = update(model, start.optimizer, packs, learning_rate(config, at, total), config)
             metrics.add(facts | values, sum(packed.input_ids.numel() for packed in packs))
-        if "eval" in data and (due(step, done, config.eval_steps) or done == total):
+        evaluated = "eval" in data and (due(step, done, config.eval_steps) or done == total)
+        if evaluated:
             metrics.note({"eval_reward": greedy_reward(model, tokenizer, data["eval"], task)})
-        if due(step, done, config.logging_steps) or done == total:
+        if evaluated or due(step, done, config.logging_steps) or done == total:
             metrics.write(done, last / len(asked))
             append(output / "completions.jsonl", first_group(rollouts, G, done))
         if due(step, done, config.save_steps):

@@ -54,9 +54,10 @@ def sft(config: Sft) -> None:
         values |= {"grad_norm": apply_gradients(model, optimizer, rate, config.max_grad_norm), "learning_rate": rate}
         metrics.add(values, sum(len(example.input_ids) for example in window))
         done = step + 1
-        if "eval" in data and (due(step, done, config.eval_steps) or done == total):
+        evaluated = "eval" in data and (due(step, done, config.eval_steps) or done == total)
+        if evaluated:
             metrics.note(evaluate(model, data["eval"], config))
-        if due(step, done, config.logging_steps) or done == total:
+        if evaluated or due(step, done, config.logging_steps) or done == total:
             metrics.write(done, last / len(examples))
         if due(step, done, config.save_steps):
             checkpoint.save(config, start, done, metrics.num_tokens)
