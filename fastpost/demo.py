@@ -41,7 +41,7 @@ STORIES = (
 )
 DEMONSTRATIONS, PROMPTS, VALIDATION, TEST = 250, 2000, 200, 300  # problems of each file
 HELD_OUT = 25  # of the 90 two-digit numbers, kept for validation and test
-ROUND, PATIENCE = 50, 3  # SFT steps between validations, and validations without a rise before it stops
+ROUND, RISE, PATIENCE = 100, 0.02, 2  # SFT steps between validations; it stops after so many without such a rise
 GRPO_STEPS, LONGEST = 120, 26  # a worked sum has at most 24 tokens
 REWARD = "number_match"
 
@@ -60,7 +60,7 @@ def demo(config: Demo) -> None:
         stages.append(_control(run, config.seed, stages[1], stages[2].seconds))
     plot(run, stages)
     print_table(stages)
-    result = {f"accuracy_{stage.name}": round(stage.accuracy, 4) for stage in stages}
+    result = {f"accuracy_{stage.name}": stage.accuracy for stage in stages}
     print(json.dumps(result | {"seconds": round(seconds, 1), "peak_mb": round(peak), "run_dir": str(run)}))
 
 
@@ -173,7 +173,7 @@ def accuracy(model_dir: Path, dataset: Path) -> float:
     check_columns(rows, "grpo", dataset)
     model, tokenizer = load_model(model_dir, dtype="float32")
     task = Task([load_reward(REWARD)], None, Sampling(max_completion_length=LONGEST))
-    return greedy_reward(model, tokenizer, prompts(rows, tokenizer, None), task)
+    return round(greedy_reward(model, tokenizer, prompts(rows, tokenizer, None), task), 4)
 
 
 def _sft_config(run: Path, seed: int) -> Sft:
@@ -195,19 +195,20 @@ def _sft_config(run: Path, seed: int) -> Sft:
 
 
 def _sft_until_it_stops_rising(run: Path, seed: int) -> Stage:
-    """Rounds of SFT, each resumed from the last, until the best is PATIENCE validations old; that one is kept."""
-    config, spent, curve = _sft_config(run, seed), 0.0, []
-    while not curve or len(curve) - curve.index(max(curve)) <= PATIENCE:
+    """Rounds of SFT, each resumed from the last, until PATIENCE of them bring no rise; keeps the best before those."""
+    config, spent, curve, best = _sft_config(run, seed), 0.0, [], 0
+    while len(curve) <= best + PATIENCE:
         steps = ROUND * (len(curve) + 1)
         began = time.perf_counter()
         sft(replace(config, max_steps=steps, resume_from_checkpoint="latest" if curve else None))
         spent += time.perf_counter() - began
         curve.append(accuracy(run / "sft" / f"checkpoint-{steps}", run / "validation.jsonl"))
+        best = len(curve) - 1 if curve[-1] >= curve[best] + RISE else best
         append(run / "validation_curve.jsonl", [{"step": steps, "accuracy": curve[-1]}])
         say(f"sft: {steps} steps, {curve[-1]:.1%} of the validation problems right")
-    best = ROUND * (curve.index(max(curve)) + 1)
-    model = run / "sft" / f"checkpoint-{best}"
-    return Stage("sft", model, best, spent * best / (ROUND * len(curve)), accuracy(model, run / "test.jsonl"))
+    steps = ROUND * (best + 1)
+    model = run / "sft" / f"checkpoint-{steps}"
+    return Stage("sft", model, steps, spent * steps / (ROUND * len(curve)), accuracy(model, run / "test.jsonl"))
 
 
 def _grpo(run: Path, seed: int, begun: Stage) -> Stage:
