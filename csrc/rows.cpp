@@ -26,6 +26,7 @@
 
 namespace {
 
+constexpr int kLayout = 2;  // of the two lists below; LAYOUT in rows.py
 constexpr float kLowest = -1e30f;
 constexpr int64_t kRowsPerTask = 8;
 
@@ -35,7 +36,7 @@ enum State {
   kStateRows
 };
 enum Coefficient {
-  C_TARGET, C_P, C_PLOGP, C_PLOGQ, C_Q, C_PSQ, C_ONE, C_PLOGM, C_AT_1,
+  C_TARGET, C_P, C_PLOGP, C_APART_Q, C_Q, C_PSQ, C_ONE, C_APART_M, C_AT_1,
   C_MAX, C_LOG_SUM, C_MAX_Q, C_LOG_SUM_Q, C_MAX_1, C_LOG_SUM_1, C_LOG_SUM_SQ,
   kCoefficientRows
 };
@@ -133,14 +134,14 @@ EACH_CPU void grads_row(Row a, Norm a_norm, Slopes c, int64_t n, float* out) {
   }
 }
 
-// The same with a reference: p log q and q have their multipliers too.
-EACH_CPU void grads_row_across(Row a, Norm a_norm, Slopes c, Row q, Norm q_norm, float p_logq, float c_q, int64_t n,
+// The same with a reference: p log p/q and q have their multipliers too.
+EACH_CPU void grads_row_across(Row a, Norm a_norm, Slopes c, Row q, Norm q_norm, float apart_q, float c_q, int64_t n,
                                float* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const float logp = a_norm.log_probability(a.logit[i] * a.slope), p = exponential(logp);
     const float logq = q_norm.log_probability(q.logit[i] * q.slope);
-    const float d = c.one + p * (c.p + c.p_logp * logp + c.p_p * p + p_logq * logq) + c_q * exponential(logq);
+    const float d = c.one + p * (c.p + c.p_logp * logp + c.p_p * p + apart_q * (logp - logq)) + c_q * exponential(logq);
     out[i] = d * a.slope;
   }
 }
@@ -252,7 +253,7 @@ void grads(const at::Tensor& tile, const at::Tensor& target, int64_t start, cons
     float* d = o.row(r);
     if (tile_q) {
       const Norm q_norm{at(C_MAX_Q), at(C_LOG_SUM_Q)};
-      grads_row_across(a, norm, slopes, {q.row(r), a.slope}, q_norm, at(C_PLOGQ), at(C_Q), B, d);
+      grads_row_across(a, norm, slopes, {q.row(r), a.slope}, q_norm, at(C_APART_Q), at(C_Q), B, d);
     } else {
       grads_row(a, norm, slopes, B, d);
     }
@@ -264,6 +265,7 @@ void grads(const at::Tensor& tile, const at::Tensor& target, int64_t start, cons
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.attr("LAYOUT") = kLayout;
   m.def("fold", &fold, py::call_guard<py::gil_scoped_release>());
   m.def("grads", &grads, py::call_guard<py::gil_scoped_release>());
 }

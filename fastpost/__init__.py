@@ -1,5 +1,4 @@
-"""fastpost: post-training of language models on one fused op. Hidden states and a head in, per-token statistics out, no
-logits."""
+"""fastpost: post-training of language models on one fused op: hidden states and a head in, per-token statistics out."""
 
 from fastpost import advantages, losses
 from fastpost.functional import linear_cross_entropy

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+LAYOUT: int
+
 def fold(
     state: Tensor,  # (STATE_ROWS, R) fp32, updated
     tile: Tensor,  # (R, B) fp32

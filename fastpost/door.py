@@ -1,5 +1,4 @@
-"""The public door of the head: checks every argument once, drops ignored rows, and hands on a `Problem` that needs no
-more checks."""
+"""The public door of the head: checks every argument once, drops ignored rows, and hands on a `Problem`."""
 
 from __future__ import annotations
 

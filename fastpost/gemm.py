@@ -1,5 +1,4 @@
-"""Matrix products with fp32 results from operands of any floating dtype: the only place that knows what a device can
-multiply.
+"""Matrix products with fp32 results, from operands of any dtype: the only place that knows what a device multiplies.
 
 A product rounded to bf16 costs 2e-2 in a log-probability; the same operands accumulated and kept in fp32, 1e-5 or less.
   CPU   there is no bf16 x bf16 -> fp32 product, so operands are widened, a block at a time, into a buffer that is

@@ -18,12 +18,12 @@ G_q more where its logits are computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpost.door import Door, eager_only, open_door
 from fastpost.gemm import exact_products, wide
@@ -70,6 +70,18 @@ def _statistics(p: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None)
         return _join([fold_chunk(s, s.open(hidden, rows)) for rows in s.chunks()], s)
 
 
+def differentiable_once(backward: Callable) -> Callable:
+    """A second derivative is refused. (Where the upstream is constant, torch's once_differentiable takes it for zero.)"""
+
+    @functools.wraps(backward)
+    def checked(ctx, *upstream):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the head is differentiable once: its gradients were asked for with create_graph=True")
+        return backward(ctx, *upstream)
+
+    return checked
+
+
 class FrozenLogp(torch.autograd.Function):
     """logp with its gradient already made: U = dlogp/dhidden (N, D) is all that backward needs. 2 G."""
 
@@ -97,7 +109,7 @@ class FrozenLogp(torch.autograd.Function):
         return found["logp"]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, dlogp: Tensor):
         (U,) = ctx.saved_tensors
         shape, dtype = ctx.like
@@ -123,7 +135,7 @@ class LazyStats(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, *upstream: Tensor | None):
         hidden, weight, bias, *out = ctx.saved_tensors
         p, values = ctx.p, ctx.unseen | dict(zip(ctx.names, out, strict=True))
@@ -193,7 +205,7 @@ class EagerLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, g: Tensor):
         scaled = (
             None if x is None else _scaled(x, g, dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

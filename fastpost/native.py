@@ -7,13 +7,18 @@ AVX-512, torch 2.13) a fold takes 0.47 ms against torch's 1.3 to 1.8, a gradient
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Set as AbstractSet
 
 import torch
 from torch import Tensor
 
 from fastpost import _native
-from fastpost.rows import Shape, TorchRows
+from fastpost.rows import LAYOUT, Shape, TorchRows
+
+if _native.LAYOUT != LAYOUT:
+    warnings.warn("fastpost's native extension is older than its sources and is not used: install again", stacklevel=2)
+    raise ImportError("fastpost._native was compiled for another layout")
 
 
 class NativeRows:

@@ -9,8 +9,8 @@ A tile is (R rows, B vocabulary columns) of raw products hidden @ weight.T, in f
   grads    tile, dL/dstatistics -> dL/dtile
 
 With z the tempered logits, p = softmax(z), every statistic is a function of a few sums over the row, and its gradient
-in z is a combination of the row vectors 1_y, p, p log p, p log q, q, 1, p^2, p log m. `finish` and `coefficients` say
-which, on R numbers.
+in z is a combination of the row vectors 1_y, p, p log p, p log p/q, q, 1, p^2, p log p/m. `finish` and `coefficients`
+say which, on R numbers.
 
 Sums are kept relative to a running maximum m: when m grows by -shift, S = sum e^(z-m) becomes e^shift S and sum e^(z-m)
 (z-m) becomes e^shift (itself + shift S). m and log S stay apart to the end, log p = (z - m) - log S: their sum, the
@@ -36,9 +36,11 @@ MAX, SUM, TARGET, SUM_Z, SUM_SQ, TOTAL, MAX_Q, SUM_Q, APART_P, APART_Q, MAX_1, S
 STATE_ROWS = 14
 
 # Rows of the coefficients: multipliers of the row vectors, then the constants that turn logits into log-probabilities.
-C_TARGET, C_P, C_PLOGP, C_PLOGQ, C_Q, C_PSQ, C_ONE, C_PLOGM, C_AT_1 = range(9)
+C_TARGET, C_P, C_PLOGP, C_APART_Q, C_Q, C_PSQ, C_ONE, C_APART_M, C_AT_1 = range(9)
 C_MAX, C_LOG_SUM, C_MAX_Q, C_LOG_SUM_Q, C_MAX_1, C_LOG_SUM_1, C_LOG_SUM_SQ = range(9, 16)
 COEFFICIENT_ROWS = 16
+
+LAYOUT = 2  # of the two lists above: a native extension compiled for another one is not used
 
 
 class Shape(NamedTuple):
@@ -184,7 +186,7 @@ class TorchRows:
         p = torch.exp(logp, out=self._tile("e", z))
         d, product = self._tile("d", z), self._tile("product", z)
         torch.mul(p, c[C_P, :, None], out=d)
-        if wants & {"entropy", "reverse_kl", "jsd"}:
+        if "entropy" in wants:
             d += torch.mul(p, logp, out=product).mul_(c[C_PLOGP, :, None])
         if "log_sum_sq" in wants:  # 2 p^2 / sum p^2
             d += torch.mul(logp, 2.0, out=product).sub_(c[C_LOG_SUM_SQ, :, None]).exp_().mul_(c[C_PSQ, :, None])
@@ -192,9 +194,10 @@ class TorchRows:
             _, zq = self._tempered("zq", tile_q, shape_q, inverse_temperature)
             logq = log_probability(zq, c[C_MAX_Q], c[C_LOG_SUM_Q], self._tile("xq", z))
             if "reverse_kl" in wants:
-                d += torch.mul(p, logq, out=product).mul_(c[C_PLOGQ, :, None])
+                d += torch.sub(logp, logq, out=product).mul_(p).mul_(c[C_APART_Q, :, None])
             if "jsd" in wants:
-                d += torch.mul(p, log_mixture(logp, logq, beta), out=product).mul_(c[C_PLOGM, :, None])
+                logm = log_mixture(logp, logq, beta)
+                d += torch.sub(logp, logm, out=product).mul_(p).mul_(c[C_APART_M, :, None])
             if "forward_kl" in wants:
                 d += torch.exp(logq, out=product).mul_(c[C_Q, :, None])
         if "mean_logp" in wants:
@@ -291,15 +294,13 @@ def coefficients(
         c[C_PLOGP] -= d["entropy"]
     if "reverse_kl" in d:
         c[C_P] -= d["reverse_kl"] * stats["reverse_kl"]
-        c[C_PLOGP] += d["reverse_kl"]
-        c[C_PLOGQ] = -d["reverse_kl"]
+        c[C_APART_Q] = d["reverse_kl"]
     if "forward_kl" in d:
         c[C_P] += d["forward_kl"]
         c[C_Q] = -d["forward_kl"]
     if "jsd" in d:
         c[C_P] -= (1 - beta) * d["jsd"] * stats["kl_p_m"]
-        c[C_PLOGP] += (1 - beta) * d["jsd"]
-        c[C_PLOGM] = -(1 - beta) * d["jsd"]
+        c[C_APART_M] = (1 - beta) * d["jsd"]
     if "log_sum_sq" in d:
         c[C_P] -= 2 * d["log_sum_sq"]
         c[C_PSQ] = 2 * d["log_sum_sq"]

@@ -76,7 +76,7 @@ class Problem:
 
 
 def row_kernels(device: torch.device, dtype: torch.dtype):
-    """The fastest row kernels there are for tiles of `dtype`: Triton's on a GPU, the C++ twin on a CPU, else torch's."""
+    """The fastest row kernels for tiles of `dtype`: Triton's on a GPU, the C++ twin's on a CPU, else torch's."""
     try:
         if device.type == "cuda" and dtype == torch.float32:
             # (pyright does not see that fastpost.kernels is kernels/triton)

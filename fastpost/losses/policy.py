@@ -8,8 +8,8 @@ from fastpost.types import Batch, Stats, loss
 
 
 def clipped(ratio: Tensor, advantage: Tensor, epsilon: float, epsilon_high: float | None) -> Tensor:  # (U,) each
-    """-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) of PPO (arXiv:1707.06347); another epsilon_high is DAPO's
-    clip-higher."""
+    """-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) of PPO (arXiv:1707.06347); DAPO's clip-higher
+    is another epsilon_high."""
     high = epsilon if epsilon_high is None else epsilon_high
     if not (0 <= epsilon <= 1 and high >= 0):
         raise ValueError(f"epsilon must be in [0, 1] and epsilon_high not negative, got {epsilon} and {epsilon_high}")

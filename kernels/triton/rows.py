@@ -23,7 +23,7 @@ import triton.language as tl
 MAX, SUM, TARGET, SUM_Z, SUM_SQ, TOTAL, MAX_Q, SUM_Q, APART_P, APART_Q, MAX_1, SUM_1, P_M, Q_M = map(
     tl.constexpr, range(14)
 )
-C_TARGET, C_P, C_PLOGP, C_PLOGQ, C_Q, C_PSQ, C_ONE, C_PLOGM, C_AT_1 = map(tl.constexpr, range(9))
+C_TARGET, C_P, C_PLOGP, C_APART_Q, C_Q, C_PSQ, C_ONE, C_APART_M, C_AT_1 = map(tl.constexpr, range(9))
 C_MAX, C_LOG_SUM, C_MAX_Q, C_LOG_SUM_Q, C_MAX_1, C_LOG_SUM_1, C_LOG_SUM_SQ = map(tl.constexpr, range(9, 16))
 LOWEST = tl.constexpr(-1e30)
 
@@ -222,11 +222,12 @@ def _grads_kernel(
     if DENSE:
         b_logq = _logits(tile_q + i_r * tile_q_stride, bias_q, o_v, m_v, scale_q, softcap_q, HAS_BIAS_Q, CAPPED_Q)
         b_logq = b_logq * b_inverse - tl.load(p_c + C_MAX_Q * R) - tl.load(p_c + C_LOG_SUM_Q * R)
-        # + p log q * c[PLOGQ] + p log m * c[PLOGM]
+        # + p (log p - log q) * c[APART_Q] + p (log p - log m) * c[APART_M]
         if REVERSE:
-            b_factor += b_logq * tl.load(p_c + C_PLOGQ * R)
+            b_factor += (b_logp - b_logq) * tl.load(p_c + C_APART_Q * R)
         if JSD:
-            b_factor += _logaddexp(b_logp + log_other, b_logq + log_beta) * tl.load(p_c + C_PLOGM * R)
+            b_logm = _logaddexp(b_logp + log_other, b_logq + log_beta)
+            b_factor += (b_logp - b_logm) * tl.load(p_c + C_APART_M * R)
     b_d = b_p * b_factor
     # + q * c[Q]
     if DENSE and FORWARD:
@@ -324,7 +325,7 @@ class TritonRows:
             math.log(beta) if jsd else 0.0, math.log1p(-beta) if jsd else 0.0,
             HAS_BIAS=bias is not None, CAPPED=softcap is not None, TEMPERED=inverse_temperature is not None,
             DENSE=tile_q is not None, HAS_BIAS_Q=bias_q is not None, CAPPED_Q=softcap_q is not None,
-            WANT_Z=bool(wants & {"entropy", "reverse_kl", "jsd"}), WANT_SQ="log_sum_sq" in wants,
+            WANT_Z="entropy" in wants, WANT_SQ="log_sum_sq" in wants,
             WANT_ONE="mean_logp" in wants, WANT_AT_1="logp@1" in wants,
             REVERSE="reverse_kl" in wants, FORWARD="forward_kl" in wants, JSD=jsd,
             **launch,
