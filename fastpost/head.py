@@ -70,14 +70,28 @@ def _statistics(p: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None)
         return _join([fold_chunk(s, s.open(hidden, rows)) for rows in s.chunks()], s)
 
 
+class _Once(torch.autograd.Function):
+    """A gradient that cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *upstream: Tensor):
+        raise RuntimeError("the gradient of fastpost's head has no gradient of its own: the head is differentiable once")
+
+
 def differentiable_once(backward: Callable) -> Callable:
-    """A second derivative is refused. (Where the upstream is constant, torch's once_differentiable takes it for zero.)"""
+    """A second derivative is refused. torch's once_differentiable takes it for zero where the upstream is constant."""
 
     @functools.wraps(backward)
     def checked(ctx, *upstream):
-        if torch.is_grad_enabled():
-            raise RuntimeError("the head is differentiable once: its gradients were asked for with create_graph=True")
-        return backward(ctx, *upstream)
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():
+            return gradients
+        return tuple(None if x is None else _Once.apply(x.requires_grad_()) for x in gradients)
 
     return checked
 

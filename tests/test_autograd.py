@@ -67,19 +67,13 @@ def test_a_second_backward_without_retain_graph_is_torchs_error(schedule):
 
 
 @each_schedule
-@pytest.mark.parametrize(
-    "of",
-    [
-        pytest.param("the loss", marks=pytest.mark.xfail(strict=True, reason="it looks at upstream alone")),
-        "its square",
-    ],
-)
+@pytest.mark.parametrize("of", ["the loss", "its square"])
 def test_double_backward_is_refused(of, schedule):
     """A gradient penalty without its second-order term would be wrong in silence."""
     p, batch = setting(schedule)
     total = run(schedule, p, batch, loss=sft)
     (gradient,) = torch.autograd.grad(total if of == "the loss" else total.square(), p.hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice a function that was marked with @once_differentiable"):
+    with pytest.raises(RuntimeError, match="the head is differentiable once"):
         (total + gradient.square().sum()).backward()
 
 
@@ -211,7 +205,7 @@ def test_an_error_puts_the_precision_back():
 def test_a_loss_scale_brings_small_gradients_through(dtype, schedule):
     """As GradScaler does for fp16: what was too small for the dtype before scaling must not have been lost."""
     p, batch = setting(schedule, dtype)
-    batch = replace(batch, weight=batch.weight / 64)
+    batch = replace(batch, weight=batch.weight / 4096)
     scaled = gradients(65536 * run(schedule, p, batch), ONE, p)
     train_head = schedule != "FrozenLogp"
     truth, same = p.to(torch.float64, train_head=train_head), p.to(dtype, train_head=train_head)
