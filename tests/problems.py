@@ -93,8 +93,8 @@ def gradients(value: Tensor, upstream: Tensor, p: Problem) -> dict[str, Tensor]:
 
 def assert_exact(p: Problem, outputs: Sequence[str]) -> None:
     """Every output and each of its gradients, by the rule of DESIGN 5; in float64, by torch's own tolerance as well."""
-    dtype = p.hidden.dtype
-    truth, fp32, same = p.to(torch.float64), p.to(torch.float32), p.to(dtype)
+    dtype, trained = p.hidden.dtype, p.head.weight.requires_grad
+    truth, fp32, same = (p.to(d, train_head=trained) for d in (torch.float64, torch.float32, dtype))
     got, want, single, yardstick = ours(p, outputs), theirs(truth), theirs(fp32), theirs(same)
     upstream = torch.randn(len(p.target)).bfloat16().float().to(p.hidden.device)
     for name in outputs:

@@ -21,6 +21,7 @@ from problems import (
     gradients,
     ours,
     problem,
+    schedules_of,
     small_tiles,
     stat,
     theirs,
@@ -75,6 +76,15 @@ def test_statistics_of_the_policy(traits, dtype, device):
 @pytest.mark.parametrize("traits", HEADS.values(), ids=HEADS)
 def test_divergences_from_a_reference_of_another_width(traits, dtype, device):
     assert_exact(with_reference(problem(dtype, device, T=MANY, **traits)), DIVERGENCES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("traits", HEADS.values(), ids=HEADS)
+def test_logp_with_its_gradient_made_in_one_pass(traits, dtype, device):
+    """The frozen schedule, which no other test of this file takes."""
+    p = problem(dtype, device, T=MANY, **traits).to(dtype, train_head=False)
+    assert schedules_of(ours(p, ["logp"]).logp) == {"FrozenLogp"}
+    assert_exact(p, ["logp"])
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])

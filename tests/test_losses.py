@@ -15,7 +15,8 @@ from fastpost import losses
 from fastpost.losses import kl
 from fastpost.losses.sft import smoothed_sft
 
-LENGTHS = torch.tensor([4, 3, 5, 4])  # two pairs; the last position of each predicts nothing
+LENGTHS = torch.tensor([4, 2, 5, 5])  # two pairs; the last position of each predicts nothing
+SECOND = 6  # where the second pair begins
 T = 16
 KEPT = torch.ones(T, dtype=torch.bool).index_fill(0, LENGTHS.cumsum(0) - 1, False)
 
@@ -156,15 +157,15 @@ def test_each_says_what_it_reads_and_is_documented(name):
 def test_a_unit_whose_tokens_are_all_ignored_is_zero_whatever_its_fields_hold(name):
     stats, batch = setting()
     target = batch.target.clone()
-    target[7:] = -100  # the second pair
+    target[SECOND:] = -100
     for field in ("old_logp", "ref_logp", "advantage"):
-        getattr(batch, field)[7:] = torch.nan
+        getattr(batch, field)[SECOND:] = torch.nan
     knobs = {"epsilon": 0.9} if name == "gspo" else {}
     got = NAMED[name](stats, replace(batch, target=target), **knobs)
-    gone = {"token": slice(7, None), "sequence": slice(2, None), "pair": slice(1, None)}[NAMED[name].unit]
+    gone = {"token": slice(SECOND, None), "sequence": slice(2, None), "pair": slice(1, None)}[NAMED[name].unit]
     assert not got[gone].any() and got.isfinite().all()
     (gradient,) = torch.autograd.grad(got.sum(), stats.logp)
-    assert not gradient[7:].any() and gradient[:6].any() and gradient.isfinite().all()
+    assert not gradient[SECOND:].any() and gradient[:SECOND].any() and gradient.isfinite().all()
 
 
 def test_a_loss_of_ones_own_is_declared_in_two_lines():
