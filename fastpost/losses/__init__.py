@@ -1,4 +1,4 @@
-"""Losses: pure functions of statistics, a page of equations a family. `losses.<name>(stats, batch, *, knobs) -> (U,)`."""
+"""Losses: pure functions of statistics, one page a family. `fp.losses.<name>(stats, batch, *, knobs) -> (U,)`."""
 
 from fastpost.losses import kl
 from fastpost.losses.policy import grpo, gspo
