@@ -59,16 +59,15 @@ class Picks:
         if vocabulary == K:
             return named
         total = self.rest[SUM]
-        if (
-            self.softcap is not None
-        ):  # a cap lifts the columns that were taken out to -softcap each: they leave the sum here
+        if self.softcap is not None:
+            # A cap lifts the columns that were taken out to -softcap each: here they leave the sum.
             lowest = -self.softcap if inverse_temperature is None else -self.softcap * inverse_temperature
             total = total - K * (lowest - self.rest[MAX]).exp()
         return torch.cat([named, (self.rest[MAX] - maximum + total.log() - log_sum)[:, None]], 1)
 
     def put(self, left: Tensor, block: Columns, values: Tensor) -> None:  # (R, B), (R, K)
-        """The named columns of a tile become `values`. Two additions: an id of another block, clamped into this one,
-        adds 0."""
+        """The named columns of a tile become `values`."""
+        # By two additions, so that an id of another block, clamped onto a column of this one, does nothing to it.
         column, here = self.where(block)
         old = torch.where(here, left.gather(1, column), 0)
         left.scatter_add_(1, column, -old)

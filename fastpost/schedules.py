@@ -27,6 +27,8 @@ from fastpost.gemm import exact_products
 from fastpost.sweep import Problem, Sweep
 from fastpost.types import NEEDS_REFERENCE, OUTPUTS, Batch, Loss, Stats
 
+ROWS = 4096  # of a (T, D) or (V, D) tensor that are rescaled together: what fp32 needs meanwhile is bounded
+
 
 def _totals(s: Sweep, weight: bool, bias: bool) -> Totals:
     """The accumulators: one for dW in fp32 whatever the weight's dtype, and no other (V, D) tensor."""
@@ -45,7 +47,7 @@ def _put(dhidden: Tensor, p: Problem, rows: slice, values: Tensor) -> None:
 def _scaled(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     """g * x in another dtype, without a second tensor of x's size and precision."""
     out = torch.empty_like(x, dtype=dtype)
-    for part, result in zip(x.split(4096), out.split(4096), strict=True):
+    for part, result in zip(x.split(ROWS), out.split(ROWS), strict=True):
         result.copy_(part * g)
     return out
 
@@ -74,9 +76,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream: Tensor):
-        raise RuntimeError(
-            "the gradient of fastpost's head has no gradient of its own: the head is differentiable once"
-        )
+        raise RuntimeError("a gradient of the head has none of its own: the head is differentiable once")
 
 
 def differentiable_once(backward: Callable) -> Callable:
@@ -124,11 +124,11 @@ class FrozenLogp(torch.autograd.Function):
     def backward(ctx, dlogp: Tensor):
         (U,) = ctx.saved_tensors
         shape, dtype = ctx.like
-        scaled = torch.mul(U, dlogp[:, None])
-        if ctx.p.index is None:
-            return scaled.to(dtype), None, None, None, None
         dhidden = torch.zeros(shape, dtype=dtype, device=U.device)
-        return dhidden.index_copy_(0, ctx.p.index, scaled.to(dtype)), None, None, None, None
+        for start in range(0, len(U), ROWS):
+            rows = slice(start, min(start + ROWS, len(U)))
+            _put(dhidden, ctx.p, rows, U[rows] * dlogp[rows, None])
+        return dhidden, None, None, None, None
 
 
 class LazyStats(torch.autograd.Function):
