@@ -127,8 +127,7 @@ def fused_loss(
     else:
         names = tuple(sorted(p.wants))
         found = dict(zip(names, LazyStats.apply(*tensors, p, names), strict=True))
-        seen = {n: x if n in carrying else x.detach() for n, x in found.items()}
-        total = plan.weighted(seen, plan.batch, everything)
+        total = plan.weighted(found, plan.batch, everything)
     if not return_stats:
         return total
     return total, door.stats({n: x.detach() for n, x in found.items()}, asked)

@@ -239,7 +239,8 @@ class Plan:
         """sum of weight * loss over the units that have a token."""
         weight, kept = self.weight[units], batch.kept_units(self.loss.unit)
         kept = kept if self.mask is None else kept & self.mask[units]
-        seen = Stats(**{OUTPUTS[name]: stats[self.names[name]] for name in self.loss.reads})
+        carried = lambda name, x: x if name in self.loss.differentiates else x.detach()  # noqa: E731
+        seen = Stats(**{OUTPUTS[name]: carried(name, stats[self.names[name]]) for name in self.loss.reads})
         loss = self.loss.on_kept(seen, batch, **self.knobs)
         assert loss.shape == weight.shape, (
             f"{self.loss.name} returned {tuple(loss.shape)} for {tuple(weight.shape)} units"
