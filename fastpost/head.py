@@ -53,14 +53,12 @@ def token_stats(
     Raises ValueError, naming the argument and the shapes, for what does not fit together.
     """
     door = open_door(hidden, head, target, outputs, reference, temperature, jsd_beta, ignore_index)
-    p, names = door.problem, tuple(sorted(door.problem.wants))
+    p, tensors = door.problem, (door.hidden, door.weight, door.bias)
     if not (door.needs_hidden or door.needs_head):
-        values = statistics(p, door.hidden, door.weight, door.bias)
-    elif not door.needs_head and p.wants <= {"logp", "top1"}:
-        values = {}
-        values["logp"] = FrozenLogp.apply(door.hidden, door.weight, door.bias, p, values)
+        values = statistics(p, *tensors)
     else:
-        values = dict(zip(names, LazyStats.apply(door.hidden, door.weight, door.bias, p, names), strict=True))
+        schedule = FrozenLogp if not door.needs_head and p.wants <= {"logp", "top1"} else LazyStats
+        values = dict(zip(p.names, schedule.apply(*tensors, p), strict=True))
     return door.stats(values, outputs)
 
 
@@ -111,23 +109,19 @@ def fused_loss(
         batch = replace(batch, kept=None, kept_lengths=None)
     asked = tuple(dict.fromkeys((*loss.reads, *outputs)))
     door = open_door(hidden, head, batch.target, asked, reference, temperature, jsd_beta, ignore_index, batch.kept)
-    p, plan = door.problem, _plan_loss(loss, knobs, batch, door)
-    tensors = (door.hidden, door.weight, door.bias)
-    found: dict[str, Tensor] = {}
-    everything = slice(None)
+    p, plan, tensors = door.problem, _plan_loss(loss, knobs, batch, door), (door.hidden, door.weight, door.bias)
     carrying = {door.inner(name) for name in loss.differentiates}
     if not (door.needs_hidden or door.needs_head):
-        found = statistics(p, *tensors)
-        total = plan.weighted(found, plan.batch, everything)
+        total, found = None, statistics(p, *tensors)
     elif not door.needs_head and carrying <= {"logp"}:
-        logp = FrozenLogp.apply(*tensors, p, found)
-        total = plan.weighted(found | {"logp": logp}, plan.batch, everything)
+        total, found = None, dict(zip(p.names, FrozenLogp.apply(*tensors, p), strict=True))
     elif plan.longest_unit() <= Sweep(p, door.weight, door.bias, held=True).rows_each:
-        total = EagerLoss.apply(*tensors, p, plan, found)
+        total, *values = EagerLoss.apply(*tensors, plan)
+        found = dict(zip(p.names, values, strict=True))
     else:
-        names = tuple(sorted(p.wants))
-        found = dict(zip(names, LazyStats.apply(*tensors, p, names), strict=True))
-        total = plan.weighted(found, plan.batch, everything)
+        total, found = None, dict(zip(p.names, LazyStats.apply(*tensors, p), strict=True))
+    if total is None:
+        total = plan.weighted(found, plan.batch, slice(None))
     if not return_stats:
         return total
     return total, door.stats({n: x.detach() for n, x in found.items()}, asked)
@@ -154,4 +148,4 @@ def _plan_loss(loss: Loss, knobs: dict[str, object], batch: Batch, door: Door) -
     else:
         weight = batch.weight.to(device)
     names = {name: door.inner(name) for name in loss.reads}
-    return Plan(loss, knobs, inner, weight.to(wide(p.dtype)), door.kept, names)
+    return Plan(p, loss, knobs, inner, weight.to(wide(p.dtype)), door.kept, names)

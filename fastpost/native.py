@@ -16,7 +16,7 @@ from torch import Tensor
 from fastpost import _native
 from fastpost.rows import LAYOUT, Shape, TorchRows
 
-if _native.LAYOUT != LAYOUT:
+if getattr(_native, "LAYOUT", None) != LAYOUT:
     warnings.warn("fastpost's native extension is older than its sources and is not used: install again", stacklevel=2)
     raise ImportError("fastpost._native was compiled for another layout")
 

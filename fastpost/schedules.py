@@ -57,7 +57,7 @@ def _join(parts: list[dict[str, Tensor]], s: Sweep) -> dict[str, Tensor]:
     if parts:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     empty = torch.empty(0, dtype=s.wide, device=s.device)
-    return {name: empty.bool() if name == "top1" else empty.clone() for name in s.p.wants | {"logp", "lse"}}
+    return {name: empty.bool() if name == "top1" else empty.clone() for name in (*s.p.names, "lse")}
 
 
 def statistics(p: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
@@ -94,12 +94,10 @@ def differentiable_once(backward: Callable) -> Callable:
 
 
 class FrozenLogp(torch.autograd.Function):
-    """logp with its gradient already made: U = dlogp/dhidden (N, D) is all that backward needs. 2 G."""
+    """Statistics of which logp alone carries a gradient, already made: U = dlogp/dhidden (N, D). 2 G."""
 
     @staticmethod
-    def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, p: Problem, found: dict[str, Tensor]
-    ) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, p: Problem) -> tuple[Tensor, ...]:
         with exact_products(hidden.device):
             s = Sweep(p, weight, bias, held="jsd" in p.row_wants)
             U = torch.empty(len(p), s.D, dtype=hidden.dtype, device=hidden.device)
@@ -114,33 +112,34 @@ class FrozenLogp(torch.autograd.Function):
                 slope = p.scale if chunk.inverse_temperature is None else (p.scale * chunk.inverse_temperature)[:, None]
                 U[rows] = picked.sub_(mean).mul_(slope)
                 parts.append(stats)
-        found |= _join(parts, s)
+        values = _join(parts, s)
         ctx.save_for_backward(U)
         ctx.p, ctx.like = p, (hidden.shape, hidden.dtype)
-        return found["logp"]
+        ctx.mark_non_differentiable(*(values[name] for name in p.names if name != "logp"))
+        return tuple(values[name] for name in p.names)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, dlogp: Tensor):
-        (U,) = ctx.saved_tensors
+    def backward(ctx, *upstream: Tensor):
+        (U,), dlogp = ctx.saved_tensors, upstream[ctx.p.names.index("logp")]
         shape, dtype = ctx.like
         dhidden = torch.zeros(shape, dtype=dtype, device=U.device)
         for start in range(0, len(U), ROWS):
             rows = slice(start, min(start + ROWS, len(U)))
             _put(dhidden, ctx.p, rows, U[rows] * dlogp[rows, None])
-        return dhidden, None, None, None, None
+        return dhidden, None, None, None
 
 
 class LazyStats(torch.autograd.Function):
     """Statistics as autograd tensors: backward visits the tiles a second time. 4 G, or 3 G with a frozen weight."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, p: Problem, names: tuple[str, ...]):
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, p: Problem) -> tuple[Tensor, ...]:
         values = statistics(p, hidden, weight, bias)
-        out = tuple(values[name] for name in names)
+        out = tuple(values[name] for name in p.names)
         ctx.save_for_backward(hidden, weight, bias, *out)
-        ctx.p, ctx.names = p, names
-        ctx.unseen = {name: x for name, x in values.items() if name not in names}
+        ctx.p = p
+        ctx.unseen = {name: x for name, x in values.items() if name not in p.names}
         ctx.mark_non_differentiable(*(x for x in out if not x.is_floating_point()))
         ctx.set_materialize_grads(False)
         return out
@@ -149,8 +148,8 @@ class LazyStats(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, *upstream: Tensor | None):
         hidden, weight, bias, *out = ctx.saved_tensors
-        p, values = ctx.p, ctx.unseen | dict(zip(ctx.names, out, strict=True))
-        d = {n: g for n, g in zip(ctx.names, upstream, strict=True) if g is not None and n != "top1"}
+        p, values = ctx.p, ctx.unseen | dict(zip(ctx.p.names, out, strict=True))
+        d = {n: g for n, g in zip(ctx.p.names, upstream, strict=True) if g is not None and n != "top1"}
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if not NEEDS_REFERENCE & d.keys():
             p = replace(p, reference=None)  # its tiles were for the values
@@ -171,7 +170,6 @@ class LazyStats(torch.autograd.Function):
             None if totals.weight is None else totals.weight.to(weight.dtype),
             None if totals.bias is None or bias is None else totals.bias.to(bias.dtype),
             None,
-            None,
         )
 
 
@@ -185,12 +183,11 @@ class Part:
 
 
 class EagerLoss(torch.autograd.Function):
-    """The loss and all its gradients in one sweep, over chunks of whole units. 3 G, or 2 G with a frozen weight."""
+    """The loss, all its gradients and its statistics in one sweep of whole units. 3 G, or 2 G with a frozen weight."""
 
     @staticmethod
-    def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, p: Problem, plan: Plan, found: dict[str, Tensor]
-    ) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
+        p = plan.problem
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         # fp16 cannot hold a gradient before the caller's loss scale has multiplied it.
         keep = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
@@ -210,24 +207,27 @@ class EagerLoss(torch.autograd.Function):
                 if dhidden is not None and rows is not None:
                     _put(dhidden, p, part.rows, rows)
                 parts.append(stats)
-        found |= _join(parts, s)
+        values = _join(parts, s)
         ctx.save_for_backward(dhidden, totals.weight, totals.bias)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-        return total
+        out = tuple(values[name] for name in p.names)
+        ctx.mark_non_differentiable(*out)
+        return total, *out
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, g: Tensor):
+    def backward(ctx, g: Tensor, *_: Tensor):
         scaled = (
             None if x is None else _scaled(x, g, dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return (*scaled, None, None, None)
+        return (*scaled, None)
 
 
 @dataclass(frozen=True)
 class Plan:
     """A loss over the kept rows of a batch: what each chunk computes, and where units may be cut."""
 
+    problem: Problem
     loss: Loss
     knobs: dict[str, object]
     batch: Batch  # kept rows only

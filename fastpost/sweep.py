@@ -57,6 +57,11 @@ class Problem:
         return len(self.target)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The statistics, in the order in which an autograd function returns them."""
+        return tuple(sorted(self.wants | {"logp"}))
+
+    @property
     def dense(self) -> Reference | None:
         return self.reference if isinstance(self.reference, Reference) else None
 
