@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import accumulate, chain
 
 import torch
@@ -48,12 +48,8 @@ class Packed:
     longest: int  # positions of the longest sequence
 
     def to(self, device: torch.device | str) -> Packed:
-        """The same pack, every tensor on the device."""
-        values = {field.name: getattr(self.batch, field.name) for field in fields(self.batch)}
-        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-        return Packed(
-            self.input_ids.to(device), self.position_ids.to(device), replace(self.batch, **moved), self.longest
-        )
+        """The same pack on the device, but for its lengths, which are read on the host."""
+        return Packed(self.input_ids.to(device), self.position_ids.to(device), self.batch.to(device), self.longest)
 
 
 def plan(lengths: list[int], max_tokens: int, unit: int = 1) -> list[list[int]]:
@@ -97,7 +93,8 @@ def pack(examples: Sequence[Example], **extra: Tensor | Sequence[Sequence[float]
     target[rows] = input_ids[rows + 1]
     laid = {name: _field(name, value, examples, rows, starts[-1]) for name, value in extra.items()}
     positions = torch.cat([torch.arange(n) for n in lengths])
-    batch = Batch(target=target, lengths=torch.tensor(lengths), kept=rows, **laid)  # type: ignore[arg-type]
+    counts = torch.tensor([len(example.predicted) for example in examples])
+    batch = Batch(target, torch.tensor(lengths), kept=rows, kept_lengths=counts, **laid)
     return Packed(input_ids[None], positions[None], batch, max(lengths))
 
 
@@ -105,7 +102,7 @@ def _field(
     name: str, value: Tensor | Sequence[Sequence[float]], examples: Sequence[Example], rows: Tensor, T: int
 ) -> Tensor:
     """One field of Batch, laid out over the pack."""
-    names = [field.name for field in fields(Batch) if field.name not in ("target", "lengths", "kept")]
+    names = [field.name for field in fields(Batch) if field.name not in ("target", "lengths", "kept", "kept_lengths")]
     if name not in names:
         raise ValueError(f"pack takes the fields of Batch, got {name!r}{nearest(name, names)}")
     if isinstance(value, Tensor):

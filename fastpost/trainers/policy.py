@@ -120,7 +120,7 @@ def backward(model: Any, packs: Sequence[Packed], config: Grpo) -> tuple[list[Pa
         total = total + loss.detach()
         for name, value in token_sums(stats, batch, config).items():
             sums[name] = sums.get(name, 0.0) + value
-        count += int((packed.batch.target != -100).sum())
+        count += len(packed.batch.kept)
     return scored, {"loss": float(total)} | {name: float(value) / count for name, value in sums.items()}
 
 
