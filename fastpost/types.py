@@ -145,10 +145,8 @@ class Batch:
     margin: Tensor = NOT_GIVEN  # (S / 2,)
     kl: Tensor = NOT_GIVEN  # scalar, KTO's baseline
     weight: Tensor = NOT_GIVEN  # (U,) the normalisation; None: 1 / kept units
-    kept: Tensor | None = (
-        None  # (N,) int64, positions with a target, if known beforehand; a Batch from packing has them
-    )
-    kept_lengths: Tensor = NOT_GIVEN  # (S,) int64 on the host, how many of them each sequence has; given with `kept`
+    kept: Tensor = NOT_GIVEN  # (N,) int64, positions with a target; a Batch from packing has them
+    kept_lengths: Tensor = NOT_GIVEN  # (S,) int64 on the host, how many each sequence has; given with `kept`
 
     def __post_init__(self):
         T, S = self.target.numel(), self.lengths.numel()
