@@ -75,13 +75,14 @@ def open_door(
     jsd_beta: float,
     ignore_index: int,
     kept: Tensor | None = None,  # (N,) positions of kept rows, where the caller knows them
+    lengths: Tensor | None = None,  # (S,) of a batch; they must sum to T
 ) -> Door:
     head = _head(head, "head")
     _check_hidden(hidden, head, target)
     _check_outputs(outputs, reference, jsd_beta)
     V = head.weight.shape[0]
     flat = target.reshape(-1)
-    index, mask = _kept_rows(flat, ignore_index, V, kept)
+    index, mask = _kept_rows(flat, ignore_index, V, kept, lengths)
     if mask is not None:
         flat = torch.where(mask, flat, 0)
     rows = flat if index is None else flat.index_select(0, index)
@@ -172,6 +173,7 @@ def _kept_rows(
     ignore_index: int,
     vocabulary: int,
     known: Tensor | None,
+    lengths: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(index of kept rows or None for all, mask or None). On an accelerator this is the call's one host sync."""
     if known is not None:
@@ -182,9 +184,16 @@ def _kept_rows(
     if target.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None, mask  # nothing may depend on a count: ignored rows go through, with coefficient 0
     outside = mask & ((target < 0) | (target >= vocabulary))
-    count, bad = torch.stack([mask.sum(), outside.sum()]).tolist()
+    # A Batch has looked at lengths that are on the host; others are looked at here, in the same transfer.
+    if lengths is None or lengths.device.type == "cpu":
+        total = torch.full((), len(target), device=mask.device)
+    else:
+        total = lengths.sum().to(mask.device)
+    count, bad, total = torch.stack([mask.sum(), outside.sum(), total]).tolist()
     if bad:
         _check_range(target[mask], vocabulary)
+    if total != len(target):
+        raise ValueError(f"batch.lengths must sum to the {len(target)} positions of batch.target, got a sum of {total}")
     if count == len(target):
         return None, None
     return torch.argsort(mask.to(torch.uint8), descending=True, stable=True)[:count], None

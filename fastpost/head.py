@@ -108,7 +108,18 @@ def fused_loss(
     if ignore_index != IGNORE:
         batch = replace(batch, kept=None, kept_lengths=None)
     asked = tuple(dict.fromkeys((*loss.reads, *outputs)))
-    door = open_door(hidden, head, batch.target, asked, reference, temperature, jsd_beta, ignore_index, batch.kept)
+    door = open_door(
+        hidden,
+        head,
+        batch.target,
+        asked,
+        reference,
+        temperature,
+        jsd_beta,
+        ignore_index,
+        batch.kept,
+        batch.lengths,
+    )
     p, plan, tensors = door.problem, _plan_loss(loss, knobs, batch, door), (door.hidden, door.weight, door.bias)
     carrying = {door.inner(name) for name in loss.differentiates}
     if not (door.needs_hidden or door.needs_head):
