@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastpost.sweep import Problem, Reference
 from fastpost.types import NEEDS_REFERENCE, OUTPUTS, Head, Stats, TopK, nearest
+
+TOO_LIKELY = 1e-2  # by how much a teacher's stored probabilities may exceed one: what bfloat16 rounding makes of them
 
 
 def eager_only(function: Callable) -> Callable:
@@ -78,10 +80,12 @@ def open_door(
     lengths: Tensor | None = None,  # (S,) of a batch; they must sum to T
 ) -> Door:
     head = _head(head, "head")
+    if not isinstance(ignore_index, int):
+        raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")
     _check_hidden(hidden, head, target)
     _check_outputs(outputs, reference, jsd_beta)
     V = head.weight.shape[0]
-    flat = target.reshape(-1)
+    flat = target.reshape(-1).contiguous()
     index, mask = _kept_rows(flat, ignore_index, V, kept, lengths)
     if mask is not None:
         flat = torch.where(mask, flat, 0)
@@ -152,6 +156,8 @@ def _check_hidden(hidden: Tensor, head: Head, target: Tensor, name: str = "hidde
 def _check_outputs(outputs: Sequence[str], reference: object, jsd_beta: float) -> None:
     if isinstance(outputs, str):
         raise ValueError(f"outputs must be a sequence of names, got the string {outputs!r}: write ({outputs!r},)")
+    if not isinstance(outputs, Collection) or not all(isinstance(name, str) for name in outputs):
+        raise ValueError(f"outputs must be a sequence of names, got {outputs!r}")
     for name in outputs:
         if name not in OUTPUTS:
             raise ValueError(f"unknown output {name!r}{nearest(name, list(OUTPUTS))}; known: {', '.join(OUTPUTS)}")
@@ -159,8 +165,8 @@ def _check_outputs(outputs: Sequence[str], reference: object, jsd_beta: float) -
             raise ValueError(
                 f"output {name!r} compares two distributions: pass reference=(hidden_q, head_q) or a fastpost.TopK"
             )
-    if not 0 <= jsd_beta <= 1:
-        raise ValueError(f"jsd_beta must be in [0, 1], got {jsd_beta}")
+    if not isinstance(jsd_beta, int | float) or not 0 <= jsd_beta <= 1:
+        raise ValueError(f"jsd_beta must be in [0, 1], got {jsd_beta!r}")
     infinite = {"reverse_kl"} | ({"jsd"} if jsd_beta == 1 else set())
     if isinstance(reference, TopK) and reference.rest == "renormalize" and infinite & set(outputs):
         raise ValueError(
@@ -260,6 +266,10 @@ def _reference(
                 )
             if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
                 raise ValueError("reference TopK.ids must be distinct within a row")
+            total = logp.float().exp().sum(1)
+            if not bool((total <= 1 + TOO_LIKELY).all()):
+                worst = float(total.nan_to_num(torch.inf).max())
+                raise ValueError(f"reference TopK.logp must be log-probabilities: a row of them sums to {worst:.4g}")
         return TopK(ids, logp, reference.rest)
     if not isinstance(reference, tuple) or len(reference) != 2:
         raise ValueError(f"reference must be (hidden_q, head_q) or a fastpost.TopK, got {type(reference).__name__}")

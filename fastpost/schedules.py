@@ -242,9 +242,6 @@ class Plan:
         carried = lambda name, x: x if name in self.loss.differentiates else x.detach()  # noqa: E731
         seen = Stats(**{OUTPUTS[name]: carried(name, stats[self.names[name]]) for name in self.loss.reads})
         loss = self.loss.on_kept(seen, batch, **self.knobs)
-        assert loss.shape == weight.shape, (
-            f"{self.loss.name} returned {tuple(loss.shape)} for {tuple(weight.shape)} units"
-        )
         return (torch.where(kept, weight, 0.0) * torch.where(kept, loss, 0.0)).sum()
 
     def loss_and_grads(self, stats: Mapping[str, Tensor], part: Part) -> tuple[Tensor, dict[str, Tensor]]:

@@ -37,7 +37,7 @@ def teacher_outcomes(logq: Tensor, rest: str, vocabulary: int, dtype: torch.dtyp
 
 def _kl(a: Tensor, b: Tensor) -> Tensor:  # (R, K + 1) log-probabilities -> (R,)
     """KL(a || b), where an outcome that a never takes adds nothing."""
-    taken = a > math.log(TINY)
+    taken = ~(a <= math.log(TINY))  # so that NaN is taken, and seen
     return torch.where(taken, a.exp() * (torch.where(taken, a, 0.0) - torch.where(taken, b, 0.0)), 0.0).sum(-1)
 
 

@@ -31,6 +31,12 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def check_tensor(name: str, value: object) -> None:
+    """ValueError unless it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 @dataclass(frozen=True)
 class Head:
     """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias)), softcap(x) = c * tanh(x /
@@ -42,6 +48,9 @@ class Head:
     scale: float = 1.0
 
     def __post_init__(self):
+        check_tensor("head.weight", self.weight)
+        if self.bias is not None:
+            check_tensor("head.bias", self.bias)
         if self.weight.ndim != 2 or not self.weight.is_floating_point():
             raise ValueError(
                 f"head.weight must be a floating (V, D) matrix, got {self.weight.dtype} of shape "
@@ -52,10 +61,9 @@ class Head:
                 f"head.bias must have shape ({self.weight.shape[0]},) to match head.weight {tuple(self.weight.shape)}, "
                 f"got {tuple(self.bias.shape)}"
             )
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"head.softcap must be positive or None, got {self.softcap}")
-        if not 0 < self.scale < float("inf"):
-            raise ValueError(f"head.scale must be positive and finite, got {self.scale}")
+        for name, value in (("scale", self.scale), ("softcap", 1.0 if self.softcap is None else self.softcap)):
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"head.{name} must be a positive, finite number, got {value!r}")
 
     @staticmethod
     def of(model: torch.nn.Module) -> Head:
@@ -79,6 +87,8 @@ class TopK:
     rest: Literal["bucket", "renormalize"] = "bucket"
 
     def __post_init__(self):
+        check_tensor("TopK.ids", self.ids)
+        check_tensor("TopK.logp", self.logp)
         if self.ids.ndim < 2 or self.ids.shape != self.logp.shape or self.ids.shape[-1] == 0:
             raise ValueError(
                 f"TopK.ids and TopK.logp must have one shape (T, K), K > 0, "
@@ -149,6 +159,9 @@ class Batch:
     kept_lengths: Tensor = NOT_GIVEN  # (S,) int64 on the host, how many each sequence has; given with `kept`
 
     def __post_init__(self):
+        for field in fields(self):
+            if getattr(self, field.name) is not None or field.name in ("target", "lengths"):
+                check_tensor(f"batch.{field.name}", getattr(self, field.name))
         T, S = self.target.numel(), self.lengths.numel()
         if self.target.ndim != 1:
             raise ValueError(f"batch.target must be flat, (T,), got shape {tuple(self.target.shape)}")
@@ -169,6 +182,8 @@ class Batch:
             )
         if self.advantage is not None and self.advantage.shape == (S,) and S != T:
             object.__setattr__(self, "advantage", self.spread(self.advantage))
+        if self.label is not None and self.label.dtype != torch.bool:
+            raise ValueError(f"batch.label must be bool, desirable or not, got {self.label.dtype}")
         shapes = dict.fromkeys(PER_TOKEN, (T,)) | dict.fromkeys(PER_SEQUENCE, (S,))
         for name, shape in (shapes | {"margin": (S // 2,), "kl": ()}).items():
             value = getattr(self, name)
@@ -259,21 +274,31 @@ class Batch:
         return replace(self, weight=None, kept=None, kept_lengths=None, **cut)
 
     def tokens(self, rows: slice) -> Batch:
-        """These positions as one sequence, for a loss that looks at tokens alone."""
+        """The same sequences with only these of their positions, for a loss of tokens."""
         cut = {n: getattr(self, n)[rows] for n in ("target", *PER_TOKEN) if getattr(self, n) is not None}
-        return Batch(lengths=torch.tensor([len(cut["target"])]), kl=self.kl, **cut)
+        ends = torch.cumsum(self.lengths, 0)
+        lengths = ends.clamp(rows.start, rows.stop) - (ends - self.lengths).clamp(rows.start, rows.stop)
+        return replace(self, lengths=lengths, weight=None, kept=None, kept_lengths=None, **cut)
+
+
+# What a loss of tokens may not ask of a batch: it may be shown any part of a sequence.
+WHOLE_SEQUENCES = frozenset({"lengths", "counts", "per_sequence", "pairs"})
 
 
 class _Given:
-    """A view in which reading what was not given is an error that names the loss, the thing and the field."""
+    """What a loss sees of Stats or Batch. Reading what was not given, or is not its to see, is an error naming it."""
 
-    def __init__(self, of: Stats | Batch, loss: str):
+    def __init__(self, of: Stats | Batch, loss: Loss):
         self._of, self._loss = of, loss
 
     def __getattr__(self, name: str):
-        value = getattr(self._of, name)
+        what, value = f"{type(self._of).__name__.lower()}.{name}", getattr(self._of, name)
         if value is None:
-            raise ValueError(f"the loss {self._loss!r} needs {type(self._of).__name__.lower()}.{name}, which is None")
+            raise ValueError(f"the loss {self._loss.name!r} needs {what}, which is None")
+        if self._loss.unit == "token" and name in WHOLE_SEQUENCES:
+            raise ValueError(
+                f"the loss {self._loss.name!r} is one of tokens and asks for {what}: declare unit='sequence'"
+            )
         return value
 
 
@@ -308,7 +333,11 @@ class Loss:
 
     def on_kept(self, stats: Stats, batch: Batch, **knobs: object) -> Tensor:  # batch.at(kept) -> (U,)
         """The equation itself, for a batch from which the ignored tokens are gone already."""
-        return self.equation(_Given(stats, self.name), _Given(batch, self.name), **knobs)
+        loss, U = self.equation(_Given(stats, self), _Given(batch, self), **knobs), batch.units(self.unit)
+        if not isinstance(loss, Tensor) or loss.shape != (U,):
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the loss {self.name!r} must return one number for each {self.unit}, ({U},), got {got}")
+        return loss
 
     def __call__(self, stats: Stats, batch: Batch, **knobs: object) -> Tensor:  # (T,) fields -> (U,)
         """One number per unit; 0, with no gradient, for a unit whose tokens are all ignored."""

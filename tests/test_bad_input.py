@@ -123,9 +123,9 @@ def test_an_ignored_target_may_be_any_number_that_is_said_to_be_ignored():
 
 HEADS = {
     "bias": ({"bias": torch.randn(8)}, r"head.bias must have shape \(9,\) .*got \(8,\)"),
-    "softcap": ({"softcap": 0.0}, "head.softcap must be positive or None, got 0.0"),
-    "scale": ({"scale": math.inf}, "head.scale must be .*finite, got inf"),
-    "a negative scale": ({"scale": -1.0}, "head.scale must be positive"),
+    "softcap": ({"softcap": 0.0}, "head.softcap must be a positive, finite number, got 0.0"),
+    "scale": ({"scale": math.inf}, "head.scale must be a positive, finite number, got inf"),
+    "a negative scale": ({"scale": -1.0}, "head.scale must be a positive, finite number, got -1.0"),
 }
 
 
@@ -275,3 +275,34 @@ def test_nothing_is_half_done_when_a_call_is_refused():
 def test_the_messages_asked_for_above_are_patterns_that_can_fail(messages):
     for row in messages.values():
         assert not re.search(row[-1], "an unrelated complaint about nothing")
+
+
+def test_a_loss_of_tokens_is_refused_what_belongs_to_sequences():
+    @fp.loss(unit="token")
+    def longer(stats: fp.Stats, batch: fp.Batch) -> torch.Tensor:
+        return -stats.logp / batch.spread(batch.counts)
+
+    batch = fp.Batch(torch.tensor([1, 2, 3]), torch.tensor([1, 2]))
+    with pytest.raises(
+        ValueError, match=r"'longer' is one of tokens and asks for batch.counts: declare unit='sequence'"
+    ):
+        fp.fused_loss(longer, torch.randn(3, 4), torch.randn(5, 4), batch)
+
+
+def test_a_loss_that_returns_another_shape_is_refused():
+    @fp.loss(unit="sequence")
+    def reduced(stats: fp.Stats, batch: fp.Batch) -> torch.Tensor:
+        return stats.logp.mean()
+
+    batch = fp.Batch(torch.tensor([1, 2, 3]), torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"'reduced' must return one number for each sequence, \(2,\), got \(\)"):
+        fp.fused_loss(reduced, torch.randn(3, 4), torch.randn(5, 4), batch)
+
+
+@pytest.mark.parametrize("logp", [[[float("nan"), -1.0]], [[0.0, 0.0]]], ids=["NaN", "two certainties"])
+def test_a_teacher_whose_numbers_are_no_log_probabilities_is_refused(logp):
+    teacher = fp.TopK(torch.tensor([[0, 1]]), torch.tensor(logp))
+    with pytest.raises(ValueError, match=r"TopK.logp must be log-probabilities"):
+        fp.token_stats(
+            torch.randn(1, 4), torch.randn(5, 4), torch.tensor([1]), outputs=("forward_kl",), reference=teacher
+        )

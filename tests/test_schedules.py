@@ -461,3 +461,27 @@ def test_ignored_rows_cost_nothing(weight, kept):
     assert products(lambda: fp.fused_loss(losses.sft, h, w, batch)) == share
     logged = {"outputs": ("jsd",), "return_stats": True, **reference}
     assert products(lambda: fp.fused_loss(losses.sft, h, w, batch, **logged)[0]) == share + G_Q * kept // ROWS
+
+
+@fp.loss(unit="token")
+def by_length(stats: fp.Stats, batch: fp.Batch) -> Tensor:
+    """A loss of tokens that knows something of the token's sequence."""
+    return -stats.logp / batch.spread(batch.completion_length) * torch.where(batch.spread(batch.label), 1.0, 2.0)
+
+
+@pytest.mark.parametrize("train_head", [True, False], ids=["eager", "frozen"])
+def test_a_loss_of_tokens_may_read_what_is_known_of_sequences(train_head, monkeypatch):
+    p, batch = setting(by_length, train_head=train_head)
+    known = {"completion_length": torch.arange(1, 9), "label": torch.arange(8) % 3 == 0}
+    batch = replace(batch, weight=batch.weight / T, **known)
+    small_tiles(monkeypatch, rows=10)
+    total = fused(by_length, p, batch)
+    assert schedules_of(total) == {"EagerLoss" if train_head else "FrozenLogp"}
+    assert_loss_exact(total, by_length, p, batch)
+
+
+def test_a_strided_target_is_taken():
+    hidden, weight, target = torch.randn(6, 4), torch.randn(9, 4), torch.randint(9, (6, 2))[:, 0]
+    torch.testing.assert_close(
+        fp.linear_logprobs(hidden, weight, target), fp.linear_logprobs(hidden, weight, target.contiguous())
+    )
