@@ -2,11 +2,12 @@
 
 import json
 
-import datasets
 import pytest
 
 import tiny
 from fastpost.data import check_columns, prompts, read_rows, sft_examples
+
+datasets = pytest.importorskip("datasets")
 
 TOKENIZER = tiny.tokenizer()
 USER = {"role": "user", "content": "hi"}

@@ -122,6 +122,7 @@ def test_triton_and_torch_give_the_same_numbers(monkeypatch):
 
 
 def test_sft_and_grpo_run_by_their_verbs(tmp_path):
+    pytest.importorskip("datasets")
     model = tmp_path / "model"
     tiny_model().save_pretrained(model)
     tokenizer().save_pretrained(model)

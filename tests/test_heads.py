@@ -1,6 +1,5 @@
 """Head.of: the model's own logits for every family that writes its head differently, or a refusal that says why."""
 
-import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,6 +9,8 @@ import fastpost as fp
 import tiny
 from fastpost.models.heads import head_of
 from fastpost.models.probe import check_head
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
 
 IDS = torch.tensor([[3, 14, 15, 42, 65, 35, 89, 79, 32]])
 FAMILIES = {

@@ -3,7 +3,6 @@
 import json
 import os
 
-import bitsandbytes
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,6 +14,8 @@ from fastpost.models.probe import probe
 from fastpost.models.saving import save_model, written_aside
 from fastpost.models.trunk import hidden_states
 from fastpost.packing import Example, pack
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
 
 PACKED = pack([Example([5, 6, 7], [False, True, True]), Example([8, 9], [False, True])])
 
