@@ -56,7 +56,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError) as error:
         if not said_by_us(error):
             raise
-        print(f"fastpost{f' {verb}' if verb in VERBS else ''}: {error}", file=sys.stderr)
+        print(f"fastpost{f' {verb}' if verb in VERBS else ''}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("fastpost"):
+            raise
+        print(
+            f"fastpost {verb} needs {error.name}, which is not installed: pip install 'fastpost[train]'",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -319,6 +319,10 @@ class Loss:
         return self.equation.__name__
 
     @property
+    def __signature__(self) -> inspect.Signature:  # and its knobs, with their defaults
+        return inspect.signature(self.equation)
+
+    @property
     def __doc__(self) -> str | None:  # so that help(fp.losses.dpo) shows the formula
         return self.equation.__doc__
 

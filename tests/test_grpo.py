@@ -28,6 +28,7 @@ from rules import assert_gradient_close_to_truth
 
 TIMES = ("tokens_per_second", "peak_memory_mb", "step_time/rollout", "step_time/reward", "step_time/update")
 LENGTHS = (3, 5, 2, 4, 6, 1)  # of the completions of two groups of three
+TOKENS = sum(LENGTHS)
 REWARDS = (1.0, 0.0, 0.2, 0.0, 0.0, 2.0)  # none is its group's mean
 
 
@@ -94,7 +95,7 @@ def test_a_step_has_the_gradient_of_the_whole_window(loss_type: str, level: str)
     model = tiny.model("qwen3").train()
     packs = policy_packs(rollouts, advantages, config)
     assert len(packs) == 3
-    backward(model, packs, config)
+    backward(model, packs, TOKENS, config)
     ours = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     same, truth = (
         plain_gradient(tiny.model("qwen3").to(dtype), rollouts, advantages, config)
@@ -134,14 +135,14 @@ def test_the_second_iteration_clips_against_the_first():
     config = config_of(num_iterations=2, epsilon=0.1, epsilon_high=0.2)
     rollouts, model = rollouts_of(), tiny.model("qwen3").train()
     advantages = group_centred(rollouts.scores.rewards, 3)
-    packs, first = backward(model, policy_packs(rollouts, advantages, config), config)
+    packs, first = backward(model, policy_packs(rollouts, advantages, config), TOKENS, config)
     assert (first["clip_ratio/low_mean"], first["clip_ratio/high_mean"]) == (0, 0)
     old = torch.cat([packed.batch.old_logp[packed.batch.target != -100] for packed in packs])
     torch.testing.assert_close(old, torch.cat(logps(tiny.model("qwen3"), rollouts, 1.0)).detach(), atol=1e-4, rtol=0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.sub_(0.3 * parameter.grad)
-    _, second = backward(model, packs, config)
+    _, second = backward(model, packs, TOKENS, config)
     ratios = (torch.cat(logps(model, rollouts, 1.0)).detach() - old).exp()
     spread = torch.cat([a.expand(n) for a, n in zip(advantages, LENGTHS, strict=True)])
     low, high = (ratios < 0.9) & (spread < 0), (ratios > 1.2) & (spread > 0)
@@ -155,10 +156,10 @@ def test_the_reference_is_the_policy_before_training():
     reference = Reference.of(Start(model, None, torch.optim.SGD(model.parameters())), config)
     advantages = group_centred(rollouts.scores.rewards, 3)
     packs = [reference.scored(packed) for packed in policy_packs(rollouts, advantages, config)]
-    assert backward(model, packs, config)[1]["kl"] == pytest.approx(0, abs=1e-9)
+    assert backward(model, packs, TOKENS, config)[1]["kl"] == pytest.approx(0, abs=1e-9)
     with torch.no_grad():
         model.lm_head.weight.mul_(1.1)
-    kl = backward(model, packs, config)[1]["kl"]
+    kl = backward(model, packs, TOKENS, config)[1]["kl"]
     before, after = (torch.cat(logps(m, rollouts, 1.0)).detach() for m in (tiny.model("qwen3"), model))
     assert kl == pytest.approx(float(((before - after).exp() - 1 - (before - after)).mean()), rel=1e-3)
     assert all(parameter.grad is None for parameter in reference.model.parameters())
@@ -173,7 +174,7 @@ def test_metrics_and_samples_are_those_of_the_rollouts():
     assert values["completions/clipped_ratio"] == pytest.approx(1 / 6)
     samples = list(first_group(rollouts_of(), 3, step=7))
     assert [sample["reward"] for sample in samples] == pytest.approx([1.0, 0.0, 0.2])
-    assert samples[1] == {"step": 7, "prompt": "p", "completion": "text 1", "reward": 0.0, "f": 0.0}
+    assert samples[1] == {"step": 7, "prompt": "p", "completion": "text 1", "reward": 0.0, "rewards/f": 0.0}
 
 
 # ---- whole runs ----

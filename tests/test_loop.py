@@ -136,9 +136,33 @@ def test_checkpoints_are_found_by_number_and_half_written_ones_are_not(tmp_path:
 
 def test_a_new_run_does_not_mix_with_an_old_one(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match="holds a run already: continue it with --resume_from_checkpoint latest"):
-        checkpoint.check_output_dir(config(output_dir=tmp_path))
-    checkpoint.check_output_dir(config(output_dir=tmp_path, resume_from_checkpoint="latest"))
+    for left in ("checkpoint-2", "config.json"):
+        (tmp_path / left).mkdir()
+        with pytest.raises(ValueError, match="holds a run already: continue it with --resume_from_checkpoint latest"):
+            checkpoint.check_output_dir(config(output_dir=tmp_path))
+        checkpoint.check_output_dir(config(output_dir=tmp_path, resume_from_checkpoint="latest"))
+        (tmp_path / left).rmdir()
+
+
+def test_a_run_that_left_nothing_to_resume_is_begun_again(tmp_path: Path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    checkpoint.check_output_dir(config(output_dir=tmp_path))
+    assert "holds a run that left no checkpoint: it is begun again" in capsys.readouterr().err
+
+
+def test_an_output_dir_that_cannot_be_made_is_refused_before_anything_runs(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be made: .*file is a file"):
+        checkpoint.check_output_dir(config(output_dir=tmp_path / "file" / "x"))
+
+
+def test_a_checkpoint_of_other_adapters_is_refused_by_the_field(tmp_path: Path):
+    then = config(output_dir=tmp_path, lora_r=4)
+    (tmp_path / "checkpoint-1").mkdir()
+    facts = {"step": 1, "num_tokens": 0, "config": checkpoint._plain(then)}
+    (tmp_path / "checkpoint-1" / "state.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=r"lora_r is 8 and was 4 in .*checkpoint-1: a resumed run must have the same"):
+        checkpoint.start(config(output_dir=tmp_path, lora_r=8, resume_from_checkpoint="latest"))
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path):

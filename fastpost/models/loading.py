@@ -49,8 +49,9 @@ def load_model(
             quantization_config=_nf4() if load_in_4bit else None,
             **options,
         )
-    except (OSError, KeyError, ImportError) as error:
-        raise ValueError(f"model {str(path)!r} could not be loaded: {error}") from error
+    except Exception as error:  # transformers, tokenizers and safetensors each raise kinds of their own
+        near = "" if isinstance(source, Path) else nearest(str(path), _directories(Path()))
+        raise ValueError(f"model {str(path)!r} could not be loaded{near}: {error}") from error
     if load_in_4bit:
         _keep_differentiable(model)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -76,8 +77,8 @@ def _source(path: str | PathLike[str]) -> Path | str:
     if not directory.is_dir():
         looks_local = directory.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
         if looks_local or directory.is_file():
-            siblings = [sibling.name for sibling in directory.parent.glob("*/")] if directory.parent.is_dir() else []
-            raise ValueError(f"model {str(path)!r} is no directory{nearest(directory.name, siblings)}")
+            near = nearest(directory.name, _directories(directory.parent))
+            raise ValueError(f"model {str(path)!r} is no directory{near}")
         return str(path)
     if not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():
@@ -88,7 +89,11 @@ def _source(path: str | PathLike[str]) -> Path | str:
         raise ValueError(f"model {str(path)!r} has no config.json: it is not a Hugging Face model directory")
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise ValueError(f"model {str(path)!r} has no tokenizer (no tokenizer.json, no tokenizer_config.json)")
-    return directory
+    return directory.resolve()  # an adapter names its base, and must find it from anywhere
+
+
+def _directories(parent: Path) -> list[str]:
+    return [path.name for path in parent.glob("*/")] if parent.is_dir() else []
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
@@ -122,4 +127,7 @@ def _with_lora(model: Any, r: int, alpha: int, dropout: float, target_modules: s
         raise ValueError(f"lora_r must be positive, or 0 to train all weights, got {r}")
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"lora_target_modules {targets!r} do not fit {type(model).__name__}: {error}") from error

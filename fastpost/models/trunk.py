@@ -27,6 +27,11 @@ def causal_lm(model: nn.Module) -> Any:
     return model
 
 
+def positions(model: nn.Module) -> int | None:
+    """How many positions the model knows, if it says so."""
+    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+
+
 def hidden_states(model: nn.Module, packed: Packed) -> Tensor:  # (1, T, D)
     """The last hidden states of a causal LM over a pack, differentiable; what `Head.of(model)` turns into logits.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastpost.models.heads import unwrapped
-from fastpost.models.trunk import causal_lm
+from fastpost.models.trunk import causal_lm, positions
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _check(prompt_ids: Sequence[Sequence[int]], lm: Any, sampling: Sampling, siz
     for i, ids in enumerate(prompt_ids):
         if not len(ids):
             raise ValueError(f"prompt_ids[{i}] is empty: there is nothing to generate from")
-    room = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    room = positions(lm)
     longest = max((len(ids) for ids in prompt_ids), default=0)
     if room and longest + sampling.max_completion_length > room:
         raise ValueError(

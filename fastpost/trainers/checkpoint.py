@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -23,8 +24,12 @@ from fastpost.trainers.loop import adamw, seed_step, the_device
 from fastpost.trainers.metrics import say
 
 # Fields that may differ on resume without a word: they do not change what is computed in a step.
-FREE = {"output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs", "eval_dataset"}
+FREE = {"output_dir", "resume_from_checkpoint", "eval_dataset"}
 FREE |= {"logging_steps", "eval_steps", "save_steps", "save_total_limit"}
+# Fields that move every learning rate, unless that is constant.
+LENGTH = ("max_steps", "num_train_epochs")
+# Fields that say which tensors there are: a checkpoint fits no others.
+SHAPING = ("lora_r", "lora_target_modules", "load_in_4bit")
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,17 @@ class Start:
 def check_output_dir(config: Training) -> None:
     """A new run must not mix its files with those of an old one."""
     output = Path(config.output_dir)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output_dir {config.output_dir} is a file")
-    if config.resume_from_checkpoint is None and ((output / "metrics.jsonl").exists() or checkpoints(output)):
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"output_dir {config.output_dir} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"output_dir {config.output_dir} cannot be written: no permission in {there}")
+    if config.resume_from_checkpoint is not None:
+        return
+    finished = any((output / name).exists() for name in ("config.json", "adapter_config.json"))
+    if not finished and not checkpoints(output) and (output / "metrics.jsonl").exists():
+        say(f"output_dir {config.output_dir} holds a run that left no checkpoint: it is begun again")
+    elif (output / "metrics.jsonl").exists() or checkpoints(output):
         raise ValueError(
             f"output_dir {config.output_dir} holds a run already: continue it with --resume_from_checkpoint latest, "
             "or choose another output_dir"
@@ -53,6 +66,11 @@ def check_output_dir(config: Training) -> None:
 def start(config: Training) -> Start:
     """The model on its device with its optimizer, fresh or as a checkpoint left them."""
     found = find_checkpoint(config)
+    state = {} if found is None else json.loads((found / "state.json").read_text(encoding="utf-8"))
+    for name in SHAPING if state else ():
+        now, then = _plain(config)[name], state["config"][name]
+        if now != then:
+            raise ValueError(f"{name} is {now!r} and was {then!r} in {found}: a resumed run must have the same")
     seed_step(config.seed, -1)  # adapters begin at random
     # An adapter's checkpoint holds the adapter alone; its base is still where it was.
     model, tokenizer = load(config, config.model if config.lora_r or found is None else str(found))
@@ -64,11 +82,10 @@ def start(config: Training) -> Start:
     optimizer = adamw(model, config)
     if found is None:
         return Start(model, tokenizer, optimizer)
-    state = json.loads((found / "state.json").read_text(encoding="utf-8"))
     _load_moments(optimizer, found / "optimizer.safetensors")
     for name, then in state["config"].items():
         now = _plain(config).get(name)
-        if now != then:
+        if now != then and not (name in LENGTH and config.lr_scheduler_type == "constant"):
             say(f"resuming with another {name}: {now!r}, in the checkpoint {then!r}")
     return Start(model, tokenizer, optimizer, state["step"], state["num_tokens"])
 

@@ -69,6 +69,10 @@ class Training:
         read_fields(self)
         if self.load_in_4bit and not self.lora_r:
             raise ValueError("load_in_4bit freezes the base model, so nothing would train: give lora_r as well, 16 say")
+        if self.dtype == "float16" and not self.lora_r:
+            raise ValueError(
+                "dtype float16 cannot hold Adam's updates of all weights: use float32 or bfloat16, or lora_r"
+            )
         if self.max_steps == 0:
             raise ValueError("max_steps must be positive, or -1 to go by num_train_epochs, got 0")
 

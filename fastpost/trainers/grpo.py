@@ -36,7 +36,7 @@ from fastpost.trainers.loop import (
 )
 from fastpost.trainers.metrics import Metrics, append, say
 from fastpost.trainers.plots import plot_metrics
-from fastpost.trainers.policy import Reference, backward, policy_packs
+from fastpost.trainers.policy import Reference, backward, policy_packs, predicted_tokens
 from fastpost.trainers.rollouts import Task, first_group, greedy_reward, roll_out, rollout_metrics
 
 
@@ -66,10 +66,13 @@ def grpo(config: Grpo) -> None:
         advantages = group_centred(rollouts.scores.rewards, G, config.scale_rewards)
         packs = policy_packs(rollouts, advantages, config)
         packs = packs if reference is None else [reference.scored(packed) for packed in packs]
-        facts = rollout_metrics(rollouts, G)
+        facts, tokens = rollout_metrics(rollouts, G), predicted_tokens(rollouts, config)
+        unscored = int(rollouts.scores.rewards.isnan().sum())
+        if unscored:
+            say(f"step {step + 1}: no reward function applied to {unscored} of {len(rollouts.texts)} completions")
         for at in range(step, done):
-            packs, values = update(model, start.optimizer, packs, learning_rate(config, at, total), config)
-            metrics.add(facts | values, sum(packed.input_ids.numel() for packed in packs))
+            packs, values = update(model, start.optimizer, packs, tokens, learning_rate(config, at, total), config)
+            metrics.add(facts | values, rollouts.num_tokens)
         evaluated = "eval" in data and (due(step, done, config.eval_steps) or done == total)
         if evaluated:
             metrics.note({"eval_reward": greedy_reward(model, tokenizer, data["eval"], task)})
@@ -85,11 +88,11 @@ def grpo(config: Grpo) -> None:
 
 
 def update(
-    model: Any, optimizer: torch.optim.Optimizer, packs: list[Packed], rate: float, config: Grpo
+    model: Any, optimizer: torch.optim.Optimizer, packs: list[Packed], tokens: int, rate: float, config: Grpo
 ) -> tuple[list[Packed], dict[str, float]]:
     """One optimizer step on the packs; returns them with old_logp, and what the log shows of the step."""
     began = time.perf_counter()
-    packs, values = backward(model, packs, config)
+    packs, values = backward(model, packs, tokens, config)
     # With no gradient at all AdamW would still move the model, by momentum and decay alone.
     norm = apply_gradients(model, optimizer, rate, config.max_grad_norm) if packs else 0.0
     return packs, values | {"grad_norm": norm, "learning_rate": rate, "step_time/update": time.perf_counter() - began}

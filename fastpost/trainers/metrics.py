@@ -72,7 +72,7 @@ def append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Adds lines to a JSONL file. Its directory comes into being with it: a run that fails at once leaves nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        file.writelines(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -43,6 +43,12 @@ def policy_packs(rollouts: Rollouts, advantages: Tensor, config: Grpo) -> list[P
     return [_pack([live[b] for b in rows], examples, advantages, weights, config) for rows in bins(lengths, config)]
 
 
+def predicted_tokens(rollouts: Rollouts, config: Grpo) -> int:
+    """How many tokens the loss of a step is about, a gradient or not."""
+    counted = [c for c in rollouts.completions if c.finished or not config.mask_truncated_completions]
+    return max(1, sum(len(completion.ids) for completion in counted))
+
+
 def _example(prompt: list[int], completion: list[int], kept: bool) -> Example:
     return Example([*prompt, *completion], [False] * len(prompt) + [kept] * len(completion))
 
@@ -93,8 +99,11 @@ class Reference:
         return replace(packed, batch=replace(packed.batch, ref_logp=stats.logp))
 
 
-def backward(model: Any, packs: Sequence[Packed], config: Grpo) -> tuple[list[Packed], dict[str, float]]:
-    """Adds the gradient of the packs; returns them with old_logp filled in, and the means over their tokens.
+def backward(model: Any, packs: Sequence[Packed], tokens: int, config: Grpo) -> tuple[list[Packed], dict[str, float]]:
+    """Adds the gradient of the packs; returns them with old_logp filled in, and means for the log.
+
+    `tokens` are those of the whole step, of completions without a gradient too: where nothing was done nothing was
+    clipped. Entropy and KL, which were not computed for them, are means over the rest.
 
     Packs without old_logp were sampled by this very policy: their old_logp is what it says now.
     """
@@ -121,7 +130,8 @@ def backward(model: Any, packs: Sequence[Packed], config: Grpo) -> tuple[list[Pa
         for name, value in token_sums(stats, batch, config).items():
             sums[name] = sums.get(name, 0.0) + value
         count += len(packed.batch.kept)
-    return scored, {"loss": float(total)} | {name: float(value) / count for name, value in sums.items()}
+    over = {name: tokens if name.startswith("clip_ratio/") else count for name in sums}
+    return scored, {"loss": float(total)} | {name: float(value) / over[name] for name, value in sums.items()}
 
 
 def token_sums(stats: Stats, batch: Batch, config: Grpo) -> dict[str, Tensor]:

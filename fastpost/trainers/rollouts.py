@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastpost.data import Prompt
 from fastpost.rewards import Reward, Scores, score
@@ -35,6 +37,12 @@ class Rollouts:
     texts: list[str]
     scores: Scores
     seconds: dict[str, float]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompts and completions."""
+        pairs = zip(self.prompts, self.completions, strict=True)
+        return sum(len(prompt.input_ids) + len(completion.ids) for prompt, completion in pairs)
 
 
 def roll_out(
@@ -81,22 +89,36 @@ def rollout_metrics(rollouts: Rollouts, num_generations: int) -> dict[str, float
     unfinished = sum(not completion.finished for completion in rollouts.completions)
     values = {
         "reward": groups.nanmean(),
-        "reward_std": torch.stack([group[~group.isnan()].std() for group in groups]).nanmean(),
+        "reward_std": torch.stack([_std(group) for group in groups]).nanmean(),
         "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": unfinished / len(lengths),
     }
+    ended = [float(len(completion.ids)) for completion in rollouts.completions if completion.finished] or [math.nan]
+    values |= {
+        "completions/mean_terminated_length": sum(ended) / len(ended),
+        "completions/min_terminated_length": min(ended),
+        "completions/max_terminated_length": max(ended),
+    }
     for name, each in rollouts.scores.by_function.items():
-        given = each[~each.isnan()]
-        values |= {f"rewards/{name}/mean": given.mean(), f"rewards/{name}/std": given.std()}
+        values |= {f"rewards/{name}/mean": each.nanmean(), f"rewards/{name}/std": _std(each)}
     return {name: float(value) for name, value in (values | rollouts.scores.metrics | rollouts.seconds).items()}
 
 
+def _std(values: Tensor) -> Tensor:
+    """Of the values that are not NaN; NaN where fewer than two are."""
+    given = values[~values.isnan()]
+    return given.std() if len(given) > 1 else values.new_full((), torch.nan)
+
+
 def first_group(rollouts: Rollouts, num_generations: int, step: int) -> Iterator[dict[str, Any]]:
-    """A prompt and its completions, as lines of completions.jsonl."""
+    """A prompt and its completions, as lines of completions.jsonl; a reward that does not apply is null."""
+    extra = {name: values for name, values in rollouts.scores.extra.items() if len(values) == len(rollouts.texts)}
+    columns = {"reward": rollouts.scores.rewards}
+    columns |= {f"rewards/{name}": values for name, values in rollouts.scores.by_function.items()}
     for i in range(num_generations):
-        each = {name: float(values[i]) for name, values in rollouts.scores.by_function.items()}
         said = {"prompt": rollouts.prompts[i].prompt, "completion": rollouts.texts[i]}
-        yield {"step": step, **said, "reward": float(rollouts.scores.rewards[i]), **each}
+        given = {name: None if values[i].isnan() else float(values[i]) for name, values in columns.items()}
+        yield {**{name: values[i] for name, values in extra.items()}, "step": step, **said, **given}

@@ -12,7 +12,7 @@ import torch
 from fastpost import Head, fused_loss, losses
 from fastpost.data import check_columns, read_rows, sft_examples
 from fastpost.models.saving import save_model
-from fastpost.models.trunk import hidden_states
+from fastpost.models.trunk import hidden_states, positions
 from fastpost.packing import Example, pack
 from fastpost.trainers import checkpoint
 from fastpost.trainers.config import Sft
@@ -38,7 +38,7 @@ def sft(config: Sft) -> None:
     rows = {name: _rows(path) for name, path in (("train", config.dataset), ("eval", config.eval_dataset)) if path}
     start = checkpoint.start(config)
     model, optimizer = start.model, start.optimizer
-    data = {name: _examples(name, part, start.tokenizer, config) for name, part in rows.items()}
+    data = {name: _examples(name, part, start.tokenizer, positions(model), config) for name, part in rows.items()}
     examples, each = data["train"], config.rows_per_step
     stop = rows_to_see(config, len(examples), each)
     total = math.ceil(stop / each)
@@ -73,12 +73,16 @@ def _rows(path: str) -> Any:
     return rows
 
 
-def _examples(name: str, rows: Any, tokenizer: Any, config: Sft) -> list[Example]:
+def _examples(name: str, rows: Any, tokenizer: Any, room: int | None, config: Sft) -> list[Example]:
     examples, counts = sft_examples(
         rows, tokenizer, config.max_length, config.completion_only_loss, config.assistant_only_loss
     )
     say(f"{name}: {counts}")
     longest, cap = max(len(example.input_ids) for example in examples), config.max_tokens_per_batch
+    if room is not None and longest > room:
+        raise ValueError(
+            f"max_length {config.max_length} keeps a row of {longest} tokens; the model has {room} positions"
+        )
     if cap is not None and longest > cap:
         raise ValueError(f"max_tokens_per_batch must hold the longest row, {longest} tokens, got {cap}")
     return examples
