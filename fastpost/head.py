@@ -50,7 +50,8 @@ def token_stats(
     and bias, in their dtypes. Logits are fp32 whatever the inputs' dtype. On an accelerator the call waits once for the
     number of kept rows.
 
-    Raises ValueError, naming the argument and the shapes, for what does not fit together.
+    Raises ValueError, naming the argument and the shapes, for what does not fit together. Backward is once
+    differentiable; the transforms of torch.func are not supported.
     """
     door = open_door(hidden, head, target, outputs, reference, temperature, jsd_beta, ignore_index)
     p, tensors = door.problem, (door.hidden, door.weight, door.bias)

@@ -240,45 +240,47 @@ class Batch:
             return chosen | rejected
         return left if unit == "sequence" else left.any().reshape(1)
 
+    def _each(self, names: Sequence[str], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The fields of these names that are given, changed."""
+        return {name: change(getattr(self, name)) for name in names if getattr(self, name) is not None}
+
+    def _of_kept(self, lengths: Tensor, cut: dict[str, Tensor]) -> Batch:
+        """Other positions. The weight, which belongs to units, is not carried, and all positions are kept ones."""
+        return replace(self, **cut, lengths=lengths, weight=None, kept=None, kept_lengths=None)
+
     def at(self, rows: Tensor) -> Batch:  # (N,) ascending positions
-        """The same sequences with only these positions left in them. `weight` is not carried: it belongs to units."""
-        lengths = self.kept_lengths
+        """The same sequences with only these positions left in them."""
         if len(rows) == self.target.numel():
-            return replace(self, weight=None, kept=None, kept_lengths=None)
+            return self._of_kept(self.lengths, {})
+        lengths = self.kept_lengths
         if self.kept is None or lengths is None:
             lengths = torch.zeros_like(self.lengths, device=rows.device).index_add(
                 0, self.sequence.index_select(0, rows), torch.ones_like(rows, dtype=self.lengths.dtype)
             )
-        picked = {
-            n: getattr(self, n).index_select(0, rows) for n in ("target", *PER_TOKEN) if getattr(self, n) is not None
-        }
-        return replace(self, lengths=lengths, weight=None, kept=None, kept_lengths=None, **picked)
-
-    def blank(self, mask: Tensor) -> Batch:  # (T,) bool
-        """Zeros in every per-token field where mask is false, so that nothing found there can reach a sum."""
-        fields = {n: getattr(self, n) for n in PER_TOKEN if getattr(self, n) is not None}
-        return replace(self, **{n: torch.where(mask, x, torch.zeros_like(x)) for n, x in fields.items()})
-
-    def to(self, device: torch.device | str) -> Batch:
-        """Every tensor on `device`, but for the lengths: they are read on the host."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self) if "lengths" not in f.name}
-        return replace(self, **{n: v.to(device, non_blocking=True) for n, v in moved.items() if v is not None})
-
-    def slice(self, first: int, last: int, start: int, stop: int) -> Batch:
-        """Sequences first..last, which are positions start..stop. Whole sequences only, so every field keeps its
-        meaning."""
-        cut = {n: getattr(self, n)[start:stop] for n in ("target", *PER_TOKEN) if getattr(self, n) is not None}
-        cut |= {n: getattr(self, n)[first:last] for n in ("lengths", *PER_SEQUENCE) if getattr(self, n) is not None}
-        if self.margin is not None:
-            cut["margin"] = self.margin[first // 2 : last // 2]
-        return replace(self, weight=None, kept=None, kept_lengths=None, **cut)
+        return self._of_kept(lengths, self._each(("target", *PER_TOKEN), lambda x: x.index_select(0, rows)))
 
     def tokens(self, rows: slice) -> Batch:
         """The same sequences with only these of their positions, for a loss of tokens."""
-        cut = {n: getattr(self, n)[rows] for n in ("target", *PER_TOKEN) if getattr(self, n) is not None}
         ends = torch.cumsum(self.lengths, 0)
         lengths = ends.clamp(rows.start, rows.stop) - (ends - self.lengths).clamp(rows.start, rows.stop)
-        return replace(self, lengths=lengths, weight=None, kept=None, kept_lengths=None, **cut)
+        return self._of_kept(lengths, self._each(("target", *PER_TOKEN), lambda x: x[rows]))
+
+    def slice(self, first: int, last: int, start: int, stop: int) -> Batch:
+        """Sequences first..last, which are positions start..stop: whole ones, so that every field keeps its meaning."""
+        cut = self._each(("target", *PER_TOKEN), lambda x: x[start:stop])
+        cut |= self._each(PER_SEQUENCE, lambda x: x[first:last])
+        cut |= self._each(("margin",), lambda x: x[first // 2 : last // 2])
+        return self._of_kept(self.lengths[first:last], cut)
+
+    def blank(self, mask: Tensor) -> Batch:  # (T,) bool
+        """Zeros in every per-token field where mask is false, so that nothing found there can reach a sum."""
+        return replace(self, **self._each(PER_TOKEN, lambda x: torch.where(mask, x, torch.zeros_like(x))))
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Every tensor on `device`, but for the lengths: they are read on the host."""
+        names = [field.name for field in fields(self) if "lengths" not in field.name]
+        ahead = torch.device(device).type == "cuda"  # a copy back to the host must be waited for
+        return replace(self, **self._each(names, lambda x: x.to(device, non_blocking=ahead)))
 
 
 # What a loss of tokens may not ask of a batch: it may be shown any part of a sequence.
