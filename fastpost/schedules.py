@@ -32,8 +32,11 @@ ROWS = 4096  # of a (T, D) or (V, D) tensor that are rescaled together: what fp3
 
 def _totals(s: Sweep, weight: bool, bias: bool) -> Totals:
     """The accumulators: one for dW in fp32 whatever the weight's dtype, and no other (V, D) tensor."""
-    zeros = lambda want, *shape: torch.zeros(*shape, dtype=s.wide, device=s.device) if want else None  # noqa: E731
-    return Totals(zeros(weight, s.V, s.D), zeros(bias, s.V))
+    return Totals(_zeros(s, s.V, s.D) if weight else None, _zeros(s, s.V) if bias else None)
+
+
+def _zeros(s: Sweep, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=s.wide, device=s.device)
 
 
 def _put(dhidden: Tensor, p: Problem, rows: slice, values: Tensor) -> None:
@@ -50,6 +53,10 @@ def _scaled(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     for part, result in zip(x.split(ROWS), out.split(ROWS), strict=True):
         result.copy_(part * g)
     return out
+
+
+def _cut(values: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    return {name: value[rows] for name, value in values.items()}
 
 
 def _join(parts: list[dict[str, Tensor]], s: Sweep) -> dict[str, Tensor]:
@@ -104,7 +111,7 @@ class FrozenLogp(torch.autograd.Function):
             parts = []
             for rows in s.chunks():
                 chunk = s.open(hidden, rows)
-                mean = torch.zeros(rows.stop - rows.start, s.D, dtype=s.wide, device=s.device)
+                mean = _zeros(s, rows.stop - rows.start, s.D)
                 stats = fold_chunk(s, chunk, mean)
                 picked = weight.index_select(0, chunk.target).to(p.dtype).to(s.wide)
                 if p.softcap is not None:  # z_y's own slope; the other columns had theirs in the sum
@@ -158,11 +165,9 @@ class LazyStats(torch.autograd.Function):
             totals = _totals(s, need_weight, need_bias)
             dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
             for rows in s.chunks() if d else ():
-                total = torch.zeros(rows.stop - rows.start, s.D, dtype=s.wide, device=s.device) if need_hidden else None
-                cut = lambda x, rows=rows: {n: v[rows] for n, v in x.items()}  # noqa: E731
-                grad_chunk(
-                    s, s.open(hidden, rows), cut(values), {n: g.to(s.wide) for n, g in cut(d).items()}, total, totals
-                )
+                total = _zeros(s, rows.stop - rows.start, s.D) if need_hidden else None
+                stats, slopes = _cut(values, rows), {n: g.to(s.wide) for n, g in _cut(d, rows).items()}
+                grad_chunk(s, s.open(hidden, rows), stats, slopes, total, totals)
                 if dhidden is not None and total is not None:
                     _put(dhidden, p, rows, total)
         return (
@@ -195,14 +200,14 @@ class EagerLoss(torch.autograd.Function):
             s = Sweep(p, weight, bias, held=True)
             totals = _totals(s, need_weight, need_bias)
             dhidden = torch.zeros(hidden.shape, dtype=keep, device=hidden.device) if need_hidden else None
-            total = torch.zeros((), dtype=s.wide, device=s.device)
+            total = _zeros(s)
             parts = []
             for part in plan.parts(s.rows_each):
                 chunk = s.open(hidden, part.rows)
                 stats = fold_chunk(s, chunk)
                 value, d = plan.loss_and_grads(stats, part)
                 total += value
-                rows = torch.zeros(len(chunk.target), s.D, dtype=s.wide, device=s.device) if need_hidden else None
+                rows = _zeros(s, len(chunk.target), s.D) if need_hidden else None
                 grad_chunk(s, chunk, stats, d, rows, totals)
                 if dhidden is not None and rows is not None:
                     _put(dhidden, p, part.rows, rows)
@@ -239,9 +244,9 @@ class Plan:
         """sum of weight * loss over the units that have a token."""
         weight, kept = self.weight[units], batch.kept_units(self.loss.unit)
         kept = kept if self.mask is None else kept & self.mask[units]
-        carried = lambda name, x: x if name in self.loss.differentiates else x.detach()  # noqa: E731
-        seen = Stats(**{OUTPUTS[name]: carried(name, stats[self.names[name]]) for name in self.loss.reads})
-        loss = self.loss.on_kept(seen, batch, **self.knobs)
+        seen = {name: stats[self.names[name]] for name in self.loss.reads}
+        seen |= {name: x.detach() for name, x in seen.items() if name not in self.loss.differentiates}
+        loss = self.loss.on_kept(Stats(**{OUTPUTS[name]: x for name, x in seen.items()}), batch, **self.knobs)
         return (torch.where(kept, weight, 0.0) * torch.where(kept, loss, 0.0)).sum()
 
     def loss_and_grads(self, stats: Mapping[str, Tensor], part: Part) -> tuple[Tensor, dict[str, Tensor]]:
