@@ -1,9 +1,10 @@
 """fastpost: post-training of language models on one fused op: hidden states and a head in, per-token statistics out."""
 
 from fastpost import advantages, losses
+from fastpost.equation import Loss, loss
 from fastpost.functional import linear_cross_entropy
 from fastpost.head import fused_loss, linear_logprobs, token_stats
-from fastpost.types import Batch, Head, Loss, Stats, TopK, loss
+from fastpost.types import Batch, Head, Stats, TopK
 
 __version__ = "0.1.0"
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from fastpost.door import Door, eager_only, open_door
+from fastpost.equation import Loss
 from fastpost.gemm import wide
 from fastpost.schedules import EagerLoss, FrozenLogp, LazyStats, Plan, statistics
 from fastpost.sweep import Sweep
-from fastpost.types import IGNORE, Batch, Head, Loss, Stats, TopK
+from fastpost.types import IGNORE, Batch, Head, Stats, TopK
 
 
 @eager_only
@@ -105,7 +106,7 @@ def fused_loss(
         raise ValueError(f"loss must be declared with fastpost.loss (fastpost.losses has the catalogue), got {loss!r}")
     if not isinstance(batch, Batch):
         raise ValueError(f"batch must be a fastpost.Batch, got {type(batch).__name__}")
-    loss.check_knobs(knobs)
+    loss = _bound(loss, knobs, temperature)
     if ignore_index != IGNORE:
         batch = replace(batch, kept=None, kept_lengths=None)
     asked = tuple(dict.fromkeys((*loss.reads, *outputs)))
@@ -121,7 +122,7 @@ def fused_loss(
         batch.kept,
         batch.lengths,
     )
-    p, plan, tensors = door.problem, _plan_loss(loss, knobs, batch, door), (door.hidden, door.weight, door.bias)
+    p, plan, tensors = door.problem, _plan_loss(loss, batch, door), (door.hidden, door.weight, door.bias)
     carrying = {door.inner(name) for name in loss.differentiates}
     if not (door.needs_hidden or door.needs_head):
         total, found = None, statistics(p, *tensors)
@@ -139,7 +140,16 @@ def fused_loss(
     return total, door.stats({n: x.detach() for n, x in found.items()}, asked)
 
 
-def _plan_loss(loss: Loss, knobs: dict[str, object], batch: Batch, door: Door) -> Plan:
+def _bound(loss: Loss, knobs: dict[str, object], temperature: float | Tensor) -> Loss:
+    """The loss with its knobs. One that names the temperature among them gets the call's."""
+    if "temperature" in loss.__signature__.parameters:
+        if isinstance(temperature, Tensor):
+            raise ValueError(f"the loss {loss.name!r} is one of a single temperature, got a tensor of them")
+        knobs = knobs | {"temperature": temperature}
+    return loss.bind(**knobs)
+
+
+def _plan_loss(loss: Loss, batch: Batch, door: Door) -> Plan:
     """Checks the weight and brings everything to the kept rows."""
     p, U = door.problem, batch.units(loss.unit)
     if batch.weight is not None and batch.weight.shape != (U,):
@@ -160,4 +170,4 @@ def _plan_loss(loss: Loss, knobs: dict[str, object], batch: Batch, door: Door) -
     else:
         weight = batch.weight.to(device)
     names = {name: door.inner(name) for name in loss.reads}
-    return Plan(p, loss, knobs, inner, weight.to(wide(p.dtype)), door.kept, names)
+    return Plan(p, loss, inner, weight.to(wide(p.dtype)), door.kept, names)

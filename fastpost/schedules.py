@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from fastpost.chunk import Totals, fold_chunk, grad_chunk
+from fastpost.equation import Loss
 from fastpost.gemm import exact_products
 from fastpost.sweep import Problem, Sweep
-from fastpost.types import NEEDS_REFERENCE, OUTPUTS, Batch, Loss, Stats
+from fastpost.types import NEEDS_REFERENCE, OUTPUTS, Batch, Stats
 
 ROWS = 4096  # of a (T, D) or (V, D) tensor that are rescaled together: what fp32 needs meanwhile is bounded
 
@@ -233,8 +234,7 @@ class Plan:
     """A loss over the kept rows of a batch: what each chunk computes, and where units may be cut."""
 
     problem: Problem
-    loss: Loss
-    knobs: dict[str, object]
+    loss: Loss  # bound
     batch: Batch  # kept rows only
     weight: Tensor  # (U,), of the kept rows' units
     mask: Tensor | None  # (N,) bool, as Door.kept: rows that are here but count for nothing
@@ -246,7 +246,7 @@ class Plan:
         kept = kept if self.mask is None else kept & self.mask[units]
         seen = {name: stats[self.names[name]] for name in self.loss.reads}
         seen |= {name: x.detach() for name, x in seen.items() if name not in self.loss.differentiates}
-        loss = self.loss.on_kept(Stats(**{OUTPUTS[name]: x for name, x in seen.items()}), batch, **self.knobs)
+        loss = self.loss.on_kept(Stats(**{OUTPUTS[name]: x for name, x in seen.items()}), batch)
         return (torch.where(kept, weight, 0.0) * torch.where(kept, loss, 0.0)).sum()
 
     def loss_and_grads(self, stats: Mapping[str, Tensor], part: Part) -> tuple[Tensor, dict[str, Tensor]]:

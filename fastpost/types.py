@@ -1,4 +1,4 @@
-"""The nouns of fastpost: Head, TopK, Stats, Batch, and the declaration of a loss. Imports torch alone.
+"""The nouns of fastpost: Head, TopK, Stats, Batch. Imports torch alone.
 
 Letters mean the same everywhere:
   T  tokens, packed and flat      D  hidden size         V  vocabulary
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -208,6 +207,10 @@ class Batch:
         """The sum of x over each sequence."""
         return x.new_zeros(self.lengths.numel()).index_add(0, self.sequence, x)
 
+    def mean_per_sequence(self, x: Tensor) -> Tensor:  # (T,) -> (S,)
+        """The mean of x over each sequence, 0 over an empty one."""
+        return self.per_sequence(x) / self.counts.clamp(min=1)
+
     def spread(self, x: Tensor) -> Tensor:  # (S,) -> (T,)
         """x of each position's sequence."""
         return x.index_select(0, self.sequence)
@@ -281,106 +284,3 @@ class Batch:
         names = [field.name for field in fields(self) if "lengths" not in field.name]
         ahead = torch.device(device).type == "cuda"  # a copy back to the host must be waited for
         return replace(self, **self._each(names, lambda x: x.to(device, non_blocking=ahead)))
-
-
-# What a loss of tokens may not ask of a batch: it may be shown any part of a sequence.
-WHOLE_SEQUENCES = frozenset({"lengths", "counts", "per_sequence", "pairs"})
-
-
-class _Given:
-    """What a loss sees of Stats or Batch. Reading what was not given, or is not its to see, is an error naming it."""
-
-    def __init__(self, of: Stats | Batch, loss: Loss):
-        self._of, self._loss = of, loss
-
-    def __getattr__(self, name: str):
-        what, value = f"{type(self._of).__name__.lower()}.{name}", getattr(self._of, name)
-        if value is None:
-            raise ValueError(f"the loss {self._loss.name!r} needs {what}, which is None")
-        if self._loss.unit == "token" and name in WHOLE_SEQUENCES:
-            raise ValueError(
-                f"the loss {self._loss.name!r} is one of tokens and asks for {what}: declare unit='sequence'"
-            )
-        return value
-
-
-@dataclass(frozen=True)
-class Loss:
-    """An equation and what the head must know to schedule it. Made by the decorator `loss`; called like the equation.
-
-    The equation sees kept tokens only, laid end to end: `batch.lengths` then counts the kept tokens of each sequence.
-    """
-
-    equation: Callable[..., Tensor]  # (stats, batch, *, knobs) -> (U,)
-    unit: Unit
-    reads: tuple[str, ...]  # statistics, as `token_stats` names its outputs
-    differentiates: tuple[str, ...]  # those of them that carry a gradient; the rest arrive detached
-
-    @property
-    def name(self) -> str:
-        return self.equation.__name__
-
-    @property
-    def __signature__(self) -> inspect.Signature:  # and its knobs, with their defaults
-        return inspect.signature(self.equation)
-
-    @property
-    def __doc__(self) -> str | None:  # so that help(fp.losses.dpo) shows the formula
-        return self.equation.__doc__
-
-    def check_knobs(self, knobs: dict[str, object]) -> None:
-        known = [p.name for p in inspect.signature(self.equation).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        for name in knobs:
-            if name not in known:
-                raise ValueError(
-                    f"the loss {self.name!r} has no knob {name!r}{nearest(name, known)}; "
-                    f"its knobs: {', '.join(known) or 'none'}"
-                )
-
-    def on_kept(self, stats: Stats, batch: Batch, **knobs: object) -> Tensor:  # batch.at(kept) -> (U,)
-        """The equation itself, for a batch from which the ignored tokens are gone already."""
-        loss, U = self.equation(_Given(stats, self), _Given(batch, self), **knobs), batch.units(self.unit)
-        if not isinstance(loss, Tensor) or loss.shape != (U,):
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"the loss {self.name!r} must return one number for each {self.unit}, ({U},), got {got}")
-        return loss
-
-    def __call__(self, stats: Stats, batch: Batch, **knobs: object) -> Tensor:  # (T,) fields -> (U,)
-        """One number per unit; 0, with no gradient, for a unit whose tokens are all ignored."""
-        self.check_knobs(knobs)
-        U, T = batch.units(self.unit), batch.target.numel()
-        for f in fields(stats):
-            value = getattr(stats, f.name)
-            if value is not None and value.shape != (T,):
-                raise ValueError(
-                    f"stats.{f.name} must have shape ({T},) to match batch.target, got {tuple(value.shape)}"
-                )
-        rows = batch.kept if batch.kept is not None else (batch.target != IGNORE).nonzero()[:, 0]
-        kept = {f.name: getattr(stats, f.name) for f in fields(stats) if getattr(stats, f.name) is not None}
-        inner = batch.at(rows)
-        loss = self.on_kept(Stats(**{n: v.index_select(0, rows) for n, v in kept.items()}), inner, **knobs)
-        if self.unit == "token":
-            return loss.new_zeros(U).index_copy(0, rows, loss)
-        return torch.where(inner.kept_units(self.unit), loss, 0.0)
-
-
-def loss(
-    *, unit: Unit, reads: Sequence[str] = ("logp",), differentiates: Sequence[str] | None = None
-) -> Callable[[Callable[..., Tensor]], Loss]:
-    """Declares a loss: `@loss(unit="pair")` above `def dpo(stats, batch, *, beta=0.1)`.
-
-    unit: the smallest group of tokens that must be seen together. reads: the statistics it looks at.
-    differentiates: those through which its gradient flows (all it reads, unless named); fewer are cheaper.
-    """
-    for name in (*reads, *(differentiates or ())):
-        if name not in OUTPUTS:
-            raise ValueError(f"unknown statistic {name!r}{nearest(name, list(OUTPUTS))}; known: {', '.join(OUTPUTS)}")
-    if unit not in ("token", "sequence", "pair", "batch"):
-        raise ValueError(f"unit must be 'token', 'sequence', 'pair' or 'batch', got {unit!r}")
-    if differentiates is None:
-        differentiates = [name for name in reads if name != "top1"]
-    elif "top1" in differentiates or not set(differentiates) <= set(reads):
-        raise ValueError(
-            f"differentiates must be some of reads {tuple(reads)} other than top1, got {tuple(differentiates)}"
-        )
-    return lambda equation: Loss(equation, unit, tuple(reads), tuple(differentiates))

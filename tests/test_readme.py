@@ -66,7 +66,11 @@ def test_the_loss_of_contributing_is_right_as_it_stands():
     (diff,) = (block for block in blocks("diff", CONTRIBUTING) if "@loss" in block)
     source = "\n".join(line[1:] for line in diff.splitlines() if line.startswith("+") and not line.startswith("+++"))
     names: dict = {}
-    exec("from torch import Tensor\nfrom fastpost.types import Batch, Stats, loss\n" + source, names)
+    exec(
+        "from torch import Tensor\nfrom fastpost.equation import loss\nfrom fastpost.types import Batch, Stats\n"
+        + source,
+        names,
+    )
     logp, ref = torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-1.5, -2.0, -2.0, -4.5])
     batch = fp.Batch(torch.zeros(4, dtype=torch.int64), torch.tensor([2, 2]), ref_logp=ref)
     assert torch.allclose(names["ipo"](fp.Stats(logp=logp), batch, beta=0.25), torch.tensor([(0.5 - -0.5 - 2) ** 2]))

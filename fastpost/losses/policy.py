@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from fastpost.losses.kl import k3
-from fastpost.types import Batch, Stats, loss
+from fastpost.equation import loss
+from fastpost.types import Batch, Stats
 
 
 def clipped(ratio: Tensor, advantage: Tensor, epsilon: float, epsilon_high: float | None) -> Tensor:  # (U,) each

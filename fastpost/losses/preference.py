@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpost.types import Batch, Stats, loss
+from fastpost.equation import loss
+from fastpost.types import Batch, Stats
 
 
 @loss(unit="pair")

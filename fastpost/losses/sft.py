@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from fastpost.types import Batch, Stats, loss
+from fastpost.equation import loss
+from fastpost.types import Batch, Stats
 
 
 @loss(unit="token")
