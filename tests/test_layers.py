@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "knobs": ("types",),
     "equation": ("types", "knobs"),
     "losses": ("types", "knobs", "equation"),
-    "advantages": ("types",),
+    "advantages": ("types", "losses"),
     "packing": ("types",),
     "kernels": (),
     "gemm": (),
@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "data": ("types", "packing"),
     "models": ("types", "packing", "head"),
     "rollout": ("types", "packing", "head", "models"),
+    "integrations": ("", "types", "door", "equation", "losses", "head", "models"),
     "rewards": ("types", "packing", "head", "models", "rollout"),
     "trainers": ("", "types", "losses", "advantages", "packing", "head", "data", "models", "rollout", "rewards"),
     "demo": ("", "types", "data", "models", "rollout", "rewards", "trainers"),
@@ -51,7 +52,7 @@ MAY_IMPORT = {
 DOORS = {("fastpost.types", "fastpost.models.heads")}
 
 # Parts that import more than torch; `import fastpost` reaches none of them.
-WITH_EXTRAS = {"data", "models", "rollout", "rewards", "trainers", "demo", "cli"}
+WITH_EXTRAS = {"data", "models", "integrations", "rollout", "rewards", "trainers", "demo", "cli"}
 OUTSIDE = {part: {"torch"} for part in MAY_IMPORT.keys() - WITH_EXTRAS} | {"kernels": {"torch", "triton"}}
 
 
