@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "knobs": ("types",),
     "equation": ("types", "knobs"),
     "losses": ("types", "knobs", "equation"),
-    "advantages": ("types", "losses"),
+    "advantages": ("types",),
     "packing": ("types",),
     "kernels": (),
     "gemm": (),

@@ -1,0 +1,298 @@
+"""A Hugging Face causal LM that returns its loss and per-token statistics without logits, in Trainer and plain loops.
+
+    with fuse_head(model, outputs=("logp", "entropy")):
+        trainer.train()
+
+`forward` of the inner causal LM is replaced on the instance, so whatever calls the model by its wrappers (DDP, FSDP,
+PEFT, Accelerate's autocast) still does, and their hooks run. With labels it runs the backbone and then fastpost's head
+on the rows that have a label; without labels it is the model's own forward, so generation and logits are unchanged.
+
+The trade-off taken: the end of a forward is computed here, not by the model. So `fuse_head` first runs six tokens both
+ways, and refuses a model whose own loss is another one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.utils.generic import ModelOutput
+
+from fastpost.door import eager_only
+from fastpost.equation import Loss
+from fastpost.head import fused_loss, token_stats
+from fastpost.losses import sft
+from fastpost.models.heads import unwrapped
+from fastpost.types import IGNORE, NEEDS_REFERENCE, OUTPUTS, Batch, Head, Stats, nearest
+
+ROUTER_LOSS_TAKES = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
+
+
+@dataclass
+class FusedOutput(ModelOutput):
+    """What a fused model returns. A statistic at [b, t] is of the token that position t predicts, labels[b, t + 1], so
+    all have the shape of labels, and are 0 in the last column and where the label is ignored."""
+
+    loss: Tensor | None = None  # scalar
+    logits: None = None
+    logp: Tensor | None = None  # (B, L), as are the others; see fastpost.Stats
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_sq: Tensor | None = None
+    mean_logp: Tensor | None = None
+    top1: Tensor | None = None
+    logp_at_1: Tensor | None = None
+    aux_loss: Tensor | None = None  # of the routers, before its coefficient
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `fuse_head`."""
+
+    outputs: tuple[str, ...] = ()
+    temperature: float = 1.0
+    differentiable: bool = False
+    loss: Loss = sft
+
+    def __post_init__(self):
+        known = [name for name in OUTPUTS if name not in NEEDS_REFERENCE]
+        for name in self.outputs:
+            if name in NEEDS_REFERENCE:
+                raise ValueError(f"outputs: {name!r} compares with a reference, which a model's forward has not got")
+            if name not in known:
+                raise ValueError(f"unknown output {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+
+class FusedHead:
+    """A fused model, until `restore()` or the end of a `with` block."""
+
+    def __init__(self, lm: Any, options: Options):
+        self.lm = lm
+        self.active = True
+        self._before = lm.__dict__.get("forward")
+        self._forward = _forward(self, lm, options)
+        lm.forward = MethodType(self._forward, lm)
+
+    def own(self, lm: Any) -> Callable[..., Any]:
+        """The forward that was there before."""
+        return type(lm).forward.__get__(lm) if self._before is None else self._before
+
+    def restore(self) -> None:
+        """The model as it was. Where somebody has wrapped `forward` since, what is inside passes calls through."""
+        self.active = False
+        if getattr(self.lm.__dict__.get("forward"), "__func__", None) is not self._forward:
+            return
+        del self.lm.forward
+        if self._before is not None:
+            self.lm.forward = self._before
+
+    def __enter__(self) -> FusedHead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+
+def _forward(handle: FusedHead, lm: Any, options: Options) -> Callable[..., Any]:
+    """What takes the place of `type(lm).forward`, with its signature: Trainer and generate look at it."""
+    own = type(lm).forward
+    names = list(inspect.signature(own).parameters)[1:]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if not handle.active:
+            return handle.own(self)(*args, **kwargs)
+        if given.get("labels") is None:
+            _refuse_held_back(given)
+            return handle.own(self)(*args, **kwargs)
+        if "output_router_logits" in names and given.get("output_router_logits") is None:
+            given["output_router_logits"] = self.config.output_router_logits
+        return_dict = given.pop("return_dict", None)
+        output = _fused(self, given, options)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    forward.__name__, forward.__doc__ = own.__name__, own.__doc__
+    # Not functools.wraps: Accelerate takes its own wrappers off by following __wrapped__ to the end, and us with them.
+    forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    forward.fused_head = handle  # type: ignore[attr-defined]
+    return forward
+
+
+def _refuse_held_back(given: dict[str, Any]) -> None:
+    """Trainer takes the labels out where it will read the logits itself."""
+    if given.get("num_items_in_batch") is not None:
+        raise ValueError(
+            "Trainer kept the labels to itself, to compute a loss from the logits that a fused model does not have: "
+            "leave label_smoothing_factor at 0 and pass label_smoothing to fuse_head; in place of compute_loss_func "
+            "override Trainer.compute_loss, and build the loss from model(**inputs).logp with differentiable=True"
+        )
+
+
+def _fused(lm: Any, given: dict[str, Any], options: Options) -> FusedOutput:
+    """The backbone's own forward, and then the head on the rows that have a label."""
+    labels, shifted = given.pop("labels"), given.pop("shift_labels", None)
+    items, ignore = given.pop("num_items_in_batch", None), given.pop("ignore_index", IGNORE)
+    keep = given.pop("logits_to_keep", 0)
+    if not isinstance(keep, int) or keep != 0:
+        raise ValueError("logits_to_keep came with labels: a fused model given labels returns the loss and no logits")
+    target = pad(labels, (0, 1), value=ignore)[..., 1:] if shifted is None else shifted
+    target = target if ignore == IGNORE else target.masked_fill(target == ignore, IGNORE)
+    outputs = lm.base_model(**given, return_dict=True)
+    loss, stats = _scored(lm, outputs.last_hidden_state, target, items, options)
+    aux_loss = None
+    if given.get("output_router_logits"):
+        aux_loss, coefficient = _router_loss(lm, outputs.router_logits, given.get("attention_mask"))
+        loss = loss + coefficient * aux_loss.to(loss.device)
+    also = ("past_key_values", "hidden_states", "attentions", "router_logits")
+    return FusedOutput(
+        loss=loss,
+        **{OUTPUTS[name]: getattr(stats, OUTPUTS[name]) for name in options.outputs},
+        aux_loss=aux_loss,
+        **{name: getattr(outputs, name, None) for name in also},
+    )
+
+
+@eager_only
+def _scored(
+    lm: Any,
+    hidden: Tensor,  # (B, L, D)
+    target: Tensor,  # (B, L)
+    items: Tensor | int | None,
+    options: Options,
+) -> tuple[Tensor, Stats]:  # (), fields of (B, L)
+    """The sum of the token losses over `items`, or their mean; and the statistics asked for."""
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels {tuple(target.shape)} must have the shape of the input, {tuple(hidden.shape[:-1])}")
+    head = Head.of(lm)
+    flat, target = hidden.flatten(0, -2).to(head.weight.device), target.to(head.weight.device)
+    count = (target != IGNORE).sum().clamp(min=1) if items is None else torch.as_tensor(items, device=flat.device)
+    one = torch.ones((), dtype=torch.promote_types(flat.dtype, torch.float32), device=flat.device)
+    weight = (one / count.reshape(())).expand(target.numel())
+    batch = Batch(target.flatten(), torch.full((len(target),), target.shape[-1]), weight=weight)
+    loss, temperature, outputs = options.loss, options.temperature, options.outputs
+    if options.differentiable:
+        reads = tuple(dict.fromkeys((*loss.reads, *outputs)))
+        stats = token_stats(flat, head, batch.target, outputs=reads, temperature=temperature)
+        total = (loss(stats, batch) * weight).sum()
+    else:
+        same = {"temperature": temperature, "outputs": outputs, "return_stats": True}
+        total, stats = fused_loss(loss, flat, head, batch, **same)
+    fields = (OUTPUTS[name] for name in outputs)
+    return total, Stats(**{field: getattr(stats, field).view(target.shape) for field in fields})
+
+
+def _router_loss(
+    lm: Any, router_logits: Any, attention_mask: Tensor | None
+) -> tuple[Tensor, float]:  # the loss, and its coefficient
+    """What keeps a mixture's experts equally busy, by the function in the model's own file."""
+    files = (sys.modules.get(kind.__module__) for kind in type(lm).__mro__)
+    compute = next((f for file in files if (f := getattr(file, "load_balancing_loss_func", None))), None)
+    places = [(where, name) for where in (lm, lm.config.get_text_config()) for name in COEFFICIENTS]
+    coefficient = next((c for where, name in places if (c := getattr(where, name, None)) is not None), None)
+    takes = [] if compute is None else list(inspect.signature(compute).parameters)
+    if compute is None or takes != ROUTER_LOSS_TAKES or coefficient is None or not hasattr(lm, "num_experts"):
+        raise ValueError(
+            f"fuse_head does not know how {type(lm).__name__} computes the loss of its routers: "
+            "set model.config.output_router_logits = False"
+        )
+    return compute(router_logits, lm.num_experts, lm.num_experts_per_tok, attention_mask), coefficient
+
+
+@torch.no_grad()
+def _check(lm: Any) -> None:
+    """ValueError unless a fused forward gives the model's own loss on six tokens, to the rounding of its logits."""
+    embedding = lm.get_input_embeddings().weight
+    ids = (torch.arange(6, device=embedding.device) * 7 + 2)[None] % len(embedding)
+    labels = ids.masked_fill(torch.arange(6, device=ids.device) < 2, IGNORE)
+    modes = [(module, module.training) for module in lm.modules()]
+    lm.eval()
+    try:
+        theirs = lm(input_ids=ids, labels=labels)
+        with FusedHead(lm, Options()):
+            ours = lm(input_ids=ids, labels=labels)
+    finally:
+        for module, training in modes:
+            module.training = training
+    rounding = (torch.finfo(theirs.logits.dtype).eps + 1e-5) * theirs.logits.abs().max()
+    if not (ours.loss - theirs.loss).abs() <= rounding:
+        raise ValueError(
+            f"{type(lm).__name__} computes its loss otherwise than fuse_head would: {float(theirs.loss):.6g} for six "
+            f"tokens, not {float(ours.loss):.6g}; fastpost does not know this architecture, or this loss_function"
+        )
+
+
+def _causal_lm(model: nn.Module) -> Any:
+    """The Hugging Face causal LM inside DDP, FSDP, torch.compile and PEFT."""
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("fuse_head takes one process a device: nn.DataParallel copies a model's forward with its self")
+    model = unwrapped(model)
+    lm: Any = getattr(model, "_orig_mod", model)
+    lm = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+    Head.of(lm)
+    if lm.config.is_encoder_decoder or lm.base_model is lm:
+        raise ValueError(f"fuse_head takes a decoder with a language-model head, got {type(lm).__name__}")
+    return lm
+
+
+def _present(lm: Any) -> FusedHead | None:
+    """The handle of a model that is fused already, even if something has wrapped its forward since."""
+    forward = lm.__dict__.get("forward")
+    while forward is not None and not hasattr(forward, "fused_head"):
+        forward = getattr(forward, "__wrapped__", None)
+    return getattr(forward, "fused_head", None)
+
+
+def fuse_head(
+    model: nn.Module,
+    *,
+    outputs: Sequence[str] = ("logp",),
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    differentiable: bool = False,
+) -> FusedHead:
+    """Makes a causal LM, wrapped by PEFT, DDP or torch.compile or not, compute its loss without logits.
+
+    Until the handle's `restore()`, or the end of a `with` block, `model(input_ids, ..., labels=labels)` returns a
+    FusedOutput: the loss, `logits` None, and a field for each of `outputs`. Without labels nothing is different.
+
+    loss: the sum over tokens that have a label, divided by num_items_in_batch (which Trainer passes: the whole
+    accumulation window) or else by their number. With no such token it is 0, still connected to the parameters (the
+    model's own is nan). The loss of a mixture's routers is added as the model itself adds it. `shift_labels` is taken
+    as it is.
+    outputs: any statistic of `fastpost.token_stats` that needs no reference.
+    temperature: divides the logits of the loss and of the statistics.
+    label_smoothing: in place of TrainingArguments.label_smoothing_factor, with which Trainer wants logits.
+    differentiable: False: only the loss is, and costs 3 products of the head (2 if its weight is frozen). True: so are
+    the statistics, for a loss of your own from `model(...).logp`, for 4 (3; 2 where logp is all that is asked).
+
+    A second call replaces the first. In Trainer's evaluation the outputs other than the loss, per-token statistics,
+    stand where `compute_metrics` finds predictions; `prediction_loss_only=True` drops them. ValueError for a head that
+    `Head.of` refuses, and for a model whose own loss is not this one.
+    """
+    names = (outputs,) if isinstance(outputs, str) else tuple(dict.fromkeys(outputs))
+    options = Options(
+        names,
+        float(temperature),
+        differentiable,
+        sft.bind(**({"label_smoothing": label_smoothing} if label_smoothing else {})),
+    )
+    lm = _causal_lm(model)
+    before = _present(lm)
+    if before is not None:
+        before.restore()
+    _check(lm)
+    return FusedHead(lm, options)
