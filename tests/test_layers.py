@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "knobs": ("types",),
     "equation": ("types", "knobs"),
     "losses": ("types", "knobs", "equation"),
-    "advantages": ("types",),
+    "advantages": ("types", "losses"),
     "packing": ("types",),
     "kernels": (),
     "gemm": (),
