@@ -55,8 +55,7 @@ def reward_to_go(rewards: Tensor, batch: Batch, gamma: float = 1.0) -> Tensor:  
     checks.per_token(batch, rewards=rewards)
     checks.within("gamma", gamma, 0, 1)
     rows, _, last = _steps(batch)
-    given = _wide(rewards.index_select(0, rows))
-    return _laid(batch, rows, _scan(given, torch.where(last, 0.0, gamma).to(given), _longest(batch)))
+    return _laid(batch, rows, _scan(_wide(rewards.index_select(0, rows)), gamma, last, _longest(batch)))
 
 
 def reinforce_plus_plus(rewards: Tensor, batch: Batch, gamma: float = 1.0) -> Tensor:  # (T,) -> (T,)
@@ -118,7 +117,7 @@ def gae(
     value = _wide(values.index_select(0, rows))
     after = torch.where(last, _bootstrap(values, batch, rows, sequence, truncated).to(value), value.roll(-1))
     delta = rewards.index_select(0, rows) + gamma * after - value
-    advantage = _scan(delta, torch.where(last, 0.0, gamma * lam).to(delta), _longest(batch))
+    advantage = _scan(delta, gamma * lam, last, _longest(batch))
     return _laid(batch, rows, advantage), _laid(batch, rows, advantage + value)
 
 
@@ -158,11 +157,14 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _scan(x: Tensor, decay: Tensor, longest: int) -> Tensor:  # (N,), (N,) -> (N,)
-    """y[i] = x[i] + decay[i] y[i + 1], decay 0 at the end of each sequence. After k passes y covers 2^k terms."""
+def _scan(x: Tensor, decay: float, last: Tensor, longest: int) -> Tensor:  # (N,), (N,) bool -> (N,)
+    """y[i] = x[i] + decay y[i + 1], and y[i] = x[i] where `last`. After k passes y covers 2^k terms."""
+    carry = torch.where(last, 0.0, torch.full_like(x, decay))
     step = 1
     while step < min(longest, len(x)):
-        x = torch.cat([x[:-step] + decay[:-step] * x[step:], x[-step:]])
-        decay = torch.cat([decay[:-step] * decay[step:], decay.new_zeros(step)])
+        # 0 times the NaN of another sequence would not be 0
+        rest = torch.where(carry[:-step] > 0, carry[:-step] * x[step:], 0.0)
+        x = torch.cat([x[:-step] + rest, x[-step:]])
+        carry = torch.cat([carry[:-step] * carry[step:], carry.new_zeros(step)])
         step *= 2
     return x
