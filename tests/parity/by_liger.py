@@ -65,14 +65,14 @@ def grpo(
     beta: float = 0.0,
     **knobs: object,
 ) -> Tensor:  # scalar, reduced as the loss type says
-    mask = case.mask
+    mask, old = case.mask, case.batch.old_logp
     return function("grpo_loss", "GRPO").ppo_loss_fn(
         case.rows(case.stats.logp),
         mask,
         torch.stack([x[0] for x in case.each(case.batch.advantage)]),
         mask,
         ref_per_token_logps=case.rows(case.batch.ref_logp),
-        old_per_token_logps=case.rows(case.batch.old_logp),
+        old_per_token_logps=None if old is None else case.rows(old),
         epsilon_low=epsilon,
         epsilon_high=epsilon if epsilon_high is None else epsilon_high,
         beta=beta,

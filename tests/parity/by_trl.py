@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ class Trained(torch.nn.Module):
     is_gradient_checkpointing = False
 
 
-def trainer(module: str, name: str, **attributes: object) -> SimpleNamespace:
+def trainer(module: str, name: str, **attributes: object) -> Any:
     """A trainer with its methods and these attributes, and no set-up."""
     made = object.__new__(getattr(pytest.importorskip(f"trl.{module}"), name))
     shared = {
@@ -155,13 +156,14 @@ def replayed(case: Case) -> dict[str, Tensor]:
     S = case.S
     advantage = torch.stack([x[0] for x in case.each(case.batch.advantage)])
     flat = all(bool((x == x[0]).all()) for x in case.each(case.batch.advantage))
+    old = case.batch.old_logp
     return {
         "prompt_ids": torch.zeros(S, 0, dtype=torch.long),
         "prompt_mask": torch.zeros(S, 0, dtype=torch.long),
         "completion_ids": case.mask.long(),
         "completion_mask": case.mask.long(),
         "advantages": advantage if flat else case.rows(case.batch.advantage),
-        "old_per_token_logps": case.rows(case.batch.old_logp),
+        "old_per_token_logps": None if old is None else case.rows(old),
         "ref_per_token_logps": case.rows(case.batch.ref_logp),
         "num_items_in_batch": case.mask.sum(),
     }
@@ -182,7 +184,7 @@ def grpo(
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
     delta: float | None = None,
-    use_bias_correction_kl: bool = False,
+    use_bias_correction_kl: bool = False,  # TRL's own default is True
     entropy_coef: float = 0.0,
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
@@ -192,8 +194,9 @@ def grpo(
     vespo_lambda_neg: float = 2.0,
     max_completion_length: int = 16,
 ) -> Tensor:  # scalar, reduced as the loss type says
+    of_grpo = "trainer.grpo_trainer", "GRPOTrainer"
     made = trainer(
-        *(("experimental.gmpo.gmpo_trainer", "GMPOTrainer") if loss_type == "gmpo" else GRPO),
+        *(("experimental.gmpo.gmpo_trainer", "GMPOTrainer") if loss_type == "gmpo" else of_grpo),
         args=SimpleNamespace(
             use_bias_correction_kl=use_bias_correction_kl,
             delta=delta,
@@ -222,9 +225,6 @@ def grpo(
     return made._compute_loss(None, replayed(case))
 
 
-GRPO = ("trainer.grpo_trainer", "GRPOTrainer")
-
-
 def rloo(case: Case, *, epsilon: float = 0.2, epsilon_high: float | None = None) -> Tensor:  # scalar: over sequences
     made = trainer(
         "trainer.rloo_trainer",
@@ -233,7 +233,8 @@ def rloo(case: Case, *, epsilon: float = 0.2, epsilon_high: float | None = None)
         epsilon_high=epsilon if epsilon_high is None else epsilon_high,
         _get_per_token_logps_and_entropies=scored(case),
     )
-    return made._compute_loss(None, replayed(case) | {"old_logps": case.rows(case.batch.old_logp).sum(1)})
+    old = case.stats.logp.detach() if case.batch.old_logp is None else case.batch.old_logp
+    return made._compute_loss(None, replayed(case) | {"old_logps": case.rows(old).sum(1)})
 
 
 def _two_tokens(logp: Tensor) -> Tensor:  # (B, N) -> (B, N + 2, 2)

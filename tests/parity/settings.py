@@ -110,6 +110,12 @@ def ragged() -> Case:
     return replace(c, batch=replace(c.batch, advantage=torch.randn_like(c.stats.logp)))
 
 
+def on_policy() -> Case:
+    """Whose samples are the policy's own: no old_logp is given, and ratios are one, in value."""
+    c = case()
+    return replace(c, batch=replace(c.batch, old_logp=None))
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of a table: this loss with these knobs is what that peer gives."""
