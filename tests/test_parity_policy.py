@@ -5,25 +5,22 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-import torch
-from torch import Tensor
 
 from parity import by_liger as liger
 from parity import by_paper as paper
 from parity import by_trl as trl
-from parity.settings import Case, Row, case, check, equal, moved, on_policy, ragged
-
-
-def mean_of_sequences(case: Case) -> Tensor:  # (T,)
-    return case.batch.spread(1.0 / (case.lengths * case.S))
-
-
-def mean_of_tokens(case: Case) -> Tensor:  # (T,) or, of the same number everywhere, ()
-    return 1.0 / case.lengths.sum()
-
-
-def fixed_length(case: Case) -> Tensor:  # ()
-    return torch.tensor(1 / (case.S * 16))
+from parity.settings import (
+    Row,
+    case,
+    check,
+    equal,
+    fixed_length,
+    mean_of_sequences,
+    mean_of_tokens,
+    moved,
+    on_policy,
+    ragged,
+)
 
 
 # ours -> TRL's and Liger's loss_type, and how those reduce it

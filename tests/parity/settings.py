@@ -134,6 +134,21 @@ class Row:
         return "-".join(part for part in parts if part not in ("", "case"))
 
 
+# How peers reduce what ours gives a unit.
+
+
+def mean_of_sequences(case: Case) -> Tensor:  # (T,)
+    return case.batch.spread(1.0 / (case.lengths * case.S))
+
+
+def mean_of_tokens(case: Case) -> Tensor:  # (T,) or, of the same number everywhere, ()
+    return 1.0 / case.lengths.sum()
+
+
+def fixed_length(case: Case) -> Tensor:  # ()
+    return torch.tensor(1 / (case.S * 16))
+
+
 def named(name: str) -> fp.Loss:
     return getattr(losses, name)
 
