@@ -1,6 +1,6 @@
 """fastpost: post-training of language models on one fused op: hidden states and a head in, per-token statistics out."""
 
-from fastpost import advantages, losses
+from fastpost import advantages, losses, weights
 from fastpost.equation import Loss, loss
 from fastpost.functional import linear_cross_entropy
 from fastpost.head import fused_loss, linear_logprobs, token_stats
@@ -21,4 +21,5 @@ __all__ = [
     "loss",
     "losses",
     "token_stats",
+    "weights",
 ]
