@@ -22,7 +22,7 @@ from fastpost.trainers.checkpoint import Start
 from fastpost.trainers.config import Grpo
 from fastpost.trainers.grpo import grpo
 from fastpost.trainers.metrics import read_lines
-from fastpost.trainers.policy import Reference, backward, policy_packs, token_weights
+from fastpost.trainers.policy import Reference, backward, policy_packs
 from fastpost.trainers.rollouts import Rollouts, first_group, rollout_metrics
 from rules import assert_gradient_close_to_truth
 
@@ -104,11 +104,14 @@ def test_a_step_has_the_gradient_of_the_whole_window(loss_type: str, level: str)
     assert_gradient_close_to_truth(ours, same, truth)
 
 
-def test_weights_of_a_step_sum_to_what_its_name_says():
-    counts = torch.tensor(LENGTHS)
-    assert float((token_weights(counts, "dapo", 9) * counts).sum()) == pytest.approx(1)
-    assert float((token_weights(counts, "grpo", 9) * counts).sum()) == pytest.approx(1)
-    assert float((token_weights(counts, "dr_grpo", 9) * counts).sum()) == pytest.approx(sum(LENGTHS) / (6 * 9))
+@pytest.mark.parametrize(("loss_type", "total"), [("dapo", 1), ("grpo", 1), ("dr_grpo", sum(LENGTHS) / (6 * 9))])
+def test_weights_of_a_step_sum_to_what_its_name_says(loss_type: str, total: float):
+    rollouts = rollouts_of()
+    for level in ("token", "sequence"):
+        config = config_of(loss_type=loss_type, importance_sampling_level=level, max_completion_length=9)
+        batches = [packed.batch for packed in policy_packs(rollouts, torch.ones(6), config)]
+        kept = (batch.weight[batch.kept] if level == "token" else batch.weight for batch in batches)
+        assert sum(float(weight.sum()) for weight in kept) == pytest.approx(total)
 
 
 def test_groups_without_variance_cost_nothing_and_stay_in_the_denominator():

@@ -1,10 +1,7 @@
 """Rollouts -> packs -> gradients: the second half of a step of policy optimisation.
 
-`batch.weight` makes the normalisation of a step, over all S completions of it and their N tokens in all:
-  dapo     1 / N for a token             (arXiv:2503.14476)
-  grpo     1 / (S n) in a completion of n tokens  (arXiv:2402.03300)
-  dr_grpo  1 / (S max_completion_length) (arXiv:2503.20783)
-A loss of sequences weighs each by the sum over its tokens.
+`batch.weight` makes the normalisation of a step (`fastpost.weights`), over all its completions and all their tokens:
+those that never reach the model, having no gradient, keep their place in it.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost import Batch, Head, Loss, Stats, fused_loss, losses, token_stats
+from fastpost import Batch, Head, Loss, Stats, fused_loss, losses, token_stats, weights
 from fastpost.losses import kl
 from fastpost.models.trunk import hidden_states
 from fastpost.packing import Example, Packed, pack
@@ -26,6 +23,7 @@ from fastpost.trainers import checkpoint
 from fastpost.trainers.config import Grpo
 from fastpost.trainers.loop import autocast, bins, the_device
 from fastpost.trainers.rollouts import Rollouts
+from fastpost.weights import Window
 
 LOSSES: dict[str, Loss] = {"token": losses.grpo, "sequence": losses.gspo}  # by importance_sampling_level
 
@@ -36,11 +34,11 @@ def policy_packs(rollouts: Rollouts, advantages: Tensor, config: Grpo) -> list[P
         _example(prompt.input_ids, completion.ids, completion.finished or not config.mask_truncated_completions)
         for prompt, completion in zip(rollouts.prompts, rollouts.completions, strict=True)
     ]
-    counts = torch.tensor([len(example.predicted) for example in examples])
-    weights = token_weights(counts, config.loss_type, config.max_completion_length)  # (S,)
+    counts = [len(example.predicted) for example in examples]
+    window = Window(sum(counts), len(examples))
     live = [i for i in range(len(examples)) if counts[i] and (config.beta or advantages[i])]
     lengths = [len(examples[i].input_ids) for i in live]
-    return [_pack([live[b] for b in rows], examples, advantages, weights, config) for rows in bins(lengths, config)]
+    return [_pack([live[b] for b in rows], examples, advantages, window, config) for rows in bins(lengths, config)]
 
 
 def predicted_tokens(rollouts: Rollouts, config: Grpo) -> int:
@@ -53,21 +51,16 @@ def _example(prompt: list[int], completion: list[int], kept: bool) -> Example:
     return Example([*prompt, *completion], [False] * len(prompt) + [kept] * len(completion))
 
 
-def _pack(rows: list[int], examples: Sequence[Example], advantages: Tensor, weights: Tensor, config: Grpo) -> Packed:
-    chosen = [examples[i] for i in rows]
-    if LOSSES[config.importance_sampling_level].unit == "sequence":
-        weight = weights[rows] * torch.tensor([len(example.predicted) for example in chosen])
-    else:
-        weight = weights[rows].repeat_interleave(torch.tensor([len(example.input_ids) for example in chosen]))
-    return pack(chosen, advantage=advantages[rows], weight=weight).to(the_device())
+def _pack(rows: list[int], examples: Sequence[Example], advantages: Tensor, window: Window, config: Grpo) -> Packed:
+    packed = pack([examples[i] for i in rows], advantage=advantages[rows])
+    return replace(packed, batch=replace(packed.batch, weight=_weight(packed.batch, window, config))).to(the_device())
 
 
-def token_weights(counts: Tensor, loss_type: str, max_completion_length: int) -> Tensor:  # (S,) -> (S,)
-    """What each token of a completion counts, by the completions' numbers of tokens."""
-    S, N = len(counts), counts.sum()
-    if loss_type == "dapo":
-        return torch.full((S,), 1.0) / N.clamp(min=1)
-    return 1 / (S * (counts.clamp(min=1) if loss_type == "grpo" else torch.full((S,), max_completion_length)))
+def _weight(batch: Batch, window: Window, config: Grpo) -> Tensor:  # (U,)
+    unit = LOSSES[config.importance_sampling_level].unit
+    if config.loss_type == "dr_grpo":
+        return weights.dr_grpo(batch, config.max_completion_length, window, unit)
+    return {"dapo": weights.dapo, "grpo": weights.grpo}[config.loss_type](batch, window, unit)
 
 
 @dataclass(frozen=True)

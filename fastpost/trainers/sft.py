@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fastpost.trainers.loop import (
 )
 from fastpost.trainers.metrics import Metrics, say
 from fastpost.trainers.plots import plot_metrics
+from fastpost.weights import Window, token_mean
 
 
 def sft(config: Sft) -> None:
@@ -91,11 +93,11 @@ def _examples(name: str, rows: Any, tokenizer: Any, room: int | None, config: Sf
 def backward(model: Any, window: Sequence[Example], config: Sft) -> dict[str, float]:
     """Adds the gradient of the mean loss over all predicted tokens of the window; returns its means."""
     tokens = sum(len(example.predicted) for example in window)
+    whole = Window(tokens, len(window))
     sums = {"loss": 0.0, "entropy": 0.0, "mean_token_accuracy": 0.0}
     for rows in bins([len(example.input_ids) for example in window], config):
-        chosen = [window[i] for i in rows]
-        positions = sum(len(example.input_ids) for example in chosen)
-        packed = pack(chosen, weight=torch.full((positions,), 1 / tokens)).to(the_device())
+        packed = pack([window[i] for i in rows])
+        packed = replace(packed, batch=replace(packed.batch, weight=token_mean(packed.batch, whole))).to(the_device())
         with autocast(config):
             hidden = hidden_states(model, packed)
             loss, stats = fused_loss(
