@@ -77,28 +77,49 @@ class Options:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
 
 
+class Patch:
+    """The forward in the place of a model's own: it does what `options` say, or with None what was there before.
+
+    Accelerate may wrap it, and then it cannot be taken out; it stays, passes calls through, and is used again.
+    """
+
+    def __init__(self, lm: Any):
+        self.before = lm.__dict__.get("forward")
+        self.options: Options | None = None
+        self.function = _standing_in(self, type(lm).forward)
+        lm.forward = MethodType(self.function, lm)
+
+    @staticmethod
+    def on(lm: Any) -> Patch:
+        """The patch that the model has, if any, and else a new one."""
+        forward = lm.__dict__.get("forward")
+        while forward is not None and not hasattr(forward, "fastpost_patch"):
+            forward = getattr(forward, "__wrapped__", None)
+        return Patch(lm) if forward is None else forward.fastpost_patch
+
+    def own(self, lm: Any) -> Callable[..., Any]:
+        return type(lm).forward.__get__(lm) if self.before is None else self.before
+
+    def remove(self, lm: Any) -> None:
+        self.options = None
+        if getattr(lm.__dict__.get("forward"), "__func__", None) is not self.function:
+            return
+        del lm.forward
+        if self.before is not None:
+            lm.forward = self.before
+
+
 class FusedHead:
     """A fused model, until `restore()` or the end of a `with` block."""
 
     def __init__(self, lm: Any, options: Options):
-        self.lm = lm
-        self.active = True
-        self._before = lm.__dict__.get("forward")
-        self._forward = _forward(self, lm, options)
-        lm.forward = MethodType(self._forward, lm)
-
-    def own(self, lm: Any) -> Callable[..., Any]:
-        """The forward that was there before."""
-        return type(lm).forward.__get__(lm) if self._before is None else self._before
+        self.lm, self._options, self._patch = lm, options, Patch.on(lm)
+        self._patch.options = options
 
     def restore(self) -> None:
-        """The model as it was. Where somebody has wrapped `forward` since, what is inside passes calls through."""
-        self.active = False
-        if getattr(self.lm.__dict__.get("forward"), "__func__", None) is not self._forward:
-            return
-        del self.lm.forward
-        if self._before is not None:
-            self.lm.forward = self._before
+        """The model as it was, unless another call of `fuse_head` has replaced this one."""
+        if self._patch.options is self._options:
+            self._patch.remove(self.lm)
 
     def __enter__(self) -> FusedHead:
         return self
@@ -107,28 +128,27 @@ class FusedHead:
         self.restore()
 
 
-def _forward(handle: FusedHead, lm: Any, options: Options) -> Callable[..., Any]:
-    """What takes the place of `type(lm).forward`, with its signature: Trainer and generate look at it."""
-    own = type(lm).forward
+def _standing_in(patch: Patch, own: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with the signature of `own`: Trainer and generate look at it."""
     names = list(inspect.signature(own).parameters)[1:]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if patch.options is None:
+            return patch.own(self)(*args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
-        if not handle.active:
-            return handle.own(self)(*args, **kwargs)
         if given.get("labels") is None:
             _refuse_held_back(given)
-            return handle.own(self)(*args, **kwargs)
+            return patch.own(self)(*args, **kwargs)
         if "output_router_logits" in names and given.get("output_router_logits") is None:
             given["output_router_logits"] = self.config.output_router_logits
         return_dict = given.pop("return_dict", None)
-        output = _fused(self, given, options)
+        output = _fused(self, given, patch.options)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     forward.__name__, forward.__doc__ = own.__name__, own.__doc__
     # Not functools.wraps: Accelerate takes its own wrappers off by following __wrapped__ to the end, and us with them.
     forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
-    forward.fused_head = handle  # type: ignore[attr-defined]
+    forward.fastpost_patch = patch  # type: ignore[attr-defined]
     return forward
 
 
@@ -151,7 +171,7 @@ def _fused(lm: Any, given: dict[str, Any], options: Options) -> FusedOutput:
         raise ValueError("logits_to_keep came with labels: a fused model given labels returns the loss and no logits")
     target = pad(labels, (0, 1), value=ignore)[..., 1:] if shifted is None else shifted
     target = target if ignore == IGNORE else target.masked_fill(target == ignore, IGNORE)
-    outputs = lm.base_model(**given, return_dict=True)
+    outputs = _backbone(lm)(**given, return_dict=True)
     loss, stats = _scored(lm, outputs.last_hidden_state, target, items, options)
     aux_loss = None
     if given.get("output_router_logits"):
@@ -215,24 +235,39 @@ def _router_loss(
 @torch.no_grad()
 def _check(lm: Any) -> None:
     """ValueError unless a fused forward gives the model's own loss on six tokens, to the rounding of its logits."""
+    if hasattr(lm, "_original_forward") and not hasattr(lm._original_forward, "fastpost_patch"):
+        raise ValueError(
+            "Accelerate has wrapped the model's forward in its mixed precision, where fuse_head cannot reach: call "
+            "fuse_head before accelerator.prepare or trainer.train()"
+        )
     embedding = lm.get_input_embeddings().weight
     ids = (torch.arange(6, device=embedding.device) * 7 + 2)[None] % len(embedding)
     labels = ids.masked_fill(torch.arange(6, device=ids.device) < 2, IGNORE)
     modes = [(module, module.training) for module in lm.modules()]
+    patch = Patch.on(lm)
+    patch.options = None
     lm.eval()
     try:
         theirs = lm(input_ids=ids, labels=labels)
-        with FusedHead(lm, Options()):
-            ours = lm(input_ids=ids, labels=labels)
+        patch.options = Options()
+        ours = lm(input_ids=ids, labels=labels)
     finally:
+        patch.remove(lm)
         for module, training in modes:
             module.training = training
-    rounding = (torch.finfo(theirs.logits.dtype).eps + 1e-5) * theirs.logits.abs().max()
+    # Accelerate's mixed precision rounds the logits to half precision, and returns them in fp32.
+    dtype = torch.bfloat16 if hasattr(lm, "_original_forward") else theirs.logits.dtype
+    rounding = (torch.finfo(dtype).eps + 1e-5) * theirs.logits.abs().max()
     if not (ours.loss - theirs.loss).abs() <= rounding:
         raise ValueError(
             f"{type(lm).__name__} computes its loss otherwise than fuse_head would: {float(theirs.loss):.6g} for six "
             f"tokens, not {float(ours.loss):.6g}; fastpost does not know this architecture, or this loss_function"
         )
+
+
+def _backbone(lm: Any) -> Any:
+    """Everything below the head, images included; itself if there is nothing else."""
+    return lm.get_decoder() if lm.base_model is lm else lm.base_model
 
 
 def _causal_lm(model: nn.Module) -> Any:
@@ -243,17 +278,9 @@ def _causal_lm(model: nn.Module) -> Any:
     lm: Any = getattr(model, "_orig_mod", model)
     lm = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
     Head.of(lm)
-    if lm.config.is_encoder_decoder or lm.base_model is lm:
+    if lm.config.is_encoder_decoder or _backbone(lm) is lm:
         raise ValueError(f"fuse_head takes a decoder with a language-model head, got {type(lm).__name__}")
     return lm
-
-
-def _present(lm: Any) -> FusedHead | None:
-    """The handle of a model that is fused already, even if something has wrapped its forward since."""
-    forward = lm.__dict__.get("forward")
-    while forward is not None and not hasattr(forward, "fused_head"):
-        forward = getattr(forward, "__wrapped__", None)
-    return getattr(forward, "fused_head", None)
 
 
 def fuse_head(
@@ -288,11 +315,8 @@ def fuse_head(
         names,
         float(temperature),
         differentiable,
-        sft.bind(**({"label_smoothing": label_smoothing} if label_smoothing else {})),
+        sft.bind(label_smoothing=label_smoothing),
     )
     lm = _causal_lm(model)
-    before = _present(lm)
-    if before is not None:
-        before.restore()
     _check(lm)
     return FusedHead(lm, options)

@@ -1,0 +1,461 @@
+"""fuse_head: a model's own loss, statistics and gradients without its logits, and without labels the model itself.
+
+The truth is the same model in float64 with its logits in memory; the yardstick is the same in fp32 (tests/rules.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import accelerate
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils.flop_counter import FlopCounterMode
+
+import tiny
+from fastpost.integrations.transformers import FusedOutput, fuse_head
+from rules import assert_close_to_truth, assert_gradient_close_to_truth
+
+V, D = tiny.SHAPE["vocab_size"], tiny.SHAPE["hidden_size"]
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "experts_implementation": "eager"}
+FAMILIES = {
+    "llama": ("llama", {}),
+    "llama tied": ("llama", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 8}),
+    "mistral": ("mistral", {"sliding_window": 5}),
+    "gemma2": ("gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0}),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "final_logit_softcapping": 2.0}),
+    "granite": ("granite", {"logits_scaling": 3.0}),
+    "cohere": ("cohere", {"logit_scale": 0.25}),
+    "cohere2": ("cohere2", {"logit_scale": 0.25, "head_dim": 8}),
+    "phi": ("phi", {}),  # its head has a bias
+    "phi3": ("phi3", {}),
+    "gpt2": ("gpt2", {}),
+    "falcon_h1": ("falcon_h1", {"lm_head_multiplier": 0.3, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64}),
+}
+MIXTURES = {
+    "mixtral": ("mixtral", {"num_local_experts": 4, **ROUTED}),
+    "qwen2_moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 16, **ROUTED}),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "head_dim": 8, **ROUTED}),
+    "olmoe": ("olmoe", {**EXPERTS, **ROUTED}),
+    "granitemoe": ("granitemoe", {"num_local_experts": 4, "logits_scaling": 3.0, **ROUTED}),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "head_dim": 8, **ROUTED}),
+    "phimoe": ("phimoe", {"num_local_experts": 4, **ROUTED}),
+    "jetmoe": ("jetmoe", {"num_local_experts": 4, "kv_channels": 8, "output_router_logits": True}),
+    "minimax_m2": ("minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, **ROUTED}),
+}
+
+
+def batch() -> dict[str, Tensor]:
+    """Three padded sequences with prompts, one of them all prompt; six rows have a label."""
+    ids = torch.randint(5, V, (3, 9))
+    lengths = torch.tensor([[9], [6], [4]])
+    mask = (torch.arange(9) < lengths).long()
+    labels = ids.masked_fill((torch.arange(9) < torch.tensor([[5], [4], [9]])) | (mask == 0), -100)
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels}
+
+
+def next_labels(labels: Tensor) -> Tensor:
+    return pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def plain(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(loss, logp) from the model's own logits, in its own dtype: transformers' loss rounds them to fp32."""
+    out = model(**inputs)
+    target = next_labels(inputs["labels"])
+    logp = out.logits.log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    logp = torch.where(target == -100, 0.0, logp)
+    nll = -logp.sum() / (target != -100).sum()
+    if getattr(out, "aux_loss", None) is not None:
+        nll = nll + getattr(model, "router_aux_loss_coef", getattr(model, "aux_loss_coef", None)) * out.aux_loss
+    torch.testing.assert_close(nll.float(), out.loss.float())
+    return nll, logp
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def refuse_to_run(module: nn.Module, *_: object) -> None:
+    raise AssertionError("the head ran")
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES])
+def test_loss_logp_and_every_gradient_are_the_models_own(name):
+    family, changes = (FAMILIES | MIXTURES)[name]
+    model, inputs = tiny.model(family, **changes), batch()
+    double = copy.deepcopy(model).double()
+    yardstick, yardstick_logp = plain(model, inputs)
+    yardsticks = gradients(model, yardstick)
+    truth, true_logp = plain(double, inputs)
+    truths = gradients(double, truth)
+    with fuse_head(model) as fused, fuse_head(double):
+        fused.lm.get_output_embeddings().register_forward_pre_hook(refuse_to_run)
+        out, exact = model(**inputs), double(**inputs)
+        assert out.logits is None
+        assert (out.aux_loss is None) == (name in FAMILIES)
+        assert_close_to_truth(out.loss, yardstick, truth, "loss")
+        assert_close_to_truth(out.logp, yardstick_logp, true_logp, "logp")
+        torch.testing.assert_close(exact.logp, true_logp)
+        torch.testing.assert_close(exact.loss, truth)
+        grads = gradients(model, out.loss)
+    assert grads.keys() == yardsticks.keys() == truths.keys()
+    for leaf, gradient in grads.items():
+        assert_gradient_close_to_truth(gradient, yardsticks[leaf], truths[leaf], f"d loss / d {leaf}")
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+def test_only_rows_with_a_label_reach_the_head(train_head):
+    model, inputs = tiny.model(), batch()
+    model.lm_head.requires_grad_(train_head)
+    rows = int((next_labels(inputs["labels"]) != -100).sum())
+    assert rows == 6
+
+    def flops(labels: Tensor) -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs | {"labels": labels}).loss.backward()
+        return counter.get_total_flops()
+
+    with fuse_head(model):
+        head = flops(inputs["labels"]) - flops(torch.full_like(inputs["labels"], -100))
+    assert head == (3 if train_head else 2) * 2 * rows * D * V
+
+
+def test_every_statistic_rides_along():
+    model, inputs = tiny.model().double(), batch()
+    target, kept = next_labels(inputs["labels"]), next_labels(inputs["labels"]) != -100
+    logits = model(**inputs).logits / 0.7
+    everything = ("logp", "lse", "entropy", "log_sum_sq", "mean_logp", "top1", "logp@1")
+    with fuse_head(model, outputs=everything, temperature=0.7):
+        out = model(**inputs)
+    log_p = logits.log_softmax(-1)
+    logp = log_p.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    at_1 = (0.7 * logits).log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    truths = {
+        "logp": logp,
+        "lse": logits.logsumexp(-1),
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "log_sum_sq": (2 * log_p).logsumexp(-1),
+        "mean_logp": log_p.mean(-1),
+        "logp_at_1": at_1,
+    }
+    for field, truth in truths.items():
+        torch.testing.assert_close(out[field], torch.where(kept, truth, 0.0), msg=field)
+        assert not out[field].requires_grad
+    assert torch.equal(out.top1, (logp == log_p.amax(-1)) & kept)
+    torch.testing.assert_close(out.loss, -logp[kept].mean())
+
+
+@pytest.mark.parametrize("outputs", [("logp",), ("logp", "entropy"), ("entropy",), ()])
+def test_differentiable_statistics_make_a_loss_of_ones_own(outputs):
+    model, inputs = tiny.model().double(), batch()
+    target = next_labels(inputs["labels"])
+    log_p = model(**inputs).logits.log_softmax(-1)
+    stats = {
+        "logp": log_p.gather(-1, target.clamp(min=0)[..., None])[..., 0],
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+    }
+    weight = torch.where(target == -100, 0.0, torch.randn(target.shape, dtype=torch.float64))
+    own = sum(((weight * stats[name]).sum() for name in outputs), torch.zeros(()))
+    truths = gradients(model, own - stats["logp"][target != -100].mean())
+    with fuse_head(model, outputs=outputs, differentiable=True):
+        out = model(**inputs)
+        grads = gradients(model, out.loss + sum((weight * out[name]).sum() for name in outputs))
+    for name, truth in truths.items():
+        torch.testing.assert_close(grads[name], truth, msg=name)
+
+
+def test_without_labels_the_model_is_itself():
+    model, inputs = tiny.model(), batch()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    calls = (
+        lambda: model(ids).logits,
+        lambda: model(ids, attention_mask=mask, logits_to_keep=1).logits,
+        lambda: model(ids, mask, return_dict=False)[0],
+        lambda: model.generate(ids[:1], max_new_tokens=5, do_sample=False),
+        lambda: model.generate(ids[:1], max_new_tokens=5, num_beams=2, do_sample=False),
+    )
+    truths, signature = [call() for call in calls], inspect.signature(model.forward)
+    with fuse_head(model):
+        assert all(torch.equal(call(), truth) for call, truth in zip(calls, truths, strict=True))
+        assert inspect.signature(model.forward) == signature
+        assert model.forward.__doc__ == type(model).forward.__doc__
+
+
+def test_the_forms_of_a_call():
+    model, inputs = tiny.model(), batch()
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    truth = model(**inputs, output_hidden_states=True)
+    with fuse_head(model, outputs=("logp", "top1")):
+        out = model(ids, inputs["attention_mask"], labels=labels, output_hidden_states=True)
+        loss, logp, top1, cache, hidden = model(**inputs, output_hidden_states=True, return_dict=False)
+        shifted = model(**inputs, shift_labels=next_labels(labels))
+        other = model(**inputs | {"labels": labels.masked_fill(labels == -100, 1)}, ignore_index=1)
+        embedded = model(
+            inputs_embeds=model.get_input_embeddings()(ids), attention_mask=inputs["attention_mask"], labels=labels
+        )
+        halved = [model(**inputs, num_items_in_batch=n).loss for n in (12, torch.tensor(12), torch.tensor([12.0]))]
+    assert isinstance(out, FusedOutput)
+    torch.testing.assert_close(out.loss, truth.loss)
+    for same in (loss, shifted.loss, other.loss, embedded.loss, *(2 * x for x in halved)):
+        torch.testing.assert_close(same, out.loss)
+    assert torch.equal(logp, out.logp) and torch.equal(top1, out.top1)
+    assert torch.equal(hidden[-1], truth.hidden_states[-1])
+    assert cache.get_seq_length() == out.past_key_values.get_seq_length() == 9
+
+
+def test_a_batch_without_labels_left_is_zero_and_connected():
+    model, inputs = tiny.model(), batch()
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    assert model(**inputs).loss.isnan()
+    for differentiable in (False, True):
+        with fuse_head(model, differentiable=differentiable):
+            for items in ({}, {"num_items_in_batch": torch.tensor(7)}, {"num_items_in_batch": torch.tensor(0)}):
+                grads = gradients(model, model(**inputs, **items).loss)
+                assert grads.keys() == dict(model.named_parameters()).keys()
+                assert all(not gradient.any() for gradient in grads.values())
+
+
+def test_restore_leaves_no_trace():
+    model, inputs = tiny.model(), batch()
+    before = dict(model.__dict__)
+    handle = fuse_head(model)
+    with handle:
+        assert model(**inputs).logits is None
+    assert model.__dict__ == before and "forward" not in model.__dict__
+    assert model(**inputs).logits is not None
+    handle.restore()
+    with pytest.raises(RuntimeError, match="mine"), fuse_head(model):
+        raise RuntimeError("mine")
+    assert model.__dict__ == before
+
+
+def test_a_second_call_replaces_the_first():
+    model, inputs = tiny.model(), batch()
+    first = fuse_head(model)
+    second = fuse_head(model, outputs=("entropy",))
+    assert model(**inputs).keys() >= {"loss", "entropy"} and model(**inputs).logp is None
+    first.restore()
+    assert model(**inputs).entropy is not None
+    second.restore()
+    assert "forward" not in model.__dict__
+
+
+def test_a_forward_that_was_there_before_is_called_and_put_back():
+    model, inputs = tiny.model(), batch()
+    calls, own = [], model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(sorted(kwargs))
+        return own(*args, **kwargs)
+
+    model.forward = forward
+    with fuse_head(model):
+        calls.clear()
+        model(**inputs)
+        assert calls == []
+        model(inputs["input_ids"], use_cache=False)
+        assert calls == [["use_cache"]]
+    assert model.forward is forward
+
+
+def test_a_forward_that_accelerate_has_wrapped_passes_through_and_can_be_fused_again():
+    model, inputs = tiny.model(), batch()
+    handle = fuse_head(model)
+    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    assert prepared is model and model(**inputs).logits is None
+    handle.restore()
+    theirs = model(**inputs)
+    assert theirs.logits is not None
+    with fuse_head(model, outputs=("entropy",)):
+        ours = model(**inputs)
+        assert ours.entropy is not None
+        # Autocast rounds the logits to bf16 in theirs; hidden states are the same in both.
+        assert (ours.loss - theirs.loss).abs() < torch.finfo(torch.bfloat16).eps * theirs.logits.abs().max()
+    assert model(**inputs).logits is not None
+
+
+def test_a_forward_that_accelerate_wrapped_first_is_refused():
+    model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(tiny.model())
+    forward = model.forward
+    with pytest.raises(ValueError, match=r"call fuse_head before accelerator\.prepare"):
+        fuse_head(model)
+    assert model.forward is forward
+
+
+def test_accelerate_takes_its_own_wrapper_off_and_not_ours():
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model, inputs = tiny.model(), batch()
+    handle = fuse_head(model)
+    model = accelerator.unwrap_model(accelerator.prepare(model), keep_fp32_wrapper=False)
+    assert model(**inputs).logits is None
+    handle.restore()
+    assert "forward" not in model.__dict__
+
+
+def test_a_copy_is_fused_and_its_own():
+    model, inputs = tiny.model(), batch()
+    with fuse_head(model):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.lm_head.weight.zero_()
+        torch.testing.assert_close(other(**inputs).loss, torch.tensor(float(V)).log())
+        assert model(**inputs).loss > 4.7
+
+
+def test_a_saved_model_is_what_it_was(tmp_path):
+    model, inputs = tiny.model(), batch()
+    truth = model(**inputs).logits
+    with fuse_head(model):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path)(**inputs).logits, truth)
+
+
+def test_modes_are_left_as_they_were():
+    model = tiny.model("llama", attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    with fuse_head(model):
+        assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bad_arguments_are_refused_by_name():
+    model = tiny.model()
+    for arguments, message in (
+        ({"outputs": ("entropie",)}, r"unknown output 'entropie' \(did you mean 'entropy'\?\); known: logp, lse"),
+        ({"outputs": "logits"}, "unknown output 'logits'"),
+        ({"outputs": ("reverse_kl",)}, "outputs: 'reverse_kl' compares with a reference"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fuse_head(model, **arguments)
+        assert "forward" not in model.__dict__
+
+
+def test_bad_calls_are_refused_by_name():
+    model, inputs = tiny.model(), batch()
+    with fuse_head(model):
+        with pytest.raises(ValueError, match="logits_to_keep came with labels"):
+            model(**inputs, logits_to_keep=1)
+        with pytest.raises(ValueError, match=r"labels \(3, 8\) must have the shape of the input, \(3, 9\)"):
+            model(**inputs | {"labels": inputs["labels"][:, 1:]})
+
+
+def test_models_it_cannot_stand_in_for_are_refused():
+    seq2seq = transformers.T5Config(vocab_size=V, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    refused = (
+        (transformers.T5ForConditionalGeneration(seq2seq), "takes a decoder .* got T5ForConditionalGeneration"),
+        (tiny.model("bert", is_decoder=True), "BertLMHeadModel keeps its output embedding inside another module"),
+        (tiny.model().model, "LlamaModel has no output embedding"),
+        (nn.Linear(2, 2), "takes a Hugging Face causal LM, got Linear"),
+        (nn.DataParallel(tiny.model()), "one process a device"),
+        (
+            tiny.model("doge", num_experts=16, num_experts_per_tok=2, is_moe=True, output_router_logits=True),
+            "how DogeForCausalLM computes",
+        ),
+    )
+    for model, message in refused:
+        with pytest.raises(ValueError, match=message):
+            fuse_head(model)
+        assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_a_loss_of_the_models_own_is_noticed():
+    model = tiny.model()
+    model.loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM computes its loss otherwise than fuse_head would: .* or this loss_function"
+    ):
+        fuse_head(model)
+    assert "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_head_that_is_another_one_is_noticed_in_every_dtype(dtype, monkeypatch):
+    model = tiny.model("granite", logits_scaling=3.0).to(dtype)
+    fuse_head(model).restore()
+    monkeypatch.setattr("fastpost.models.heads.DIVIDE", ())
+    with pytest.raises(ValueError, match="fastpost does not know this architecture"):
+        fuse_head(model)
+
+
+@pytest.mark.parametrize("how", ["module", "in place"])
+def test_a_compiled_model_runs(how):
+    model, inputs = tiny.model(), batch()
+    truth = model(**inputs)
+    truths = gradients(model, truth.loss)
+    if how == "in place":
+        model.compile(backend="eager")
+    compiled = model if how == "in place" else torch.compile(model, backend="eager")
+    with fuse_head(compiled) as fused:
+        assert fused.lm is model
+        grads = gradients(model, compiled(**inputs).loss)
+        assert compiled(**inputs).logits is None
+    assert grads.keys() == truths.keys()
+    for name, truth in truths.items():
+        torch.testing.assert_close(grads[name], truth, msg=name)
+    assert compiled(**inputs).logits is not None
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, inputs = tiny.model().train(), batch()
+    with fuse_head(model):
+        truths = gradients(model, model(**inputs).loss)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for name, gradient in gradients(model, model(**inputs).loss).items():
+            assert torch.equal(gradient, truths[name]), name
+
+
+def adapted(config: Any) -> Any:
+    """A tiny Llama with an adapter that no longer adds zero."""
+    model = peft.get_peft_model(tiny.model(), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+ADAPTERS = {
+    "lora": lambda: peft.LoraConfig(**LORA),
+    "modules_to_save": lambda: peft.LoraConfig(**LORA, modules_to_save=["lm_head"]),
+    "prompt tuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("order", ["adapter first", "fused first"])
+def test_adapters_train_as_they_would(name, order):
+    model, inputs = adapted(ADAPTERS[name]()), batch()
+    truth = model(**inputs)
+    truths = gradients(model, truth.loss)
+    handle = fuse_head(model if order == "adapter first" else model.get_base_model())
+    out = model(**inputs)
+    grads = gradients(model, out.loss)
+    assert out.logits is None
+    torch.testing.assert_close(out.loss, truth.loss)
+    assert grads.keys() == truths.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    for leaf, gradient in grads.items():
+        torch.testing.assert_close(gradient, truths[leaf], msg=leaf)
+    if name != "prompt tuning":
+        with model.disable_adapter():
+            reference = model(**inputs).logp
+        assert not torch.equal(reference, out.logp)
+        torch.testing.assert_close(reference, plain(tiny.model(), inputs)[1])
+    handle.restore()
+    assert all("forward" not in module.__dict__ for module in model.modules())
