@@ -1,15 +1,16 @@
 # Each target sets up what it needs: a fresh clone wants Python >= 3.11, git and make, and a second run installs nothing.
-#   make demo ARGS="--seed 1"      make test PYTHON=python3.13      make gpu
+#   make demo ARGS="--seed 1"      make test PYTHON=python3.13      make gpu      make bench BENCH=families
 # PYTHON makes .venv; `make gpu` runs in it directly where it has torch with a GPU.
 
 PYTHON ?= python3
 ARGS ?=
+BENCH ?= head families
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Two workers of one thread each: most tests are many small ops, which a second thread does not help.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-all gpu lint bench clean
+.PHONY: demo test test-all gpu lint bench readme clean
 
 demo: .venv/.train
 	$(BIN)/fastpost demo $(ARGS)
@@ -44,7 +45,11 @@ lint: .venv/.dev
 	$(BIN)/pyright
 
 bench: .venv/.train,bench
-	$(BIN)/python benchmarks/head.py $(ARGS)
+	$(foreach name,$(BENCH),$(BIN)/python benchmarks/$(name).py $(ARGS) &&) true
+
+# What the README takes from the code and from benchmarks/results.
+readme: .venv/.dev
+	$(BIN)/python docs/losses_table.py
 
 clean:
 	rm -rf build dist *.egg-info fastpost/_native*.so .pytest_cache .ruff_cache

@@ -41,10 +41,6 @@ class _Given:
             )
         return value
 
-    def has(self, name: str) -> bool:
-        """Whether an optional field was given."""
-        return getattr(self._of, name) is not None
-
 
 Condition = Callable[[Mapping[str, Any]], object]
 
@@ -93,6 +89,8 @@ class Loss:
         for name, value in given.items():
             if value.shape != (T,):
                 raise ValueError(f"stats.{name} must have shape ({T},) to match batch.target, got {tuple(value.shape)}")
+        carrying = {OUTPUTS[name] for name in bound.differentiates}
+        given = {name: value if name in carrying else value.detach() for name, value in given.items()}
         rows = _kept(batch)
         inner = batch.at(rows)
         kept = Stats(**{name: value.index_select(0, rows) for name, value in given.items()})

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastpost.gemm import wide
 from fastpost.head import fused_loss, token_stats
-from fastpost.losses.sft import sft, smoothed_sft
+from fastpost.losses.sft import sft
 from fastpost.types import IGNORE, Batch, Head
 
 TORCH = "torch.nn.functional.linear_cross_entropy"
@@ -51,7 +51,7 @@ def linear_cross_entropy(
     batch = Batch(flat, torch.tensor([flat.numel()]), weight=each / kept if reduction == "mean" else each)
     knobs = {"label_smoothing": label_smoothing} if label_smoothing else {}
     hidden = input.reshape(-1, input.shape[-1])
-    total = fused_loss(smoothed_sft if label_smoothing else sft, hidden, head, batch, ignore_index=ignored, **knobs)
+    total = fused_loss(sft, hidden, head, batch, ignore_index=ignored, **knobs)
     assert isinstance(total, Tensor)
     if reduction == "mean":
         total = total + torch.where(kept == 0, torch.nan, 0.0)

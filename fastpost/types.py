@@ -220,6 +220,10 @@ class Batch:
         constant."""
         return logp.detach() if self.old_logp is None else self.old_logp
 
+    def beyond_margin(self, difference: Tensor) -> Tensor:  # (S / 2,) -> (S / 2,)
+        """difference less the margin that was asked for, if one was."""
+        return difference if self.margin is None else difference - self.margin
+
     @staticmethod
     def pairs(x: Tensor) -> tuple[Tensor, Tensor]:  # (S,) -> (S / 2,), (S / 2,)
         """(chosen, rejected)."""

@@ -211,7 +211,7 @@ LOSSES = {
         {"epsilon_hi": 1},
         r"'grpo' has no knob 'epsilon_hi' \(did you mean 'epsilon_high'\?\)",
     ),
-    "a knob of none": ((losses.sft, batch()), {"beta": 1}, "'sft' has no knob 'beta'; its knobs: none"),
+    "a knob of none": ((losses.sft, batch()), {"beta": 1}, "'sft' has no knob 'beta'; its knobs: label_smoothing, z_loss"),
     "a knob's range": ((losses.dpo, batch(ref_logp=torch.zeros(T))), {"label_smoothing": 0.5}, r"\[0, 0.5\), got 0.5"),
     "a clip's range": ((losses.grpo, batch(advantage=torch.zeros(2))), {"epsilon": -1}, "epsilon .*got -1"),
     "a field": ((losses.dpo, batch()), {}, "the loss 'dpo' needs batch.ref_logp, which is None"),

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import torch
 
 import fastpost as fp
+from catalogue import CASES
+from fastpost.equation import ScalarLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -56,10 +58,20 @@ def test_every_make_target_named_exists():
     assert {"demo", "test", "lint"} <= named <= targets
 
 
-def test_the_table_of_losses_is_the_losses():
-    table = dict(re.findall(r"^\| `(\w+)` \|.*\| (token|sequence|pair|batch) \|", README, re.MULTILINE))
-    losses = {name: getattr(fp.losses, name) for name in fp.losses.__all__}
-    assert table == {name: loss.unit for name, loss in losses.items() if isinstance(loss, fp.Loss)}
+def test_the_table_of_losses_is_what_their_docstrings_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from losses_table import BLOCK, table
+
+    assert BLOCK.findall(README) == [table()], "run `make readme`"
+    named = set(re.findall(r"^\| `(\w+)` \|", table(), re.MULTILINE))
+    declared = {n for n in fp.losses.__all__ if isinstance(getattr(fp.losses, n), fp.Loss | ScalarLoss)}
+    assert named == declared
+
+
+def test_every_loss_of_the_catalogue_has_a_test_row():
+    assert {loss.name for loss, _ in CASES.values()} == {
+        name for name in fp.losses.__all__ if isinstance(getattr(fp.losses, name), fp.Loss)
+    }
 
 
 def test_the_loss_of_contributing_is_right_as_it_stands():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+import catalogue
 import fastpost as fp
 from fastpost import losses
+from fastpost.types import NEEDS_REFERENCE
 from problems import Problem, assert_loss_exact, gradients, problem, schedules_of, small_tiles, stat
 
 LENGTHS = torch.tensor([21, 0, 29, 9, 24, 37, 1, 7])  # four pairs; one sequence is empty, one has a single position
@@ -36,15 +36,12 @@ def spread(stats: fp.Stats, batch: fp.Batch) -> Tensor:
     return (stats.logp + stats.log_sum_sq).var(correction=0)[None]
 
 
-CASES: dict[str, tuple[fp.Loss, dict]] = {
-    "sft": (losses.sft, {}),
-    "grpo": (losses.grpo, {"epsilon_high": 0.3, "beta": 0.04}),
-    "gspo": (losses.gspo, {"epsilon": 0.1, "beta": 0.04}),
-    "dpo": (losses.dpo, {"beta": 0.1, "label_smoothing": 0.1}),
+OWN: dict[str, tuple[fp.Loss, dict]] = {
     "entropic": (entropic, {"beta": 0.2}),
     "distant": (distant, {}),
     "spread": (spread, {}),
 }
+CASES = catalogue.CASES | OWN
 
 
 def positions(first: int, last: int) -> slice:
@@ -81,13 +78,19 @@ def setting(loss: fp.Loss, dtype: torch.dtype = torch.float32, *, train_head: bo
         old_logp=logp + 0.2 * torch.randn(T),
         ref_logp=logp + 0.2 * torch.randn(T),
         advantage=torch.randn(len(LENGTHS)),
+        label=torch.arange(len(LENGTHS)) % 3 == 0,
+        kl=torch.tensor(0.1),
     )
     return p, replace(batch, weight=torch.rand(batch.units(loss.unit)) + 0.5)
 
 
+def referred(loss: fp.Loss, p: Problem, knobs: dict) -> dict:
+    """The reference, for a loss that reads a divergence from it."""
+    return {"reference": p.reference} if NEEDS_REFERENCE & set(loss.bind(**knobs).reads) else {}
+
+
 def fused(loss: fp.Loss, p: Problem, batch: fp.Batch, **knobs: object) -> Tensor:
-    needs = {"reference": p.reference} if "reverse_kl" in loss.reads else {}
-    total = fp.fused_loss(loss, p.hidden, p.head, batch, temperature=p.temperature, **needs, **knobs)
+    total = fp.fused_loss(loss, p.hidden, p.head, batch, temperature=p.temperature, **referred(loss, p, knobs), **knobs)
     assert isinstance(total, Tensor)
     return total
 
@@ -103,7 +106,7 @@ def test_every_schedule_is_exact(case, rows, train_head, dtype, monkeypatch):
     small_tiles(monkeypatch, rows=rows)
     total = fused(loss, p, batch, **knobs)
     schedule = "EagerLoss" if longest_unit(loss) <= rows else "LazyStats"
-    if loss.differentiates == ("logp",) and not train_head:
+    if loss.bind(**knobs).differentiates == ("logp",) and not train_head:
         schedule = "FrozenLogp"
     assert schedules_of(total) == {schedule}
     assert_loss_exact(total, loss, p, batch, case, **knobs)
@@ -113,9 +116,10 @@ def test_every_schedule_is_exact(case, rows, train_head, dtype, monkeypatch):
 def test_the_loss_itself_on_token_stats_is_the_lazy_schedule(case):
     loss, knobs = CASES[case]
     p, batch = setting(loss)
-    needs = {"reference": p.reference} if "reverse_kl" in loss.reads else {}
-    stats = fp.token_stats(p.hidden, p.head, batch.target, outputs=loss.reads, temperature=p.temperature, **needs)
-    total = (loss(stats, batch, **knobs) * batch.weight).sum()
+    bound, needs = loss.bind(**knobs), referred(loss, p, knobs)
+    stats = fp.token_stats(p.hidden, p.head, batch.target, outputs=bound.reads, temperature=p.temperature, **needs)
+    at = {"temperature": p.temperature} if "temperature" in bound.knobs else {}
+    total = (loss(stats, batch, **knobs, **at) * batch.weight).sum()
     assert schedules_of(total) == {"LazyStats"}
     assert_loss_exact(total, loss, p, batch, case, **knobs)
 
@@ -361,106 +365,6 @@ def test_kept_rows_are_those_of_another_ignore_index():
     other = replace(batch, target=target, **everything)
     got = fp.fused_loss(losses.dpo, p.hidden, p.head, other, temperature=p.temperature, ignore_index=-1)
     assert torch.equal(got, want)
-
-
-# ---- cost ----
-
-ROWS, WIDTH, WORDS, WIDTH_Q = 32, 24, 300, 8
-G, G_Q = 2 * ROWS * WIDTH * WORDS, 2 * ROWS * WIDTH_Q * WORDS
-
-
-def products(function: Callable[[], Tensor | None]) -> int:
-    """Flop of the products in a call, and in the backward pass of what it returns."""
-    with FlopCounterMode(display=False) as counter:
-        value = function()
-        if value is not None and value.requires_grad:
-            value.sum().backward()
-    return counter.get_total_flops()
-
-
-def workload(*, hidden: bool = True, weight: bool = True) -> tuple[Tensor, Tensor, fp.Batch, dict]:
-    h, w = torch.randn(ROWS, WIDTH, requires_grad=hidden), torch.randn(WORDS, WIDTH, requires_grad=weight)
-    target, lengths = torch.randint(0, WORDS, (ROWS,)), torch.tensor([16, 16])
-    batch = fp.Batch(target, lengths, advantage=torch.ones(2), ref_logp=torch.zeros(ROWS))
-    return h, w, batch, {"reference": (torch.randn(ROWS, WIDTH_Q), torch.randn(WORDS, WIDTH_Q))}
-
-
-TRAINED = [
-    # loss, hidden trains, weight trains, rows a chunk, flop
-    (losses.sft, True, True, 4096, 3 * G),
-    (losses.sft, True, True, 5, 3 * G),
-    (losses.sft, True, False, 4096, 2 * G),
-    (losses.sft, False, True, 4096, 2 * G),
-    (losses.sft, False, False, 4096, G),
-    (losses.gspo, True, True, 16, 3 * G),
-    (losses.gspo, True, True, 15, 4 * G),
-    (losses.gspo, False, True, 15, 3 * G),
-    (losses.gspo, True, False, 15, 2 * G),
-    (losses.dpo, True, True, 32, 3 * G),
-    (losses.dpo, True, True, 31, 4 * G),
-    (entropic, True, False, 4096, 2 * G),
-    (distant, True, True, 16, 3 * G + G_Q),
-    (distant, True, True, 15, 4 * G + 2 * G_Q),
-    (distant, True, False, 15, 3 * G + 2 * G_Q),
-]
-
-
-@pytest.mark.parametrize(("loss", "hidden", "weight", "rows", "flop"), TRAINED)
-def test_a_loss_costs_what_its_schedule_promises(loss, hidden, weight, rows, flop, monkeypatch):
-    h, w, batch, reference = workload(hidden=hidden, weight=weight)
-    small_tiles(monkeypatch, rows=rows)
-    needs = reference if "reverse_kl" in loss.reads else {}
-    assert products(lambda: fp.fused_loss(loss, h, w, batch, **needs)) == flop
-
-
-STATISTICS = [
-    # outputs, hidden trains, weight trains, flop
-    (("logp", "entropy", "top1"), False, False, G),
-    (("logp", "reverse_kl", "jsd"), False, False, G + G_Q),
-    (("logp", "top1"), True, False, 2 * G),
-    (("logp",), True, True, 4 * G),
-    (("entropy",), True, False, 3 * G),
-    (("entropy",), False, True, 3 * G),
-]
-
-
-@pytest.mark.parametrize(("outputs", "hidden", "weight", "flop"), STATISTICS)
-def test_statistics_cost_what_their_schedule_promises(outputs, hidden, weight, flop):
-    h, w, batch, reference = workload(hidden=hidden, weight=weight)
-    differentiable = [name for name in outputs if name != "top1"]
-
-    def function() -> Tensor:
-        stats = fp.token_stats(h, w, batch.target, outputs=outputs, **reference)
-        return sum(stat(stats, name) for name in differentiable)
-
-    assert products(function) == flop
-
-
-def test_a_divergence_that_is_only_logged_is_not_computed_again():
-    h, w, batch, reference = workload()
-    outputs = ("logp", "reverse_kl")
-    assert products(lambda: fp.token_stats(h, w, batch.target, outputs=outputs, **reference).logp) == 4 * G + G_Q
-
-
-def test_grpo_that_logs_entropy_and_kl_stays_on_the_frozen_schedule():
-    h, w, batch, reference = workload(weight=False)
-    for outputs, flop in ((("entropy",), 2 * G), (("entropy", "reverse_kl"), 2 * G + G_Q)):
-        call = lambda names=outputs: fp.fused_loss(  # noqa: E731
-            losses.grpo, h, w, batch, outputs=names, return_stats=True, **reference
-        )
-        assert schedules_of(call()[0]) == {"FrozenLogp"}
-        assert products(lambda call=call: call()[0]) == flop
-
-
-@pytest.mark.parametrize("kept", [0, 8])
-@pytest.mark.parametrize("weight", [True, False], ids=["trained", "frozen"])
-def test_ignored_rows_cost_nothing(weight, kept):
-    h, w, batch, reference = workload(weight=weight)
-    batch.target[kept:] = -100
-    share = {True: 3, False: 2}[weight] * G * kept // ROWS
-    assert products(lambda: fp.fused_loss(losses.sft, h, w, batch)) == share
-    logged = {"outputs": ("jsd",), "return_stats": True, **reference}
-    assert products(lambda: fp.fused_loss(losses.sft, h, w, batch, **logged)[0]) == share + G_Q * kept // ROWS
 
 
 @fp.loss(unit="token")

@@ -1,8 +1,91 @@
 """Losses: pure functions of statistics, one page a family. `fp.losses.<name>(stats, batch, *, knobs) -> (U,)`."""
 
 from fastpost.losses import kl
-from fastpost.losses.policy import grpo, gspo
-from fastpost.losses.preference import dpo
-from fastpost.losses.sft import sft
+from fastpost.losses.distill import forward_kl, gkd, kd, reverse_kl
+from fastpost.losses.policy import (
+    bnpo,
+    cispo,
+    dapo,
+    dr_grpo,
+    gmpo,
+    grpo,
+    gspo,
+    gspo_token,
+    luspo,
+    ppo,
+    reinforce,
+    rloo,
+    sapo,
+    vespo,
+)
+from fastpost.losses.preference import (
+    aot,
+    aot_unpaired,
+    apo_down,
+    apo_zero,
+    apo_zero_unpaired,
+    bco,
+    cpo,
+    discopop,
+    dpo,
+    exo,
+    hinge,
+    ipo,
+    kto,
+    nca,
+    orpo,
+    robust,
+    sigmoid_norm,
+    simpo,
+    sppo,
+)
+from fastpost.losses.reward import bradley_terry, prm
+from fastpost.losses.sft import dft, sft
+from fastpost.losses.value import explained_variance, value
 
-__all__ = ["dpo", "grpo", "gspo", "kl", "sft"]
+__all__ = [
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "apo_zero_unpaired",
+    "bco",
+    "bnpo",
+    "bradley_terry",
+    "cispo",
+    "cpo",
+    "dapo",
+    "dft",
+    "discopop",
+    "dpo",
+    "dr_grpo",
+    "exo",
+    "explained_variance",
+    "forward_kl",
+    "gkd",
+    "gmpo",
+    "grpo",
+    "gspo",
+    "gspo_token",
+    "hinge",
+    "ipo",
+    "kd",
+    "kl",
+    "kto",
+    "luspo",
+    "nca",
+    "orpo",
+    "ppo",
+    "prm",
+    "reinforce",
+    "reverse_kl",
+    "rloo",
+    "robust",
+    "sapo",
+    "sft",
+    "sigmoid_norm",
+    "simpo",
+    "sppo",
+    "value",
+    "vespo",
+]

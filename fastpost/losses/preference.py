@@ -1,21 +1,357 @@
-"""Preferences: a chosen and a rejected sequence, adjacent in the batch."""
+"""Preferences: a chosen and a rejected sequence, adjacent in the batch (kto: a labelled one).
 
+l is the sum of logp over a sequence's tokens, l_ref that of ref_logp, w the chosen sequence, r the rejected one, s the
+sigmoid. An equation of the DPO family sees (P,) numbers of its P pairs: d_w = l_w - l_ref_w and d_r, d = d_w - d_r
+their difference, and as D (or, a token, M) what an f-divergence makes of them. Its family adds these knobs:
+  ld_alpha           tokens of the longer sequence beyond the shorter one's length count ld_alpha (LD-DPO,
+                     arXiv:2409.06411)
+  use_weighting      the loss times the probabilities of both, exp(mean_t (logp - log sum p^2)), constants (WPO,
+                     arXiv:2406.11827)
+  rpo_alpha          + rpo_alpha times the chosen sequence's mean negative log-likelihood (arXiv:2404.19733)
+  f_divergence_type  d -> f'(exp d) (arXiv:2309.16240): reverse_kl d, forward_kl 1 - exp(-d), js_divergence
+                     log 2 + log s(d), alpha_divergence (exp((a - 1) d) - 1) / (a - 1), a = f_alpha_divergence_coef
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpost.equation import loss
+from fastpost.equation import Loss, loss
+from fastpost.knobs import (
+    BelowHalf,
+    Fraction,
+    InsideHalf,
+    NonNegative,
+    Number,
+    Positive,
+    Switch,
+    picked,
+    shared_signature,
+)
 from fastpost.types import Batch, Stats
+
+FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+LARGEST_EXPONENT = 80.0  # exp of it is still a float32
+
+# ---- what the equations of the DPO family see, and what is done with what they say ----
+
+
+def _log_ratios(stats: Stats, batch: Batch, *, ld_alpha: Fraction | None = None) -> tuple[Tensor, Tensor]:
+    """d_w, d_r: (P,) each."""
+    per_token = stats.logp - batch.ref_logp
+    if ld_alpha is not None:
+        shorter = batch.counts.view(-1, 2).amin(1).repeat_interleave(2)  # (S,)
+        starts = batch.counts.cumsum(0) - batch.counts
+        place = torch.arange(len(per_token), device=per_token.device) - batch.spread(starts)
+        per_token = torch.where(place < batch.spread(shorter), per_token, ld_alpha * per_token)
+    return batch.pairs(batch.per_sequence(per_token))
+
+
+def _scores(
+    stats: Stats,
+    batch: Batch,
+    *,
+    ld_alpha: Fraction | None = None,
+    f_divergence_type: FDivergence = "reverse_kl",
+    f_alpha_divergence_coef: Number = 0.5,
+) -> tuple[Tensor, Tensor]:
+    """D_w, D_r: f' of the ratios."""
+    slope = _SLOPES[f_divergence_type]
+    if f_divergence_type == "alpha_divergence" and abs(f_alpha_divergence_coef - 1) > 1e-6:  # at 1 it is reverse_kl
+        slope = functools.partial(_alpha_slope, power=f_alpha_divergence_coef - 1)
+    chosen, rejected = _log_ratios(stats, batch, ld_alpha=ld_alpha)
+    return slope(chosen), slope(rejected)
+
+
+def _alpha_slope(d: Tensor, power: float) -> Tensor:
+    return torch.expm1((power * d).clamp(max=LARGEST_EXPONENT)) / power
+
+
+_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": lambda d: d,
+    "forward_kl": lambda d: -torch.expm1((-d).clamp(max=LARGEST_EXPONENT)),
+    "js_divergence": lambda d: math.log(2) + F.logsigmoid(d),
+    "alpha_divergence": lambda d: d,
+}
+
+
+def _mean_scores(
+    stats: Stats,
+    batch: Batch,
+    *,
+    ld_alpha: Fraction | None = None,
+    f_divergence_type: FDivergence = "reverse_kl",
+    f_alpha_divergence_coef: Number = 0.5,
+) -> tuple[Tensor, Tensor]:
+    """M_w, M_r: the scores over the numbers of tokens."""
+    scores = _scores(
+        stats,
+        batch,
+        ld_alpha=ld_alpha,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
+    )
+    chosen, rejected = (x / n for x, n in zip(scores, batch.pairs(batch.counts.clamp(min=1)), strict=True))
+    return chosen, rejected
+
+
+def _adjusted(
+    each: Tensor, stats: Stats, batch: Batch, *, use_weighting: Switch = False, rpo_alpha: NonNegative = 0.0
+) -> Tensor:
+    """The family's weight and its added likelihood."""
+    if use_weighting:
+        chosen, rejected = batch.pairs(batch.mean_per_sequence(stats.logp.detach() - stats.log_sum_sq))
+        each = each * (chosen + rejected).exp()
+    return each + rpo_alpha * _chosen_nll(stats, batch) if rpo_alpha else each
+
+
+def _chosen_nll(stats: Stats, batch: Batch) -> Tensor:  # (P,)
+    """Mean over the chosen sequence's tokens, so that a pair counts the same whatever its length and its company."""
+    return -batch.pairs(batch.mean_per_sequence(stats.logp))[0]
+
+
+def _of_pairs(scores: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Callable[..., Tensor]], Loss]:
+    """Declares a loss of the DPO family: an equation on what `scores` makes of each pair."""
+
+    def declare(equation: Callable[..., Tensor]) -> Loss:
+        @functools.wraps(equation)
+        def of_pairs(stats: Stats, batch: Batch, **knobs) -> Tensor:
+            each = equation(*scores(stats, batch, **picked(scores, knobs)), **picked(equation, knobs))
+            return _adjusted(each, stats, batch, **picked(_adjusted, knobs))
+
+        of_pairs.__signature__ = shared_signature(equation, scores, _adjusted)  # pyright: ignore[reportAttributeAccessIssue]
+        declared = loss(unit="pair", also={"log_sum_sq": lambda k: k["use_weighting"]}, differentiates=("logp",))
+        return declared(of_pairs)
+
+    return declare
+
+
+def _logistic(margin: Tensor, label_smoothing: float) -> Tensor:
+    """-(1 - e) log s(margin) - e log s(-margin): a label is wrong with probability e."""
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+# ---- the DPO family ----
+
+
+@_of_pairs(_scores)
+def dpo(chosen: Tensor, rejected: Tensor, *, beta: Positive = 0.1, label_smoothing: BelowHalf = 0.0) -> Tensor:
+    """-(1 - e) log s(beta D) - e log s(-beta D), with e = label_smoothing. arXiv:2305.18290.
+
+    e > 0 is conservative DPO: a label is wrong with probability e. TRL 1.16's sigmoid loss ignores it.
+    """
+    return _logistic(beta * (chosen - rejected), label_smoothing)
+
+
+@_of_pairs(_mean_scores)
+def ipo(chosen: Tensor, rejected: Tensor, *, beta: Positive = 0.1) -> Tensor:
+    """(M - 1 / (2 beta))^2. arXiv:2310.12036, equation 17, where beta is tau.
+
+    The paper does not say what becomes of the length; its authors' results are of means over tokens, as in TRL. Liger
+    has no IPO.
+    """
+    return (chosen - rejected - 1 / (2 * beta)).square()
+
+
+@_of_pairs(_scores)
+def hinge(chosen: Tensor, rejected: Tensor, *, beta: Positive = 0.1) -> Tensor:
+    """max(0, 1 - beta D): SLiC and RSO. arXiv:2305.10425, arXiv:2309.06657."""
+    return torch.relu(1 - beta * (chosen - rejected))
+
+
+@_of_pairs(_scores)
+def robust(chosen: Tensor, rejected: Tensor, *, beta: Positive = 0.1, label_smoothing: BelowHalf = 0.0) -> Tensor:
+    """(-(1 - e) log s(beta D) + e log s(-beta D)) / (1 - 2 e): unbiased under noise e. arXiv:2403.00409."""
+    margin, e = beta * (chosen - rejected), label_smoothing
+    return (-(1 - e) * F.logsigmoid(margin) + e * F.logsigmoid(-margin)) / (1 - 2 * e)
+
+
+@_of_pairs(_scores)
+def exo(chosen: Tensor, rejected: Tensor, *, beta: Positive = 0.1, label_smoothing: InsideHalf = 1e-3) -> Tensor:
+    """KL((q, 1 - q) || (1 - e, e)), q = s(beta D), e = label_smoothing. arXiv:2402.00856, equation 16."""
+    margin, e = beta * (chosen - rejected), label_smoothing
+    log_q, log_rest = F.logsigmoid(margin), F.logsigmoid(-margin)
+    return log_q.exp() * (log_q - math.log1p(-e)) + log_rest.exp() * (log_rest - math.log(e))
+
+
+@_of_pairs(_log_ratios)
+def nca(chosen: Tensor, rejected: Tensor, *, beta: Positive = 0.1) -> Tensor:
+    """-log s(beta d_w) - log s(-beta d_w) / 2 - log s(-beta d_r) / 2. arXiv:2402.05369."""
+    return -F.logsigmoid(beta * chosen) - (F.logsigmoid(-beta * chosen) + F.logsigmoid(-beta * rejected)) / 2
+
+
+@_of_pairs(_log_ratios)
+def bco(chosen: Tensor, rejected: Tensor, *, beta: Positive = 0.1, delta: Number = 0.0) -> Tensor:
+    """-log s(beta d_w - delta) - log s(delta - beta d_r). arXiv:2404.04656.
+
+    delta: the paper's reward shift, a running mean over both sides of beta d, kept by the caller. TRL has none.
+    """
+    return -F.logsigmoid(beta * chosen - delta) - F.logsigmoid(delta - beta * rejected)
+
+
+@_of_pairs(_log_ratios)
+def sppo(chosen: Tensor, rejected: Tensor, *, beta: Positive = 0.1) -> Tensor:
+    """(d_w - 1 / (2 beta))^2 + (d_r + 1 / (2 beta))^2: who wins is certain. arXiv:2405.00675, equation 4.7."""
+    return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
+
+
+@_of_pairs(_log_ratios)
+def apo_zero(chosen: Tensor, rejected: Tensor, *, beta: Positive = 0.1) -> Tensor:
+    """1 - s(beta d_w) + s(beta d_r): for chosen answers better than the model's own. arXiv:2408.06266, equation 7."""
+    return torch.sigmoid(-beta * chosen) + torch.sigmoid(beta * rejected)
+
+
+@_of_pairs(_log_ratios)
+def apo_down(chosen: Tensor, rejected: Tensor, *, beta: Positive = 0.1) -> Tensor:
+    """s(beta d_w) + 1 - s(beta d): for chosen answers worse than the model's own. arXiv:2408.06266, equation 8."""
+    return torch.sigmoid(beta * chosen) + torch.sigmoid(-beta * (chosen - rejected))
+
+
+@_of_pairs(_scores)
+def discopop(chosen: Tensor, rejected: Tensor, *, beta: Positive = 0.1, discopop_tau: Positive = 0.05) -> Tensor:
+    """-(1 - m) log s(x) + m exp(-x), x = beta D, m = s(x / discopop_tau). arXiv:2406.08414, equation 5."""
+    x = beta * (chosen - rejected)
+    # m and exp(-x) in one exponent: far below 0 their product, which is 0, would be 0 * inf.
+    log_m = F.logsigmoid(x / discopop_tau)
+    return -torch.sigmoid(-x / discopop_tau) * F.logsigmoid(x) + (log_m - x).clamp(max=LARGEST_EXPONENT).exp()
+
+
+@_of_pairs(_mean_scores)
+def sigmoid_norm(chosen: Tensor, rejected: Tensor, *, beta: Positive = 0.1) -> Tensor:
+    """-log s(beta M): length-normalised DPO. arXiv:2411.15124. Its beta is some tens of times DPO's."""
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+# ---- of the whole batch: quantile against quantile ----
+
+
+def _sorted_loss(above: Tensor, below: Tensor, beta: float, label_smoothing: float) -> Tensor:  # (P,), (P,) -> (1,)
+    margin = beta * (above.sort().values - below.sort().values)
+    return _logistic(margin, label_smoothing).mean(0, keepdim=True)
+
+
+def _present(batch: Batch, above: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:  # (P,) -> (P',)
+    """Without the pairs that have no token left: they must not take a place in the order."""
+    there = (batch.counts.view(-1, 2).sum(1) > 0).nonzero()[:, 0]
+    return above.index_select(0, there), below.index_select(0, there)
+
+
+@loss(unit="batch")
+def aot(stats: Stats, batch: Batch, *, beta: Positive = 0.1, label_smoothing: BelowHalf = 0.0) -> Tensor:
+    """mean_i of DPO on x_(i) - y_(i), x = l_w - l_r, y = l_ref_w - l_ref_r, each sorted. arXiv:2406.05882.
+
+    First-order stochastic dominance of the policy's margins over the reference's.
+    """
+    chosen, rejected = batch.pairs(batch.per_sequence(stats.logp))
+    ref_chosen, ref_rejected = batch.pairs(batch.per_sequence(batch.ref_logp))
+    above, below = _present(batch, chosen - rejected, ref_chosen - ref_rejected)
+    return _sorted_loss(above, below, beta, label_smoothing)
+
+
+@loss(unit="batch")
+def aot_unpaired(stats: Stats, batch: Batch, *, beta: Positive = 0.1, label_smoothing: BelowHalf = 0.0) -> Tensor:
+    """mean_i of DPO on x_(i) - y_(i), x = d_w, y = d_r, each sorted. arXiv:2406.05882."""
+    chosen, rejected = batch.pairs(batch.per_sequence(stats.logp - batch.ref_logp))
+    above, below = _present(batch, chosen, rejected)
+    return _sorted_loss(above, below, beta, label_smoothing)
+
+
+# ---- without a reference ----
 
 
 @loss(unit="pair")
-def dpo(stats: Stats, batch: Batch, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
-    """-(1 - e) log s(beta d) - e log s(-beta d), s the sigmoid, e label_smoothing. Unit: pair. arXiv:2305.18290.
+def cpo(
+    stats: Stats,
+    batch: Batch,
+    *,
+    beta: Positive = 0.1,
+    label_smoothing: BelowHalf = 0.0,
+    cpo_alpha: NonNegative = 1.0,
+) -> Tensor:
+    """-(1 - e) log s(x) - e log s(-x) + cpo_alpha nll_w, x = beta (l_w - l_r), e = label_smoothing. arXiv:2401.08417.
 
-    d = sum_t (logp - ref_logp) of the chosen sequence less that of the rejected one. e > 0 is conservative DPO:
-    a label is wrong with probability e (TRL 1.16 ignores label_smoothing in its sigmoid loss).
+    nll_w is the mean over the chosen sequence's tokens. TRL's is the mean over all chosen tokens of a microbatch, so
+    that a pair's share depends on its company.
     """
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
-    chosen, rejected = batch.pairs(batch.per_sequence(stats.logp - batch.ref_logp))
-    margin = beta * (chosen - rejected)
-    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    chosen, rejected = batch.pairs(batch.per_sequence(stats.logp))
+    return _logistic(beta * (chosen - rejected), label_smoothing) + cpo_alpha * _chosen_nll(stats, batch)
+
+
+@loss(unit="pair")
+def simpo(
+    stats: Stats,
+    batch: Batch,
+    *,
+    beta: Positive = 2.0,
+    simpo_gamma: Number = 1.0,
+    label_smoothing: BelowHalf = 0.0,
+    cpo_alpha: NonNegative = 0.0,
+) -> Tensor:
+    """-log s(beta (m_w - m_r) - simpo_gamma), m = l over the number of tokens. arXiv:2405.14734.
+
+    label_smoothing as in dpo; cpo_alpha > 0 is CPO-SimPO, the nll of cpo. TRL's defaults are CPO's.
+    """
+    chosen, rejected = batch.pairs(batch.mean_per_sequence(stats.logp))
+    return _logistic(beta * (chosen - rejected) - simpo_gamma, label_smoothing) - cpo_alpha * chosen
+
+
+@loss(unit="pair")
+def orpo(stats: Stats, batch: Batch, *, beta: NonNegative = 0.1) -> Tensor:
+    """nll_w - beta log s(log odds(m_w) - log odds(m_r)), odds(m) = e^m / (1 - e^m). arXiv:2403.07691, equation 6.
+
+    m is the mean of logp over the tokens, nll_w = -m_w, beta the paper's lambda. TRL takes nll_w over the prompt, too.
+    """
+    chosen, rejected = batch.pairs(batch.mean_per_sequence(stats.logp))
+    return -chosen - beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+
+
+def _log_odds(logp: Tensor) -> Tensor:
+    """log(p / (1 - p)), with p kept an ulp from one, where the odds end."""
+    logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
+    near_one = logp > -math.log(2)
+    rest = torch.where(near_one, (-torch.expm1(torch.where(near_one, logp, -1.0))).log(), torch.log1p(-logp.exp()))
+    return logp - rest
+
+
+# ---- one labelled sequence ----
+
+
+@loss(unit="sequence")
+def kto(
+    stats: Stats,
+    batch: Batch,
+    *,
+    beta: Positive = 0.1,
+    desirable_weight: NonNegative = 1.0,
+    undesirable_weight: NonNegative = 1.0,
+) -> Tensor:
+    """desirable_weight s(beta (kl - d)) if batch.label, else undesirable_weight s(beta (d - kl)). arXiv:2402.01306.
+
+    d = l - l_ref; kl = batch.kl, the baseline of `fastpost.losses.kl.kto_baseline`, a constant.
+    """
+    gain = beta * (batch.per_sequence(stats.logp - batch.ref_logp) - batch.kl)
+    desirable, undesirable = torch.sigmoid(-gain), torch.sigmoid(gain)
+    return torch.where(batch.label, desirable_weight * desirable, undesirable_weight * undesirable)
+
+
+@loss(unit="sequence")
+def apo_zero_unpaired(
+    stats: Stats,
+    batch: Batch,
+    *,
+    beta: Positive = 0.1,
+    desirable_weight: NonNegative = 1.0,
+    undesirable_weight: NonNegative = 1.0,
+) -> Tensor:
+    """desirable_weight s(-beta d) if batch.label, else undesirable_weight s(beta d). arXiv:2408.06266.
+
+    apo_zero of sequences that have no mate: KTO with the baseline 0.
+    """
+    gain = beta * batch.per_sequence(stats.logp - batch.ref_logp)
+    desirable, undesirable = torch.sigmoid(-gain), torch.sigmoid(gain)
+    return torch.where(batch.label, desirable_weight * desirable, undesirable_weight * undesirable)

@@ -1,0 +1,112 @@
+"""What each schedule promises to cost, counted: 2 T D V flop are one G, and a reference costs its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastpost as fp
+from fastpost import losses
+from problems import schedules_of, small_tiles, stat
+from test_schedules import distant, entropic
+
+ROWS, WIDTH, WORDS, WIDTH_Q = 32, 24, 300, 8
+G, G_Q = 2 * ROWS * WIDTH * WORDS, 2 * ROWS * WIDTH_Q * WORDS
+
+
+def products(function: Callable[[], Tensor | None]) -> int:
+    """Flop of the products in a call, and in the backward pass of what it returns."""
+    with FlopCounterMode(display=False) as counter:
+        value = function()
+        if value is not None and value.requires_grad:
+            value.sum().backward()
+    return counter.get_total_flops()
+
+
+def workload(*, hidden: bool = True, weight: bool = True) -> tuple[Tensor, Tensor, fp.Batch, dict]:
+    h, w = torch.randn(ROWS, WIDTH, requires_grad=hidden), torch.randn(WORDS, WIDTH, requires_grad=weight)
+    target, lengths = torch.randint(0, WORDS, (ROWS,)), torch.tensor([16, 16])
+    batch = fp.Batch(target, lengths, advantage=torch.ones(2), ref_logp=torch.zeros(ROWS))
+    return h, w, batch, {"reference": (torch.randn(ROWS, WIDTH_Q), torch.randn(WORDS, WIDTH_Q))}
+
+
+TRAINED = [
+    # loss, hidden trains, weight trains, rows a chunk, flop
+    (losses.sft, True, True, 4096, 3 * G),
+    (losses.sft, True, True, 5, 3 * G),
+    (losses.sft, True, False, 4096, 2 * G),
+    (losses.sft, False, True, 4096, 2 * G),
+    (losses.sft, False, False, 4096, G),
+    (losses.gspo, True, True, 16, 3 * G),
+    (losses.gspo, True, True, 15, 4 * G),
+    (losses.gspo, False, True, 15, 3 * G),
+    (losses.gspo, True, False, 15, 2 * G),
+    (losses.dpo, True, True, 32, 3 * G),
+    (losses.dpo, True, True, 31, 4 * G),
+    (entropic, True, False, 4096, 2 * G),
+    (distant, True, True, 16, 3 * G + G_Q),
+    (distant, True, True, 15, 4 * G + 2 * G_Q),
+    (distant, True, False, 15, 3 * G + 2 * G_Q),
+]
+
+
+@pytest.mark.parametrize(("loss", "hidden", "weight", "rows", "flop"), TRAINED)
+def test_a_loss_costs_what_its_schedule_promises(loss, hidden, weight, rows, flop, monkeypatch):
+    h, w, batch, reference = workload(hidden=hidden, weight=weight)
+    small_tiles(monkeypatch, rows=rows)
+    needs = reference if "reverse_kl" in loss.reads else {}
+    assert products(lambda: fp.fused_loss(loss, h, w, batch, **needs)) == flop
+
+
+STATISTICS = [
+    # outputs, hidden trains, weight trains, flop
+    (("logp", "entropy", "top1"), False, False, G),
+    (("logp", "reverse_kl", "jsd"), False, False, G + G_Q),
+    (("logp", "top1"), True, False, 2 * G),
+    (("logp",), True, True, 4 * G),
+    (("entropy",), True, False, 3 * G),
+    (("entropy",), False, True, 3 * G),
+]
+
+
+@pytest.mark.parametrize(("outputs", "hidden", "weight", "flop"), STATISTICS)
+def test_statistics_cost_what_their_schedule_promises(outputs, hidden, weight, flop):
+    h, w, batch, reference = workload(hidden=hidden, weight=weight)
+    differentiable = [name for name in outputs if name != "top1"]
+
+    def function() -> Tensor:
+        stats = fp.token_stats(h, w, batch.target, outputs=outputs, **reference)
+        return sum(stat(stats, name) for name in differentiable)
+
+    assert products(function) == flop
+
+
+def test_a_divergence_that_is_only_logged_is_not_computed_again():
+    h, w, batch, reference = workload()
+    outputs = ("logp", "reverse_kl")
+    assert products(lambda: fp.token_stats(h, w, batch.target, outputs=outputs, **reference).logp) == 4 * G + G_Q
+
+
+def test_grpo_that_logs_entropy_and_kl_stays_on_the_frozen_schedule():
+    h, w, batch, reference = workload(weight=False)
+    for outputs, flop in ((("entropy",), 2 * G), (("entropy", "reverse_kl"), 2 * G + G_Q)):
+        call = lambda names=outputs: fp.fused_loss(  # noqa: E731
+            losses.grpo, h, w, batch, outputs=names, return_stats=True, **reference
+        )
+        assert schedules_of(call()[0]) == {"FrozenLogp"}
+        assert products(lambda call=call: call()[0]) == flop
+
+
+@pytest.mark.parametrize("kept", [0, 8])
+@pytest.mark.parametrize("weight", [True, False], ids=["trained", "frozen"])
+def test_ignored_rows_cost_nothing(weight, kept):
+    h, w, batch, reference = workload(weight=weight)
+    batch.target[kept:] = -100
+    share = {True: 3, False: 2}[weight] * G * kept // ROWS
+    assert products(lambda: fp.fused_loss(losses.sft, h, w, batch)) == share
+    logged = {"outputs": ("jsd",), "return_stats": True, **reference}
+    assert products(lambda: fp.fused_loss(losses.sft, h, w, batch, **logged)[0]) == share + G_Q * kept // ROWS
