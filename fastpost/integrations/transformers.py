@@ -277,7 +277,8 @@ def _causal_lm(model: nn.Module) -> Any:
     model = unwrapped(model)
     lm: Any = getattr(model, "_orig_mod", model)
     lm = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
-    Head.of(lm)
+    if not hasattr(lm, "get_output_embeddings") or lm.get_output_embeddings() is None:
+        raise ValueError(f"fuse_head takes a Hugging Face causal LM, got {type(lm).__name__}")
     if lm.config.is_encoder_decoder or _backbone(lm) is lm:
         raise ValueError(f"fuse_head takes a decoder with a language-model head, got {type(lm).__name__}")
     return lm
