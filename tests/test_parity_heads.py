@@ -59,9 +59,7 @@ def test_value(line):
     got, want = named("value")(values, c.batch, **line.knobs), line.peer(values, c, **line.knobs)
     torch.testing.assert_close(got, want)
     upstream = torch.randn_like(want)
-    torch.testing.assert_close(
-        torch.autograd.grad(got, values, upstream), torch.autograd.grad(want, values, upstream)
-    )
+    torch.testing.assert_close(torch.autograd.grad(got, values, upstream), torch.autograd.grad(want, values, upstream))
 
 
 @pytest.mark.parametrize("margin", [None, MARGIN], ids=["", "margin"])

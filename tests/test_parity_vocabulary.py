@@ -118,7 +118,7 @@ class Line:
 
 DIVERGENCES = (divergence_by_trl_gkd, divergence_by_trl_distillation, divergence_by_liger)
 ONE_SIDED = {"forward_kl": 0.0, "reverse_kl": 1.0}
-SINGLE = (divergence_by_trl_distillation, divergence_by_liger, transformers_label_smoother)  # sum in fp32 whatever comes
+IN_FP32 = (divergence_by_trl_distillation, divergence_by_liger, transformers_label_smoother)  # whatever comes
 
 
 def of_divergence(name: str, peer: Callable[..., Tensor], beta: float, call: dict) -> Line:
@@ -131,8 +131,12 @@ LINES = [
     *(Line("sft", {"label_smoothing": e}, transformers_label_smoother, {"label_smoothing": e}) for e in (0.1, 1.0)),
     *(Line("sft", {"z_loss": c}, z_loss_by_paper, {"z_loss": c}) for c in (0.0, 1e-4, 0.3)),
     Line("sft", both := {"z_loss": 0.3, "label_smoothing": 0.1}, z_loss_by_paper, both),
-    *(of_divergence(name, peer, beta, {}) for name, beta in ONE_SIDED.items() for peer in DIVERGENCES),
-    *(of_divergence(name, peer, beta, {"temperature": 2.0}) for name, beta in ONE_SIDED.items() for peer in DIVERGENCES),
+    *(
+        of_divergence(name, peer, beta, call)
+        for name, beta in ONE_SIDED.items()
+        for peer in DIVERGENCES
+        for call in ({}, {"temperature": 2.0})
+    ),
     *(of_divergence("gkd", peer, b, {"jsd_beta": b}) for b in (0.0, 0.1, 0.5, 0.9, 1.0) for peer in DIVERGENCES),
     *(of_divergence("gkd", peer, b, {"jsd_beta": b, "temperature": 0.7}) for b in (0.0, 0.3) for peer in DIVERGENCES),
     *(
@@ -154,7 +158,7 @@ def test_same_loss_and_gradients(row):
 
 @pytest.mark.parametrize("line", LINES, ids=str)
 def test_same_loss_and_gradients_in_the_hidden_states_and_the_head(line):
-    p = problem(torch.float32 if line.peer in SINGLE else torch.float64)
+    p = problem(torch.float32 if line.peer in IN_FP32 else torch.float64)
     reads_teacher = line.loss not in ("sft", "dft")
     call = line.call | ({"reference": (p.teacher_hidden, fp.Head(p.teacher_weight))} if reads_teacher else {})
     got = fp.fused_loss(named(line.loss), p.hidden, p.weight, fp.Batch(p.target, LENGTHS), **call, **line.knobs)

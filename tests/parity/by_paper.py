@@ -40,32 +40,30 @@ def log_ratios(case: Case) -> list[tuple[Tensor, Tensor]]:
 def dpo(case: Case, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:  # (S / 2,)
     """arXiv:2305.18290, equation 7; with label noise e, Mitchell's note on conservative DPO, equation 3."""
     e = label_smoothing
-    terms = [(log_sigmoid(beta * (w - l)), log_sigmoid(-beta * (w - l))) for w, l in log_ratios(case)]
+    terms = [(log_sigmoid(beta * (w - r)), log_sigmoid(-beta * (w - r))) for w, r in log_ratios(case)]
     return torch.stack([-(1 - e) * right - e * wrong for right, wrong in terms])
 
 
 def hinge(case: Case, *, beta: float = 0.1) -> Tensor:  # (S / 2,)
-    """arXiv:2305.10425: max(0, 1 - beta (D_w - D_l))."""
-    return torch.stack([torch.clip(1 - beta * (w - l), min=0) for w, l in log_ratios(case)])
+    """arXiv:2305.10425: max(0, 1 - beta (D_w - D_r))."""
+    return torch.stack([torch.clip(1 - beta * (w - r), min=0) for w, r in log_ratios(case)])
 
 
 def wpo(peer: Peer, case: Case, *, use_weighting: bool, **knobs: object) -> Tensor:  # (S / 2,)
     """arXiv:2406.11827, equation 2: the loss of each pair times the weights of both sequences, which are constants."""
     weight = pairs([torch.exp((logp - sq).mean()).detach() for logp, sq in kept(case, "logp", "log_sum_sq")])
-    return peer(case, **knobs) * torch.stack([w * l for w, l in weight])
+    return peer(case, **knobs) * torch.stack([w * r for w, r in weight])
 
 
 def bco(case: Case, *, beta: float = 0.1, delta: float = 0.0) -> Tensor:  # (S / 2,)
-    """arXiv:2404.04656: -log s(r_w - delta) - log s(-(r_l - delta)), r = beta D."""
-    return torch.stack(
-        [-log_sigmoid(beta * w - delta) - log_sigmoid(-(beta * l - delta)) for w, l in log_ratios(case)]
-    )
+    """arXiv:2404.04656: -log s(R_w - delta) - log s(-(R_r - delta)), both rewards beta D."""
+    return torch.stack([-log_sigmoid(beta * w - delta) - log_sigmoid(-(beta * r - delta)) for w, r in log_ratios(case)])
 
 
 def alpha_divergence(case: Case, *, beta: float = 0.1, alpha: float) -> Tensor:  # (S / 2,)
-    """arXiv:2309.16240, table 1: f'(u) = (1 - u^-alpha) / alpha, in equation 5's -log s(beta f'(u_w) - beta f'(u_l))."""
+    """arXiv:2309.16240, table 1: f'(u) = (1 - u^-alpha) / alpha, in -log s(beta f'(u_w) - beta f'(u_r))."""
     slope = lambda log_u: (1 - torch.exp(-alpha * log_u)) / alpha  # noqa: E731
-    return torch.stack([-log_sigmoid(beta * slope(w) - beta * slope(l)) for w, l in log_ratios(case)])
+    return torch.stack([-log_sigmoid(beta * slope(w) - beta * slope(r)) for w, r in log_ratios(case)])
 
 
 def with_nll(peer: Peer, case: Case, *, rpo_alpha: float, **knobs: object) -> Tensor:  # (S / 2,)
@@ -77,18 +75,18 @@ def with_nll(peer: Peer, case: Case, *, rpo_alpha: float, **knobs: object) -> Te
 def cpo(case: Case, *, beta: float = 0.1, label_smoothing: float = 0.0, cpo_alpha: float = 1.0) -> Tensor:  # (S / 2,)
     """arXiv:2401.08417, equation 3 and the nll, by the length of the chosen sequence."""
     out, e = [], label_smoothing
-    for w, l in pairs([logp for (logp,) in kept(case, "logp")]):
-        d = beta * (w.sum() - l.sum())
+    for w, r in pairs([logp for (logp,) in kept(case, "logp")]):
+        d = beta * (w.sum() - r.sum())
         out.append(-(1 - e) * log_sigmoid(d) - e * log_sigmoid(-d) - cpo_alpha * w.mean())
     return torch.stack(out)
 
 
 def orpo(case: Case, *, beta: float = 0.1) -> Tensor:  # (S / 2,)
-    """arXiv:2403.07691, equations 4, 6 and 7: nll + beta (-log s(log odds_w / odds_l)), P the mean over the sequence."""
+    """arXiv:2403.07691, equations 4, 6 and 7: nll - beta log s(log(odds_w / odds_r)), odds of the mean over tokens."""
     out = []
-    for w, l in pairs([logp for (logp,) in kept(case, "logp")]):
-        odds_w, odds_l = (torch.exp(x.mean()) / (1 - torch.exp(x.mean())) for x in (w, l))
-        out.append(-w.mean() - beta * log_sigmoid(torch.log(odds_w / odds_l)))
+    for w, r in pairs([logp for (logp,) in kept(case, "logp")]):
+        odds_w, odds_r = (torch.exp(x.mean()) / (1 - torch.exp(x.mean())) for x in (w, r))
+        out.append(-w.mean() - beta * log_sigmoid(torch.log(odds_w / odds_r)))
     return torch.stack(out)
 
 
@@ -210,7 +208,7 @@ def gspo_token(
 
 
 def gmpo(case: Case, *, epsilon: float = 0.4, epsilon_high: float | None = None, **extra: object) -> Tensor:  # (S,)
-    """arXiv:2507.20673: the geometric mean of ratios clipped to (e^-epsilon, e^epsilon_high), on the side of A's sign."""
+    """arXiv:2507.20673: the geometric mean of ratios clipped to e^-epsilon, e^epsilon_high, on the side of A's sign."""
     low, high = math.exp(-epsilon), math.exp(epsilon if epsilon_high is None else epsilon_high)
     out = []
     for r, (a,) in zip(token_ratios(case), kept(case, "advantage"), strict=True):

@@ -61,7 +61,8 @@ def case(completions: tuple[int, ...] = UNEQUAL, dtype: torch.dtype = torch.floa
     """Ratios fall on both sides of every clip in the tables, advantages have both signs and a zero."""
     torch.manual_seed(0)
     S = len(completions)
-    target = torch.cat([torch.tensor([-100] * p + [1] * n + [-100]) for p, n in zip(PROMPTS, completions, strict=False)])
+    each = list(zip(PROMPTS, completions, strict=False))
+    target = torch.cat([torch.tensor([-100] * prompt + [1] * n + [-100]) for prompt, n in each])
     T = len(target)
     draw = lambda low, high: low + (high - low) * torch.rand(T, dtype=dtype)  # noqa: E731
     leaf = lambda low, high: draw(low, high).requires_grad_()  # noqa: E731
@@ -80,7 +81,7 @@ def case(completions: tuple[int, ...] = UNEQUAL, dtype: torch.dtype = torch.floa
     near = lambda spread: (stats.logp + spread * torch.randn(T, dtype=dtype)).detach().clamp(max=-0.01)  # noqa: E731
     batch = fp.Batch(
         target,
-        torch.tensor([p + n + 1 for p, n in zip(PROMPTS, completions, strict=False)]),
+        torch.tensor([prompt + n + 1 for prompt, n in each]),
         old_logp=near(0.3),
         ref_logp=near(0.5),
         advantage=torch.tensor([1.0, -0.5, 0.25, -2.0, 0.0, 1.5, -1.0, 0.75], dtype=dtype)[:S],
@@ -88,6 +89,21 @@ def case(completions: tuple[int, ...] = UNEQUAL, dtype: torch.dtype = torch.floa
         kl=torch.tensor(0.37, dtype=dtype),
     )
     return Case(stats, batch, completions)
+
+
+def tiny(logp: list[list[float]], *, dtype: torch.dtype = torch.float64, **fields: list | float) -> Case:
+    """Of completions whose numbers are written out: what is of tokens as a list for each, of sequences as one list."""
+    target = torch.cat([torch.tensor([-100, *([1] * len(one)), -100]) for one in logp])
+    nothing = torch.zeros(len(target), dtype=dtype)
+    stats = {name: nothing.clone() for name in ("entropy", "log_sum_sq", "reverse_kl")}
+    known = {"ref_logp": nothing}
+    for name, value in (fields | {"logp": logp}).items():
+        if isinstance(value, list) and isinstance(value[0], list):
+            value = [x for one in value for x in (0.0, *one, 0.0)]
+        (stats if hasattr(fp.Stats, name) else known)[name] = torch.tensor(value, dtype=dtype)
+    leaves = fp.Stats(**{name: x.requires_grad_() for name, x in stats.items()})
+    batch = fp.Batch(target, torch.tensor([len(one) + 2 for one in logp]), **known)
+    return Case(leaves, batch, tuple(map(len, logp)))
 
 
 def equal_chosen() -> Case:
@@ -180,11 +196,20 @@ def check(row: Row) -> None:
     assert_same(units, want, c)
 
 
-def moved(name: str, knobs: dict[str, object], knob: str, case: Case) -> bool:
-    """Whether a knob's value in a row makes a difference to the loss or to its gradient: a row that none would miss
-    proves nothing."""
-    results = []
-    for given in (knobs, {k: v for k, v in knobs.items() if k != knob}):
-        units = named(name)(case.stats, case.batch, **given)
-        results.append([units, *gradients(units, torch.ones_like(units), case).values()])
+def idle(name: str, rows: list[Row]) -> set[str]:
+    """The knobs of a loss that make no difference in any row: rows that none would miss prove nothing."""
+    rows = [row for row in rows if row.loss == name]
+    return {
+        knob
+        for knob in {knob for row in rows for knob in row.knobs}
+        if not any(_moves(row, knob) for row in rows if knob in row.knobs)
+    }
+
+
+def _moves(row: Row, knob: str) -> bool:
+    """Whether the loss or its gradient is another without this knob."""
+    c, results = row.case(), []
+    for knobs in (row.knobs, {name: x for name, x in row.knobs.items() if name != knob}):
+        units = named(row.loss)(c.stats, c.batch, **knobs)
+        results.append([units, *gradients(units, torch.ones_like(units), c).values()])
     return any(not torch.allclose(a, b) for a, b in zip(*results, strict=True))
