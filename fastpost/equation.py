@@ -84,7 +84,7 @@ class Loss:
 
     def __call__(self, stats: Stats, batch: Batch, **knobs: object) -> Tensor:  # (T,) fields -> (U,)
         """One number per unit; 0, with no gradient, for a unit whose tokens are all ignored."""
-        bound, T = self.bind(**knobs), batch.target.numel()
+        bound, T, U = self.bind(**knobs), batch.target.numel(), batch.units(self.unit)
         given = {f.name: getattr(stats, f.name) for f in fields(stats) if getattr(stats, f.name) is not None}
         for name, value in given.items():
             if value.shape != (T,):
@@ -94,7 +94,7 @@ class Loss:
         rows = _kept(batch)
         inner = batch.at(rows)
         kept = Stats(**{name: value.index_select(0, rows) for name, value in given.items()})
-        return _over_units(bound.on_kept(kept, inner), inner, self.unit, rows, batch.units(self.unit))
+        return _over_units(bound.on_kept(kept, inner), inner, self.unit, rows, U)
 
 
 @dataclass(frozen=True)

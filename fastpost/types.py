@@ -36,6 +36,12 @@ def check_tensor(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
+def check_pairs(S: int) -> None:
+    """ValueError for an odd number of sequences."""
+    if S % 2:
+        raise ValueError(f"a pair is two adjacent sequences, chosen then rejected, but the batch has {S} sequences")
+
+
 @dataclass(frozen=True)
 class Head:
     """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias)), softcap(x) = c * tanh(x /
@@ -227,14 +233,15 @@ class Batch:
     @staticmethod
     def pairs(x: Tensor) -> tuple[Tensor, Tensor]:  # (S,) -> (S / 2,), (S / 2,)
         """(chosen, rejected)."""
+        check_pairs(x.numel())
         chosen, rejected = x.view(-1, 2).unbind(1)
         return chosen, rejected
 
     def units(self, unit: Unit) -> int:
         """U, how many numbers a loss of this unit returns."""
         T, S = self.target.numel(), self.lengths.numel()
-        if unit == "pair" and S % 2:
-            raise ValueError(f"a pair is two adjacent sequences, chosen then rejected, but the batch has {S} sequences")
+        if unit == "pair":
+            check_pairs(S)
         return {"token": T, "sequence": S, "pair": S // 2, "batch": 1}[unit]
 
     def kept_units(self, unit: Unit) -> Tensor:  # (U,) bool

@@ -32,7 +32,7 @@ CASES: dict[str, tuple[fp.Loss, dict[str, Any]]] = {
     "discopop": (losses.discopop, {"beta": 0.05}),
     "sigmoid_norm": (losses.sigmoid_norm, {"beta": 5.0, "f_divergence_type": "forward_kl"}),
     "aot": (losses.aot, {"label_smoothing": 0.1}),
-    "aot_unpaired": (losses.aot_unpaired, {}),
+    "aot_unpaired": (losses.aot_unpaired, {"ld_alpha": 0.5}),
     "cpo": (losses.cpo, {"label_smoothing": 0.1}),
     "simpo": (losses.simpo, {"cpo_alpha": 0.5}),
     "orpo": (losses.orpo, {"beta": 0.5}),

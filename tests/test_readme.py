@@ -17,6 +17,16 @@ README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
+# What the module that the diff of CONTRIBUTING adds to has imported.
+PREAMBLE = """
+import torch.nn.functional as F
+from torch import Tensor
+from fastpost.equation import loss
+from fastpost.knobs import Positive
+from fastpost.types import Batch, Stats
+"""
+
+
 def blocks(language: str, text: str = README) -> list[str]:
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     return [block for marked, block in fenced if marked == language]
@@ -78,11 +88,8 @@ def test_the_loss_of_contributing_is_right_as_it_stands():
     (diff,) = (block for block in blocks("diff", CONTRIBUTING) if "@loss" in block)
     source = "\n".join(line[1:] for line in diff.splitlines() if line.startswith("+") and not line.startswith("+++"))
     names: dict = {}
-    exec(
-        "from torch import Tensor\nfrom fastpost.equation import loss\nfrom fastpost.types import Batch, Stats\n"
-        + source,
-        names,
-    )
+    exec(compile(PREAMBLE + source, "CONTRIBUTING.md", "exec"), names)
     logp, ref = torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-1.5, -2.0, -2.0, -4.5])
-    batch = fp.Batch(torch.zeros(4, dtype=torch.int64), torch.tensor([2, 2]), ref_logp=ref)
-    assert torch.allclose(names["ipo"](fp.Stats(logp=logp), batch, beta=0.25), torch.tensor([(0.5 - -0.5 - 2) ** 2]))
+    batch = fp.Batch(torch.zeros(4, dtype=torch.int64), torch.tensor([2, 2]), ref_logp=ref, margin=torch.tensor([0.5]))
+    want = -torch.nn.functional.logsigmoid(torch.tensor([0.25 * (0.5 - -0.5) - 0.5]))
+    assert torch.allclose(names["odpo"](fp.Stats(logp=logp), batch, beta=0.25), want)

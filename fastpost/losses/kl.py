@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastpost.types import IGNORE, Batch
 
+LARGEST_EXPONENT = 40.0  # exp of it, its square and its product with a ratio are still float32
+
 
 def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:  # (T,), (T,) -> (T,)
     """-log r: unbiased, of either sign, the noisiest."""
@@ -24,7 +26,7 @@ def k2(logp: Tensor, ref_logp: Tensor) -> Tensor:  # (T,), (T,) -> (T,)
 def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:  # (T,), (T,) -> (T,)
     """r - 1 - log r: unbiased and never negative. expm1 keeps it exact where p and q nearly agree."""
     log_ratio = ref_logp - logp
-    return torch.expm1(log_ratio) - log_ratio
+    return torch.expm1(log_ratio.clamp(max=LARGEST_EXPONENT)) - log_ratio
 
 
 ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}

@@ -6,8 +6,9 @@ the n tokens, and A through its mean. Every loss here is linear in A at a given 
   beta                     + beta KL(p || reference), a token
   kl_estimator             "k3", "k2", "k1" of ref_logp (`fastpost.losses.kl`), or "exact": over the vocabulary, from a
                            `reference`
-  use_bias_correction_kl   the estimate times r: unbiased where the tokens were sampled by another policy
-                           (arXiv:2512.02556; TRL's default, and not in GRPO's paper)
+  use_bias_correction_kl   the estimate times r, always a token's own: unbiased where the tokens were sampled by
+                           another policy (arXiv:2512.02556; TRL's default, and not in GRPO's paper). What is exact is
+                           left alone
   entropy_coef             - entropy_coef H, a token, with the weight of the rest (TRL's is a mean over tokens whatever
                            normalises the loss)
 """
@@ -48,7 +49,7 @@ def _penalty(
     if beta:
         exact = kl_estimator == "exact"
         divergence = stats.reverse_kl if exact else ESTIMATORS[kl_estimator](stats.logp, batch.ref_logp)
-        if use_bias_correction_kl:
+        if use_bias_correction_kl and not exact:
             divergence = divergence * _log_ratio(stats, batch).exp()
         penalty = beta * divergence
     return penalty - entropy_coef * stats.entropy if entropy_coef else penalty
@@ -112,7 +113,7 @@ def reinforce(stats: Stats, batch: Batch) -> Tensor:
 def ppo(stats: Stats, batch: Batch, *, cliprange: Fraction = 0.2, dual_clip: Bound = None) -> Tensor:
     """-min(r A, clip(r, 1 - cliprange, 1 + cliprange) A), and where A < 0 at most -dual_clip A. arXiv:1707.06347.
 
-    dual_clip (arXiv:1912.09729): None means no bound. grpo's two-sided `delta` is the same bound under TRL's name.
+    dual_clip (arXiv:1912.09729): None means no bound. grpo's `delta` is the same bound where it is above the clip.
     """
     policy = _clipped(_log_ratio(stats, batch).exp(), batch.advantage, cliprange, None)
     if dual_clip is None:

@@ -1,15 +1,17 @@
 """Preferences: a chosen and a rejected sequence, adjacent in the batch (kto: a labelled one).
 
 l is the sum of logp over a sequence's tokens, l_ref that of ref_logp, w the chosen sequence, r the rejected one, s the
-sigmoid. An equation of the DPO family sees (P,) numbers of its P pairs: d_w = l_w - l_ref_w and d_r, d = d_w - d_r
-their difference, and as D (or, a token, M) what an f-divergence makes of them. Its family adds these knobs:
+sigmoid. An equation of the DPO family sees (P,) numbers of its P pairs: d_w = l_w - l_ref_w and d_r, their difference
+d = d_w - d_r, and D, the difference of what an f-divergence makes of them, or M, that of their means over tokens. The
+family adds these knobs:
   ld_alpha           tokens of the longer sequence beyond the shorter one's length count ld_alpha (LD-DPO,
                      arXiv:2409.06411)
   use_weighting      the loss times the probabilities of both, exp(mean_t (logp - log sum p^2)), constants (WPO,
                      arXiv:2406.11827)
   rpo_alpha          + rpo_alpha times the chosen sequence's mean negative log-likelihood (arXiv:2404.19733)
   f_divergence_type  d -> f'(exp d) (arXiv:2309.16240): reverse_kl d, forward_kl 1 - exp(-d), js_divergence
-                     log 2 + log s(d), alpha_divergence (exp((a - 1) d) - 1) / (a - 1), a = f_alpha_divergence_coef
+                     log 2 + log s(d), alpha_divergence (exp((a - 1) d) - 1) / (a - 1), a = f_alpha_divergence_coef,
+                     which is 1 - alpha of the paper
 """
 
 import functools
@@ -33,23 +35,27 @@ from fastpost.knobs import (
     picked,
     shared_signature,
 )
+from fastpost.losses.kl import LARGEST_EXPONENT
 from fastpost.types import Batch, Stats
 
 FDivergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
-LARGEST_EXPONENT = 80.0  # exp of it is still a float32
 
 # ---- what the equations of the DPO family see, and what is done with what they say ----
 
 
+def _sums(x: Tensor, batch: Batch, ld_alpha: float | None) -> tuple[Tensor, Tensor]:  # (T,) -> (P,), (P,)
+    """x summed over each side, with what is beyond the length of the shorter one times ld_alpha."""
+    if ld_alpha is not None:
+        shorter = torch.minimum(*batch.pairs(batch.counts)).repeat_interleave(2)  # (S,)
+        starts = batch.counts.cumsum(0) - batch.counts
+        place = torch.arange(len(x), device=x.device) - batch.spread(starts)
+        x = torch.where(place < batch.spread(shorter), x, ld_alpha * x)
+    return batch.pairs(batch.per_sequence(x))
+
+
 def _log_ratios(stats: Stats, batch: Batch, *, ld_alpha: Fraction | None = None) -> tuple[Tensor, Tensor]:
     """d_w, d_r: (P,) each."""
-    per_token = stats.logp - batch.ref_logp
-    if ld_alpha is not None:
-        shorter = batch.counts.view(-1, 2).amin(1).repeat_interleave(2)  # (S,)
-        starts = batch.counts.cumsum(0) - batch.counts
-        place = torch.arange(len(per_token), device=per_token.device) - batch.spread(starts)
-        per_token = torch.where(place < batch.spread(shorter), per_token, ld_alpha * per_token)
-    return batch.pairs(batch.per_sequence(per_token))
+    return _sums(stats.logp - batch.ref_logp, batch, ld_alpha)
 
 
 def _scores(
@@ -237,27 +243,41 @@ def _sorted_loss(above: Tensor, below: Tensor, beta: float, label_smoothing: flo
 
 def _present(batch: Batch, above: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:  # (P,) -> (P',)
     """Without the pairs that have no token left: they must not take a place in the order."""
-    there = (batch.counts.view(-1, 2).sum(1) > 0).nonzero()[:, 0]
+    there = (torch.maximum(*batch.pairs(batch.counts)) > 0).nonzero()[:, 0]
     return above.index_select(0, there), below.index_select(0, there)
 
 
 @loss(unit="batch")
-def aot(stats: Stats, batch: Batch, *, beta: Positive = 0.1, label_smoothing: BelowHalf = 0.0) -> Tensor:
+def aot(
+    stats: Stats,
+    batch: Batch,
+    *,
+    beta: Positive = 0.1,
+    label_smoothing: BelowHalf = 0.0,
+    ld_alpha: Fraction | None = None,
+) -> Tensor:
     """mean_i of DPO on x_(i) - y_(i), x = l_w - l_r, y = l_ref_w - l_ref_r, each sorted. arXiv:2406.05882.
 
-    First-order stochastic dominance of the policy's margins over the reference's.
+    First-order stochastic dominance of the policy's margins over the reference's. What weighs a pair has no place here:
+    a quantile is nobody's own.
     """
-    chosen, rejected = batch.pairs(batch.per_sequence(stats.logp))
-    ref_chosen, ref_rejected = batch.pairs(batch.per_sequence(batch.ref_logp))
+    chosen, rejected = _sums(stats.logp, batch, ld_alpha)
+    ref_chosen, ref_rejected = _sums(batch.ref_logp, batch, ld_alpha)
     above, below = _present(batch, chosen - rejected, ref_chosen - ref_rejected)
     return _sorted_loss(above, below, beta, label_smoothing)
 
 
 @loss(unit="batch")
-def aot_unpaired(stats: Stats, batch: Batch, *, beta: Positive = 0.1, label_smoothing: BelowHalf = 0.0) -> Tensor:
+def aot_unpaired(
+    stats: Stats,
+    batch: Batch,
+    *,
+    beta: Positive = 0.1,
+    label_smoothing: BelowHalf = 0.0,
+    ld_alpha: Fraction | None = None,
+) -> Tensor:
     """mean_i of DPO on x_(i) - y_(i), x = d_w, y = d_r, each sorted. arXiv:2406.05882."""
-    chosen, rejected = batch.pairs(batch.per_sequence(stats.logp - batch.ref_logp))
-    above, below = _present(batch, chosen, rejected)
+    above, below = _present(batch, *_log_ratios(stats, batch, ld_alpha=ld_alpha))
     return _sorted_loss(above, below, beta, label_smoothing)
 
 
@@ -305,6 +325,7 @@ def orpo(stats: Stats, batch: Batch, *, beta: NonNegative = 0.1) -> Tensor:
     """nll_w - beta log s(log odds(m_w) - log odds(m_r)), odds(m) = e^m / (1 - e^m). arXiv:2403.07691, equation 6.
 
     m is the mean of logp over the tokens, nll_w = -m_w, beta the paper's lambda. TRL takes nll_w over the prompt, too.
+    Where a policy is certain, P = 1, TRL's and Liger's gradients are NaN.
     """
     chosen, rejected = batch.pairs(batch.mean_per_sequence(stats.logp))
     return -chosen - beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
