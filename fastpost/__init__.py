@@ -1,6 +1,6 @@
 """fastpost: post-training of language models on one fused op: hidden states and a head in, per-token statistics out."""
 
-from fastpost import advantages, losses, weights
+from fastpost import advantages, losses, metrics, weights
 from fastpost.equation import Loss, loss
 from fastpost.functional import linear_cross_entropy
 from fastpost.head import fused_loss, linear_logprobs, token_stats
@@ -20,6 +20,7 @@ __all__ = [
     "linear_logprobs",
     "loss",
     "losses",
+    "metrics",
     "token_stats",
     "weights",
 ]
