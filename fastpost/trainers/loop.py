@@ -11,7 +11,6 @@ import math
 import random
 import resource
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,8 +127,3 @@ def peak_memory_mb() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def means(sums: dict[str, Any], count: int) -> dict[str, float]:
-    """Sums over tokens, possibly on a GPU, as means on the host."""
-    return {name: float(value) / max(1, count) for name, value in sums.items()}

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost import Batch, Head, Loss, Stats, fused_loss, losses, token_stats, weights
-from fastpost.losses import kl
+from fastpost import Batch, Head, Loss, fused_loss, losses, metrics, token_stats, weights
 from fastpost.models.trunk import hidden_states
 from fastpost.packing import Example, Packed, pack
 from fastpost.trainers import checkpoint
@@ -101,8 +100,8 @@ def backward(model: Any, packs: Sequence[Packed], tokens: int, config: Grpo) -> 
     Packs without old_logp were sampled by this very policy: their old_logp is what it says now.
     """
     loss_function = LOSSES[config.importance_sampling_level]
-    knobs = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high, "beta": config.beta}
-    total, sums, count, scored = 0.0, {}, 0, []
+    clip = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high}
+    total, seen, scored = 0.0, {}, []
     for packed in packs:
         with autocast(config):
             hidden = hidden_states(model, packed)
@@ -114,37 +113,16 @@ def backward(model: Any, packs: Sequence[Packed], tokens: int, config: Grpo) -> 
                 temperature=config.temperature,
                 outputs=("entropy",),
                 return_stats=True,
-                **knobs,
+                beta=config.beta,
+                **clip,
             )
         loss.backward()
         batch = packed.batch if packed.batch.old_logp is not None else replace(packed.batch, old_logp=stats.logp)
         scored.append(replace(packed, batch=batch))
         total = total + loss.detach()
-        for name, value in token_sums(stats, batch, config).items():
-            sums[name] = sums.get(name, 0.0) + value
-        count += len(packed.batch.kept)
-    over = {name: tokens if name.startswith("clip_ratio/") else count for name in sums}
-    return scored, {"loss": float(total)} | {name: float(value) / over[name] for name, value in sums.items()}
-
-
-def token_sums(stats: Stats, batch: Batch, config: Grpo) -> dict[str, Tensor]:
-    """Sums over tokens of what the log shows of a policy: entropy, what was clipped, KL."""
-    assert stats.logp is not None and stats.entropy is not None
-    assert batch.old_logp is not None and batch.advantage is not None
-    kept = batch.target != -100
-    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
-    log_ratio = torch.where(kept, stats.logp - batch.old_logp, 0.0)
-    if LOSSES[config.importance_sampling_level].unit == "sequence":
-        log_ratio = batch.spread(batch.per_sequence(log_ratio) / batch.per_sequence(kept.float()).clamp(min=1))
-    ratio = log_ratio.exp()
-    low = kept & (ratio < 1 - config.epsilon) & (batch.advantage < 0)
-    above = kept & (ratio > 1 + high) & (batch.advantage > 0)
-    sums = {
-        "entropy": stats.entropy.sum(),
-        "clip_ratio/low_mean": low.sum(),
-        "clip_ratio/high_mean": above.sum(),
-        "clip_ratio/region_mean": (low | above).sum(),
-    }
-    if batch.ref_logp is not None:
-        sums["kl"] = torch.where(kept, kl.k3(stats.logp, batch.ref_logp), 0.0).sum()
-    return sums
+        shown = metrics.policy(stats, batch, importance_sampling_level=config.importance_sampling_level, **clip)
+        seen = metrics.joined(seen, shown)
+    if packs:
+        skipped = tokens - sum(len(packed.batch.kept) for packed in packs)
+        seen = metrics.joined(seen, metrics.unclipped(skipped, the_device()))
+    return scored, {"loss": float(total)} | metrics.floats(seen)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastpost import Head, fused_loss, losses
+from fastpost import Head, fused_loss, losses, metrics
 from fastpost.data import check_columns, read_rows, sft_examples
 from fastpost.models.saving import save_model
 from fastpost.models.trunk import hidden_states, positions
@@ -23,7 +23,6 @@ from fastpost.trainers.loop import (
     bins,
     due,
     learning_rate,
-    means,
     order,
     rows_to_see,
     seed_step,
@@ -31,6 +30,7 @@ from fastpost.trainers.loop import (
 )
 from fastpost.trainers.metrics import Metrics, say
 from fastpost.trainers.plots import plot_metrics
+from fastpost.types import IGNORE
 from fastpost.weights import Window, token_mean
 
 
@@ -46,7 +46,7 @@ def sft(config: Sft) -> None:
     total = math.ceil(stop / each)
 
     output = Path(config.output_dir)
-    metrics = Metrics(output, "sft", start.step, total, start.num_tokens)
+    log = Metrics(output, "sft", start.step, total, start.num_tokens)
     for step in range(start.step, total):
         seed_step(config.seed, step)
         last = min((step + 1) * each, stop)
@@ -54,16 +54,16 @@ def sft(config: Sft) -> None:
         values = backward(model, window, config)
         rate = learning_rate(config, step, total)
         values |= {"grad_norm": apply_gradients(model, optimizer, rate, config.max_grad_norm), "learning_rate": rate}
-        metrics.add(values, sum(len(example.input_ids) for example in window))
+        log.add(values, sum(len(example.input_ids) for example in window))
         done = step + 1
         evaluated = "eval" in data and (due(step, done, config.eval_steps) or done == total)
         if evaluated:
-            metrics.note(evaluate(model, data["eval"], config))
+            log.note(evaluate(model, data["eval"], config))
         if evaluated or due(step, done, config.logging_steps) or done == total:
-            metrics.write(done, last / len(examples))
+            log.write(done, last / len(examples))
         if due(step, done, config.save_steps):
-            checkpoint.save(config, start, done, metrics.num_tokens)
-    metrics.close()
+            checkpoint.save(config, start, done, log.num_tokens)
+    log.close()
     save_model(model, start.tokenizer, output)
     plot_metrics(output)
     say(f"saved {config.output_dir}")
@@ -92,9 +92,8 @@ def _examples(name: str, rows: Any, tokenizer: Any, room: int | None, config: Sf
 
 def backward(model: Any, window: Sequence[Example], config: Sft) -> dict[str, float]:
     """Adds the gradient of the mean loss over all predicted tokens of the window; returns its means."""
-    tokens = sum(len(example.predicted) for example in window)
-    whole = Window(tokens, len(window))
-    sums = {"loss": 0.0, "entropy": 0.0, "mean_token_accuracy": 0.0}
+    whole = Window(sum(len(example.predicted) for example in window), len(window))
+    seen = {}
     for rows in bins([len(example.input_ids) for example in window], config):
         packed = pack([window[i] for i in rows])
         packed = replace(packed, batch=replace(packed.batch, weight=token_mean(packed.batch, whole))).to(the_device())
@@ -105,11 +104,9 @@ def backward(model: Any, window: Sequence[Example], config: Sft) -> dict[str, fl
             )
         if torch.is_grad_enabled():
             loss.backward()
-        assert stats.logp is not None and stats.entropy is not None and stats.top1 is not None
-        sums["loss"] -= stats.logp.sum()
-        sums["entropy"] += stats.entropy.sum()
-        sums["mean_token_accuracy"] += stats.top1.sum()
-    return means(sums, tokens)
+        loss_of_tokens = metrics.mean(-stats.logp, packed.batch.target != IGNORE)
+        seen = metrics.joined(seen, {"loss": loss_of_tokens}, metrics.sft(stats, packed.batch))
+    return metrics.floats(seen)
 
 
 @torch.no_grad()
