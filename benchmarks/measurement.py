@@ -22,6 +22,7 @@ class Setup:
     hidden: int  # D
     vocab: int  # V
     repeats: int
+    bench: str = "head"  # the program of this folder
 
     @property
     def title(self) -> str:

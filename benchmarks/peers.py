@@ -1,20 +1,22 @@
 """Who is measured: one small function per way of computing a case, and the settings it runs at.
 
-A function takes the inputs and returns per-token statistics as autograd tensors, or the loss itself where that is all
-that its library makes; `run` completes either to the loss and its gradients. A library is imported when first run.
+A function takes the case and the inputs, and returns per-token statistics as autograd tensors, or the loss itself where
+that is all that its library makes; `run` completes either to the loss and its gradients. A library is imported when
+first run.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, Inputs, Outcome, statistics
+from cases import CASES, JSD_BETA, Case, Inputs
 from torch import Tensor
+from truth import Outcome, statistics
 
 import fastpost as fp
 
@@ -23,9 +25,10 @@ import fastpost as fp
 class Found:
     stats: fp.Stats = field(default_factory=fp.Stats)
     loss: Tensor | None = None  # None: the case's own loss of the statistics
+    ref_logp: Tensor | None = None  # (T,), where the case scores the reference
 
 
-Function = Callable[[Inputs], Found]
+Function = Callable[[Case, Inputs], Found]
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class Peer:
 
 def run(case: Case, function: Function, x: Inputs) -> Outcome:
     """Forward and backward of a case."""
-    found = function(x)
-    loss = case.loss(found.stats, x.batch).mean() if found.loss is None else found.loss
+    found = function(case, x)
+    batch = x.batch if found.ref_logp is None else replace(x.batch, ref_logp=found.ref_logp)
+    loss = case.value(found.stats, batch) if found.loss is None else found.loss
     dhidden, *dweight = torch.autograd.grad(loss, x.leaves)
     return Outcome(found.stats, loss, dhidden, dweight[0] if dweight else None)
 
@@ -58,29 +62,36 @@ def run(case: Case, function: Function, x: Inputs) -> Outcome:
 # ---- fastpost and torch ----
 
 
-def fastpost_stats(x: Inputs, outputs: tuple[str, ...]) -> Found:
-    reference = (x.hidden_q, x.weight_q) if "reverse_kl" in outputs else None
-    return Found(fp.token_stats(x.hidden, x.weight, x.batch.target, outputs=outputs, reference=reference))
+def fastpost_stats(case: Case, x: Inputs) -> Found:
+    reference = (x.hidden_q, x.weight_q) if case.compares else None
+    return Found(fp.token_stats(x.hidden, x.weight, x.batch.target, outputs=case.loss.reads, reference=reference))
 
 
-def fastpost_loss(x: Inputs, loss: fp.Loss) -> Found:
-    reference = (x.hidden_q, x.weight_q) if "reverse_kl" in loss.reads else None
-    value, stats = fp.fused_loss(loss, x.hidden, x.weight, x.batch, reference=reference, return_stats=True)
+def fastpost_loss(case: Case, x: Inputs) -> Found:
+    batch, reference = x.batch, (x.hidden_q, x.weight_q) if case.compares else None
+    if case.scores_reference:
+        batch = replace(batch, ref_logp=fp.linear_logprobs(x.hidden_q, x.weight_q, batch.target))
+    settings = {"reference": reference, "jsd_beta": JSD_BETA, "return_stats": True}
+    value, stats = fp.fused_loss(case.loss, x.hidden, x.weight, batch, **settings)
     return Found(stats, value)
 
 
-def naive(x: Inputs, outputs: tuple[str, ...]) -> Found:
-    logits_q = F.linear(x.hidden_q, x.weight_q).float() if "reverse_kl" in outputs else None
-    return Found(statistics(F.linear(x.hidden, x.weight).float(), x.batch.target, outputs, logits_q))
+def naive(case: Case, x: Inputs) -> Found:
+    target, logits_q, ref_logp = x.batch.target, None, None
+    if case.compares:
+        logits_q = F.linear(x.hidden_q, x.weight_q).float()
+    if case.scores_reference:
+        ref_logp = statistics(F.linear(x.hidden_q, x.weight_q).float(), target, ("logp",)).logp
+    return Found(statistics(F.linear(x.hidden, x.weight).float(), target, case.loss.reads, logits_q), None, ref_logp)
 
 
-def torch_logp(x: Inputs, chunked: bool) -> Found:
+def torch_logp(case: Case, x: Inputs, chunked: bool) -> Found:
     options = torch_options(x) if chunked else None
     nll = F.linear_cross_entropy(x.hidden, x.weight, x.batch.target, reduction="none", options=options)
     return Found(fp.Stats(logp=-nll))
 
 
-def torch_sft(x: Inputs, chunked: bool) -> Found:
+def torch_sft(case: Case, x: Inputs, chunked: bool) -> Found:
     options = torch_options(x) if chunked else None
     return Found(loss=F.linear_cross_entropy(x.hidden, x.weight, x.batch.target, options=options))
 
@@ -98,38 +109,55 @@ def torch_runs(chunked: bool) -> dict[str, Function]:
 # ---- TRL ----
 
 
-def trl_logp(x: Inputs, outputs: tuple[str, ...] = ()) -> Found:
+def trl_logp(case: Case, x: Inputs) -> Found:
+    logp, entropy = _trl_chunked(x.hidden, x.weight, x.batch.target, tuple({"entropy"} & {*case.loss.reads}))
+    ref_logp = _trl_chunked(x.hidden_q, x.weight_q, x.batch.target)[0] if case.scores_reference else None
+    return Found(fp.Stats(logp=logp, entropy=entropy), None, ref_logp)
+
+
+def _trl_chunked(hidden: Tensor, weight: Tensor, target: Tensor, outputs: tuple[str, ...] = ()) -> tuple[Tensor, ...]:
     from trl.kernels import ChunkedLogProbFunction
 
     temperature, columns, softcap, scale = 1.0, 32768, None, 1.0  # the columns of its trainers
-    found = ChunkedLogProbFunction.apply(
-        x.hidden, x.weight, None, x.batch.target, temperature, columns, softcap, scale, outputs
-    )
-    return Found(fp.Stats(logp=found[0], entropy=found[1]))
+    return ChunkedLogProbFunction.apply(hidden, weight, None, target, temperature, columns, softcap, scale, outputs)[:2]
 
 
-def trl_reverse_kl(x: Inputs) -> Found:
+def trl_divergence(case: Case, x: Inputs) -> Found:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    kl, _ = ChunkedDivergenceFunction.apply(x.hidden, x.weight, None, x.hidden_q, x.weight_q, None, 1.0)
-    return Found(fp.Stats(logp=trl_logp(x).stats.logp, reverse_kl=kl))
+    (name,) = {*case.loss.reads} - {"logp"}
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": JSD_BETA}[name]
+    found, _ = ChunkedDivergenceFunction.apply(x.hidden, x.weight, None, x.hidden_q, x.weight_q, None, beta)
+    logp = trl_logp(case, x).stats.logp if "logp" in case.loss.reads else None
+    return Found(fp.Stats(logp=logp, **{name: found}))
 
 
 # ---- Liger ----
 
 
-def liger_logp(x: Inputs) -> Found:
+def liger_logp(case: Case, x: Inputs) -> Found:
     from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 
     logp = LigerFusedLinearPPOBase.chunk_forward(x.hidden[None], x.weight, x.batch.target[None])
     return Found(fp.Stats(logp=logp[0]))
 
 
-def liger_grpo(x: Inputs) -> Found:
+def liger_policy(case: Case, x: Inputs, loss_type: str = "bnpo", level: str = "token") -> Found:
+    """All sequences in a chunk: within it tokens and vocabulary are chunked again."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    S, compiled = x.batch.lengths.numel(), x.hidden.is_cuda
-    loss = LigerFusedLinearGRPOLoss(beta=0.0, loss_type="bnpo", chunk_size=S, use_ref_model=False, compiled=compiled)
+    S, knobs = x.batch.lengths.numel(), case.loss.bind().knobs
+    high = knobs["epsilon_high"] or knobs["epsilon"]
+    loss = LigerFusedLinearGRPOLoss(
+        beta=0.0,
+        epsilon_low=knobs.get("epsilon", high),
+        epsilon_high=high,
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        chunk_size=S,
+        use_ref_model=False,
+        compiled=x.hidden.is_cuda,
+    )
     hidden, target, old_logp, advantage = (
         t.view(S, -1, *t.shape[1:]) for t in (x.hidden, x.batch.target, x.batch.old_logp, x.batch.advantage)
     )
@@ -138,16 +166,17 @@ def liger_grpo(x: Inputs) -> Found:
     return Found(loss=value)
 
 
-def liger_sft(x: Inputs) -> Found:
+def liger_sft(case: Case, x: Inputs) -> Found:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     settings = {"accum_dtype": torch.float32, "chunk_mem_const": 16}
     return Found(loss=liger_fused_linear_cross_entropy(x.hidden, x.weight, x.batch.target, **settings))
 
 
-def liger_scaled(x: Inputs, entropy: bool) -> Found:
+def liger_scaled(case: Case, x: Inputs) -> Found:
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as Scaled
 
+    entropy = "entropy" in case.loss.reads
     found = Scaled.apply(x.hidden, x.weight, x.batch.target, return_entropy=entropy)
     nll, h = found if entropy else (found, None)
     return Found(fp.Stats(logp=-nll, entropy=h))
@@ -156,40 +185,36 @@ def liger_scaled(x: Inputs, entropy: bool) -> Found:
 # ---- cut-cross-entropy, quack, verl ----
 
 
-def cce_logp(x: Inputs) -> Found:
+def cce_logp(case: Case, x: Inputs) -> Found:
     from cut_cross_entropy import linear_cross_entropy
 
     return Found(fp.Stats(logp=-linear_cross_entropy(x.hidden, x.weight, x.batch.target, reduction="none")))
 
 
-def cce_sft(x: Inputs) -> Found:
+def cce_sft(case: Case, x: Inputs) -> Found:
     from cut_cross_entropy import linear_cross_entropy
 
     return Found(loss=linear_cross_entropy(x.hidden, x.weight, x.batch.target))
 
 
-def quack_sft(x: Inputs) -> Found:
+def quack_sft(case: Case, x: Inputs) -> Found:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return Found(loss=chunked_linear_cross_entropy(x.hidden, x.weight, x.batch.target, chunk_size=4096))
 
 
-def verl_logp(x: Inputs, entropy: bool) -> Found:
+def verl_logp(case: Case, x: Inputs) -> Found:
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     logp, h = linear_cross_entropy(x.hidden, x.weight, x.batch.target, 1.0, "none")
-    return Found(fp.Stats(logp=logp, entropy=h if entropy else None))
+    return Found(fp.Stats(logp=logp, entropy=h if "entropy" in case.loss.reads else None))
 
 
 PEERS = (
     Peer(
         "fastpost token_stats",
         "defaults",
-        {
-            "logp": partial(fastpost_stats, outputs=("logp",)),
-            "logp + entropy": partial(fastpost_stats, outputs=("logp", "entropy")),
-            "logp + reverse_kl": partial(fastpost_stats, outputs=("logp", "reverse_kl")),
-        },
+        dict.fromkeys(("logp", "logp + entropy", "logp + reverse_kl"), fastpost_stats),
         package="fastpost",
         module="fastpost",
         ours=True,
@@ -197,7 +222,7 @@ PEERS = (
     Peer(
         "fastpost fused_loss",
         "defaults",
-        {case.name: partial(fastpost_loss, loss=case.loss) for case in CASES if case.name != "logp"},
+        {case.name: fastpost_loss for case in CASES if case.name != "logp"},
         package="fastpost",
         module="fastpost",
         ours=True,
@@ -205,7 +230,7 @@ PEERS = (
     Peer(
         "naive torch",
         "logits in the inputs' dtype, then fp32",
-        {case.name: partial(naive, outputs=case.loss.reads) for case in CASES},
+        {case.name: naive for case in CASES},
     ),
     Peer("torch linear_cross_entropy", "options=None", torch_runs(chunked=False)),
     Peer(
@@ -216,18 +241,14 @@ PEERS = (
     Peer(
         "TRL",
         "ChunkedLogProbFunction, 32768 columns; for the KL, ChunkedDivergenceFunction beside it",
-        {
-            **dict.fromkeys(("logp", "sft", "grpo"), trl_logp),
-            "logp + entropy": partial(trl_logp, outputs=("entropy",)),
-            "logp + reverse_kl": trl_reverse_kl,
-        },
+        dict.fromkeys(("logp", "sft", "grpo", "logp + entropy"), trl_logp) | {"logp + reverse_kl": trl_divergence},
         package="trl",
         module="trl.kernels",
     ),
     Peer(
         "Liger chunked_loss",
         "chunk_forward; GRPO: bnpo, all sequences in a chunk, compiled on CUDA",
-        {"logp": liger_logp, "grpo": liger_grpo},
+        {"logp": liger_logp, "grpo": liger_policy},
         package="liger-kernel",
         module="liger_kernel.chunked_loss",
     ),
@@ -242,10 +263,7 @@ PEERS = (
     Peer(
         "Liger fused scaled cross entropy",
         "the sm90 kernel on Hopper, else its torch fallback",
-        {
-            **dict.fromkeys(("logp", "grpo"), partial(liger_scaled, entropy=False)),
-            "logp + entropy": partial(liger_scaled, entropy=True),
-        },
+        dict.fromkeys(("logp", "grpo", "logp + entropy"), liger_scaled),
         package="liger-kernel",
         module="liger_kernel.ops.fused_linear_scaled_cross_entropy",
     ),
@@ -268,10 +286,7 @@ PEERS = (
     Peer(
         "verl",
         "Triton kernel, reduction='none'",
-        {
-            **dict.fromkeys(("logp", "grpo"), partial(verl_logp, entropy=False)),
-            "logp + entropy": partial(verl_logp, entropy=True),
-        },
+        dict.fromkeys(("logp", "grpo", "logp + entropy"), verl_logp),
         package="verl",
         module="verl.utils.kernel.linear_cross_entropy",
         needs_cuda=True,

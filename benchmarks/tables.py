@@ -1,7 +1,8 @@
 """The README's measured tables, from results files: `python benchmarks/tables.py benchmarks/results/*.jsonl`.
 
-Between `<!-- table:head -->` and `<!-- /table -->` comes one table a file, of the newest run in it, so that no number
-there is typed by hand.
+Between `<!-- table:head -->` and `<!-- /table -->`, and likewise for `families`, comes one table a file of that
+program, of the newest run in it, so that no number there is typed by hand. A program of which no file is given keeps
+its tables.
 """
 
 from __future__ import annotations
@@ -15,45 +16,65 @@ from pathlib import Path
 from measurement import Measurement, last_run
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-MARKED = re.compile(r"(<!-- table:head -->\n).*?(<!-- /table -->)", re.DOTALL)
-LEGEND = "Time over the floor, which is as many plain products as the head of the column says, and peak memory."
+OVER_FLOOR = "Time over the floor, which is as many plain products as the head of the {} says, and peak memory"
 
 
 def markdown(measurements: Sequence[Measurement]) -> str:
-    """A row a contestant, a column a case."""
+    """Of the head, a row a contestant and a column a case; of the families, which are many, a row a case."""
     setup = measurements[0].setup
-    at = {(m.provider, m.case): m for m in measurements}
-    cases = {m.case: f"{m.case} ({m.products} G)" for m in measurements}
-    present = list(dict.fromkeys(m.provider for m in measurements if m.status != "absent"))
     versions = ", ".join(f"{package} {version}" for package, version in setup.machine.versions.items())
-    lines = [
-        f"{setup.title}; {versions}. {LEGEND}",
-        "",
-        f"| | {' | '.join(cases.values())} | worst logp error |",
-        "|---" * (len(cases) + 2) + "|",
-    ]
-    for provider in present:
-        name = f"**{provider}**" if provider.startswith("fastpost") else provider
+    legend, *lines = (by_contestant if setup.bench == "head" else by_case)(measurements)
+    return "\n".join([f"{setup.title}; {versions}. {legend}", "", *lines]) + "\n"
+
+
+def by_contestant(measurements: Sequence[Measurement]) -> list[str]:
+    """The legend, and the lines."""
+    at, cases = {(m.provider, m.case): m for m in measurements}, _cases(measurements)
+    lines = [f"| | {' | '.join(cases.values())} | worst logp error |", "|---" * (len(cases) + 2) + "|"]
+    for provider in _present(measurements):
         cells = [_cell(at.get((provider, case))) for case in cases]
         logp = [m.errors["logp"] for m in measurements if m.provider == provider and "logp" in m.errors]
-        lines.append(f"| {' | '.join([name, *cells])} | {f'{max(logp):.0e}' if logp else ''} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {' | '.join([_bold(provider), *cells])} | {f'{max(logp):.0e}' if logp else ''} |")
+    return [OVER_FLOOR.format("column") + ".", *lines]
 
 
-def _cell(m: Measurement | None) -> str:
+def by_case(measurements: Sequence[Measurement]) -> list[str]:
+    """The legend, and the lines."""
+    at, present = {(m.provider, m.case): m for m in measurements}, _present(measurements)
+    lines = [f"| | {' | '.join(map(_bold, present))} |", "|---" * (len(present) + 1) + "|"]
+    for case, title in _cases(measurements).items():
+        cells = [_cell(at.get((provider, case)), "dhidden") for provider in present]
+        lines.append(f"| {' | '.join([title, *cells])} |")
+    return [OVER_FLOOR.format("row") + "; relative error of the gradient of the hidden states.", *lines]
+
+
+def _cases(measurements: Sequence[Measurement]) -> dict[str, str]:
+    return {m.case: f"{m.case} ({m.products} G)" for m in measurements}
+
+
+def _present(measurements: Sequence[Measurement]) -> list[str]:
+    return list(dict.fromkeys(m.provider for m in measurements if m.status != "absent"))
+
+
+def _bold(provider: str) -> str:
+    return f"**{provider}**" if provider.startswith("fastpost") else provider
+
+
+def _cell(m: Measurement | None, error: str | None = None) -> str:
     if m is None or m.status == "absent":
         return ""
     if m.over_floor is None:
         return m.status
     memory = "" if m.peak_bytes is None else f", {m.peak_bytes / 1e6:.0f} MB"
-    return f"{m.over_floor:.2f}{memory}"
+    return f"{m.over_floor:.2f}{memory}" + (f", {m.errors[error]:.0e}" if error else "")
 
 
-def rewritten(text: str, tables: Sequence[str]) -> str:
-    if len(MARKED.findall(text)) != 1:
-        raise ValueError("the README must have `<!-- table:head -->` and, on a later line, `<!-- /table -->`, once")
+def rewritten(text: str, bench: str, tables: Sequence[str]) -> str:
+    marked = re.compile(rf"(<!-- table:{bench} -->\n).*?(<!-- /table -->)", re.DOTALL)
+    if len(marked.findall(text)) != 1:
+        raise ValueError(f"the README must have `<!-- table:{bench} -->` and, on a later line, `<!-- /table -->`, once")
     body = "\n".join(tables)
-    return MARKED.sub(lambda marks: f"{marks[1]}{body}{marks[2]}", text)
+    return marked.sub(lambda marks: f"{marks[1]}{body}{marks[2]}", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args(argv)
     try:
-        text = rewritten(options.readme.read_text(), [markdown(last_run(file)) for file in options.files])
+        text, runs = options.readme.read_text(), [last_run(file) for file in options.files]
+        for bench in dict.fromkeys(run[0].setup.bench for run in runs):
+            text = rewritten(text, bench, [markdown(run) for run in runs if run[0].setup.bench == bench])
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,12 +1,12 @@
-"""The benchmark of the head: right results are timed, wrong ones are named and are not, what is written can be read."""
+"""The benchmarks: right results are timed, wrong ones are named and are not, what is written can be read."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,14 +28,15 @@ def on_path() -> Iterator[None]:
 
 
 @pytest.fixture
-def contest():
-    """Inputs, a case by its title, and its judge."""
+def judged():
+    """A case by its title, inputs, and its judge."""
     import cases
+    import truth
 
-    def of(title: str, dtype: torch.dtype = torch.bfloat16):
-        case = next(case for case in cases.CASES if case.title == title)
-        x = cases.make_inputs(16, 24, 301, dtype, torch.device("cpu")).trained(case.trained)
-        return case, x, cases.Judge.of(case, x)
+    def of(title: str, among: Sequence[cases.Case] = cases.CASES):
+        case = next(case for case in among if case.title == title)
+        x = cases.make_inputs(16, 24, 301, torch.bfloat16, torch.device("cpu")).trained(case.trained)
+        return case, x, truth.Judge.of(case, x)
 
     return of
 
@@ -44,20 +45,21 @@ def perturbed(function, times: float):
     """The same statistics, a little off, and gradients with them."""
     import peers
 
-    def run(x):
-        return peers.Found(fp.Stats(logp=function(x).stats.logp * times))
+    def run(case, x):
+        return peers.Found(fp.Stats(logp=function(case, x).stats.logp * times))
 
     return run
 
 
 def test_every_case_is_measured_and_written(tmp_path, capsys):
     import cases
+    import contest
     import head
     import measurement
 
     output = tmp_path / "results" / "cpu.jsonl"
-    assert head.main([*TINY, "--providers", *NO_LIBRARY, "--output", str(output)]) == 0
-    assert head.main([*TINY, "--providers", *NO_LIBRARY, "--output", str(output), "--cases", "grpo"]) == 0
+    assert contest.main(head.HEAD, [*TINY, "--providers", *NO_LIBRARY, "--output", str(output)]) == 0
+    assert contest.main(head.HEAD, [*TINY, "--providers", *NO_LIBRARY, "--output", str(output), "--cases", "grpo"]) == 0
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert {line["case"] for line in lines} == {case.title for case in cases.CASES}
     read = measurement.last_run(output)
@@ -73,69 +75,156 @@ def test_every_case_is_measured_and_written(tmp_path, capsys):
 
 
 def test_our_own_results_pass_in_fp32_too(tmp_path):
+    import contest
     import head
 
     options = ["--providers", *NO_LIBRARY[:2], "--output", str(tmp_path / "fp32.jsonl")]
-    assert head.main([*TINY, *options, "--dtype", "float32"]) == 0
+    assert contest.main(head.HEAD, [*TINY, *options, "--dtype", "float32"]) == 0
 
 
 @pytest.mark.parametrize("title", ["logp, W frozen", "logp, W trained"])
-def test_a_peer_that_is_wrong_has_no_speed(contest, title):
-    import head
+def test_a_peer_that_is_wrong_has_no_speed(judged, title):
+    import contest
     import peers
 
-    case, x, judge = contest(title)
-    right = replace(peers.PEERS[2], name="right", runs={"logp": partial(peers.naive, outputs=("logp",))})
-    wrong = replace(right, name="wrong", runs={"logp": perturbed(partial(peers.naive, outputs=("logp",)), 1.1)})
-    checked = [head.check(case, peer, judge, x) for peer in (right, wrong)]
+    case, x, judge = judged(title)
+    right = replace(peers.PEERS[2], name="right", runs={"logp": peers.naive})
+    wrong = replace(right, name="wrong", runs={"logp": perturbed(peers.naive, 1.1)})
+    checked = [contest.check(case, peer, judge, x) for peer in (right, wrong)]
     assert [c.status for c in checked] == ["ok", "WRONG"]
     assert "logp" in checked[1].reason and "dhidden" in checked[1].reason
     assert ("dweight" in checked[1].reason) == case.trained
-    setup = head.Setup(head.machine(x.hidden.device), "2026-01-01", "bfloat16", 16, 24, 301, repeats=1)
-    timed = head.time_case(case, checked, x, setup)
+    setup = contest.Setup(contest.machine(x.hidden.device), "2026-01-01", "bfloat16", 16, 24, 301, repeats=1)
+    timed = contest.time_case(case, checked, x, setup)
     assert timed[0].seconds > 0 and timed[1].seconds is None and timed[1].over_floor is None
 
 
-def test_ours_wrong_by_1e_4_ends_the_program_without_a_table(contest, monkeypatch, tmp_path, capsys):
+def test_ours_wrong_by_1e_4_ends_the_program_without_a_table(tmp_path, capsys):
+    import contest
     import head
     import peers
 
     ours = peers.PEERS[0]
     wrong = replace(ours, runs={"logp": perturbed(ours.runs["logp"], 1 + 1e-4)})
-    monkeypatch.setattr(head, "PEERS", (wrong, peers.PEERS[2]))
+    entered = replace(head.HEAD, peers=(wrong, peers.PEERS[2]))
     output = tmp_path / "none.jsonl"
-    assert head.main([*TINY, "--cases", "logp", "--output", str(output)]) == 1
+    assert contest.main(entered, [*TINY, "--cases", "logp", "--output", str(output)]) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and not output.exists()
     assert "fastpost is wrong" in printed.err and "logp, W frozen: logp 1." in printed.err
 
 
-def test_a_gradient_that_ignores_its_upstream_is_wrong(contest):
+def test_a_gradient_that_ignores_its_upstream_is_wrong(judged):
     """A loss and statistics that are right do not hide it."""
     import peers
 
-    case, x, judge = contest("logp, W trained")
-    right = peers.run(case, partial(peers.naive, outputs=("logp",)), x)
+    case, x, judge = judged("logp, W trained")
+    right = peers.run(case, peers.naive, x)
     wrong = replace(right, dhidden=right.dhidden * 1.2, dweight=torch.full_like(right.dweight, torch.nan))
     assert judge.verdict(right, x.sampled, ours=False)[1] == []
     complaints = judge.verdict(wrong, x.sampled, ours=False)[1]
     assert [line.split()[0] for line in complaints] == ["dhidden", "dweight"]
 
 
-def test_a_peer_that_raises_is_listed_and_ours_is_not_forgiven(contest):
-    import head
+def test_a_peer_that_raises_is_listed_and_ours_is_not_forgiven(judged):
+    import contest
     import peers
 
-    case, x, judge = contest("logp, W frozen")
+    case, x, judge = judged("logp, W frozen")
 
-    def broken(x):
+    def broken(case, x):
         raise NotImplementedError("no such device\nmore")
 
     peer = replace(peers.PEERS[2], runs={"logp": broken})
-    checked = head.check(case, peer, judge, x)
+    checked = contest.check(case, peer, judge, x)
     assert (checked.status, checked.reason) == ("failed", "NotImplementedError: no such device")
     with pytest.raises(NotImplementedError):
-        head.check(case, replace(peer, ours=True), judge, x)
+        contest.check(case, replace(peer, ours=True), judge, x)
+
+
+# ---- families ----
+
+
+def test_every_family_is_measured_and_its_peers_agree(tmp_path, capsys):
+    """On small numbers the libraries' own functions say what the losses say: a knob that means another thing shows."""
+    pytest.importorskip("trl")
+    pytest.importorskip("liger_kernel")
+    import contest
+    import families
+    import measurement
+
+    output = tmp_path / "families.jsonl"
+    assert contest.main(families.FAMILIES, [*TINY, "--output", str(output)]) == 0
+    found = measurement.last_run(output)
+    assert {m.case for m in found} == {case.title for case in families.CASES}
+    here = [m for m in found if m.status != "absent"]
+    assert {m.provider for m in here} == {"fastpost", "naive torch", "TRL", "Liger"}
+    assert all(m.status == "ok" and m.seconds > 0 for m in here), [m.reason for m in here if m.status != "ok"]
+    assert all(m.setup.bench == "families" for m in found)
+    assert "Liger fused linear cross entropy: absent, needs CUDA" in capsys.readouterr().out
+
+
+def test_our_own_families_pass_in_fp32_too(tmp_path):
+    import contest
+    import families
+
+    options = ["--providers", "fastpost", "naive torch", "--output", str(tmp_path / "fp32.jsonl")]
+    assert contest.main(families.FAMILIES, [*TINY, *options, "--dtype", "float32"]) == 0
+
+
+FLOORS = {"sft": 2, "dpo": 3, "kto": 3, "cpo": 2, "grpo": 2, "gspo": 2, "forward_kl": 3, "gkd": 3}  # with W frozen
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_the_floor_counts_the_reference_and_the_heads_gradient(name):
+    import families
+
+    frozen = next(case for case in families.CASES if case.name == name)
+    assert (frozen.trained, frozen.products) == (False, FLOORS[name])
+    assert replace(frozen, trained=True).products == FLOORS[name] + 1
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "gspo", "gkd", "orpo"])
+def test_the_truth_of_a_family_is_autograds(judged, monkeypatch, name):
+    """In blocks of five rows, which no unit is a multiple of, against logits of everything at once."""
+    import families
+    import truth
+
+    monkeypatch.setattr(truth, "BLOCK_ELEMENTS", 5 * 301)
+    case, x, judge = judged(f"{name}, W trained", [replace(case, trained=True) for case in families.CASES])
+    hidden, weight = (t.detach().double().requires_grad_() for t in x.leaves)
+    logits, logits_q = hidden @ weight.T, x.hidden_q.double() @ x.weight_q.double().T
+    logp, logq = logits.log_softmax(1), logits_q.log_softmax(1)
+    middle = (logp.exp() / 2 + logq.exp() / 2).log()
+    jsd = (logp.exp() * (logp - middle) + logq.exp() * (logq - middle)).sum(1) / 2
+    picked = lambda t: t.gather(1, x.batch.target[:, None])[:, 0]  # noqa: E731
+    batch = replace(x.batch, ref_logp=picked(logq))
+    loss = case.loss(fp.Stats(logp=picked(logp), jsd=jsd), batch).mean()
+    torch.testing.assert_close(judge.truth.loss, loss.detach())
+    dhidden, dweight = torch.autograd.grad(loss, (hidden, weight))
+    torch.testing.assert_close(judge.truth.dhidden, dhidden)
+    torch.testing.assert_close(judge.truth.dweight, dweight[x.sampled])
+
+
+def test_a_peer_that_forgets_the_reference_has_no_speed(judged):
+    import contest
+    import families
+    import peers
+
+    case, x, judge = judged("dpo, W frozen", families.CASES)
+
+    def forgets(case, x):
+        return replace(peers.naive(case, x), ref_logp=torch.zeros(16))
+
+    wrong = replace(families.PEERS[1], name="wrong", runs={"dpo": forgets})
+    checked = contest.check(case, wrong, judge, x)
+    assert checked.status == "WRONG" and "loss" in checked.reason and "logp" not in checked.reason
+    setup = contest.Setup(contest.machine(x.hidden.device), "2026-01-01", "bfloat16", 16, 24, 301, 1, "families")
+    (timed,) = contest.time_case(case, [checked], x, setup)
+    assert timed.seconds is None and timed.over_floor is None
+
+
+# ---- how ----
 
 
 def test_peak_memory_counts_what_is_above_inputs_and_results():
@@ -162,11 +251,12 @@ def test_contestants_take_turns_and_the_warm_up_is_not_counted():
 
 
 def test_the_tables_of_a_readme_come_from_the_file(tmp_path):
+    import contest
     import head
     import tables
 
     output, readme = tmp_path / "cpu.jsonl", tmp_path / "README.md"
-    head.main([*TINY, "--providers", *NO_LIBRARY, "--output", str(output), "--cases", "logp"])
+    contest.main(head.HEAD, [*TINY, "--providers", *NO_LIBRARY, "--output", str(output), "--cases", "logp"])
     readme.write_text("before\n<!-- table:head -->\nold 1.23\n<!-- /table -->\nafter\n")
     assert tables.main([str(output), "--readme", str(readme)]) == 0
     text = readme.read_text()
@@ -179,9 +269,29 @@ def test_the_tables_of_a_readme_come_from_the_file(tmp_path):
     assert tables.main([str(output), "--readme", str(readme)]) == 2
 
 
+def test_a_program_has_its_own_table_and_the_others_keep_theirs(tmp_path):
+    import contest
+    import families
+    import tables
+
+    output, readme = tmp_path / "families.jsonl", tmp_path / "README.md"
+    options = ["--providers", "fastpost", "naive torch", "--cases", "dpo", "gkd", "--output", str(output)]
+    contest.main(families.FAMILIES, [*TINY, *options])
+    head = "<!-- table:head -->\nof the head\n<!-- /table -->\n"
+    readme.write_text(f"{head}<!-- table:families -->\nold\n<!-- /table -->\n")
+    assert tables.main([str(output), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"{head}<!-- table:families -->\n") and "old" not in text
+    assert "| | **fastpost** | naive torch |\n" in text
+    for row in ("dpo, W frozen (3 G)", "dpo, W trained (4 G)", "gkd, W frozen (3 G)", "gkd, W trained (4 G)"):
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {row} | "))
+        assert len(re.findall(r"\d+\.\d\d(, \d+ MB)?, \de-\d\d", line)) == 2, line
+
+
 def test_tokens_that_do_not_make_whole_sequences_are_refused(capsys):
+    import contest
     import head
 
     with pytest.raises(SystemExit) as stop:
-        head.main(["--tokens", "9"])
+        contest.main(head.HEAD, ["--tokens", "9"])
     assert stop.value.code == 2 and "--tokens must be a multiple of 8" in capsys.readouterr().err
