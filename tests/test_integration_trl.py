@@ -1,8 +1,8 @@
 """TRL's trainers with and without fastpost's head.
 
-Two runs are the same when they differ by what TRL differs from itself under another chunk of the vocabulary: the losses
-of the steps, what is logged, and the weights at the end may be 10 times that far apart. Where TRL has no chunks, float64
-is the judge.
+Two runs are the same when they differ by what TRL differs from itself under other chunks of the vocabulary: the losses
+of the steps, all that is logged, and the weights at the end may be 10 times that far apart. Where TRL has no chunks,
+float64 is the judge.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from torch import Tensor
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 
-import trl  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-from trl.trainer.utils import FusedCausalLMOutput  # noqa: E402
-from trl.trainer.utils import add_fused_lm_head as trls  # noqa: E402
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head as trls
 
-import tiny  # noqa: E402
-from fastpost.integrations import trl as on_fastpost  # noqa: E402
-from rules import assert_close_to_truth, assert_gradient_close_to_truth  # noqa: E402
+import tiny
+from fastpost.integrations import trl as on_fastpost
+from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CHUNKS = (7, 32)  # of a vocabulary of 97; TRL's own is 32768
@@ -260,7 +259,9 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logi
 
 
 def experts() -> Any:
-    return tiny.model("mixtral", **EXPERTS)
+    model = tiny.model("mixtral", **EXPERTS)
+    model.set_experts_implementation("eager")  # the default takes no float64
+    return model
 
 
 def soft_capped() -> Any:
@@ -281,18 +282,17 @@ def test_options_change_nothing(run, tmp_path, monkeypatch, saved):
 
 
 WITHOUT_CHUNKS = {
-    "cpo": ("cpo", {"evaluates": True}),
-    "cpo simpo": ("cpo", {"loss_type": "simpo", "cpo_alpha": 0.0, "gradient_accumulation_steps": 2}),
-    "cpo lora": ("cpo", {"lora": ATTENTION}),
-    "orpo": ("orpo", {"evaluates": True}),
-    "orpo experts": ("orpo", {"make": experts}),
+    "cpo": ("cpo", None, {"evaluates": True}),
+    "cpo simpo": ("cpo", None, {"loss_type": "simpo", "cpo_alpha": 0.0, "gradient_accumulation_steps": 2}),
+    "cpo lora": ("cpo", None, {"lora": ATTENTION}),
+    "orpo": ("orpo", None, {"evaluates": True}),
+    "orpo experts": ("orpo", experts, {}),
 }
 
 
 @pytest.mark.parametrize("run", WITHOUT_CHUNKS)
 def test_cpo_and_orpo_are_as_exact_as_trl(run, tmp_path, monkeypatch, saved):
-    name, changes = WITHOUT_CHUNKS[run]
-    make = changes.pop("make", None)
+    name, make, changes = WITHOUT_CHUNKS[run]
 
     def trained(dtype: torch.dtype = torch.float32) -> Run:
         model = saved if make is None else lambda: make().to(dtype)
@@ -308,3 +308,271 @@ def test_cpo_and_orpo_are_as_exact_as_trl(run, tmp_path, monkeypatch, saved):
     assert_close_to_truth(ours.losses, theirs.losses, truth.losses, "losses")
     assert_close_to_truth(ours.logs, theirs.logs, truth.logs, "logs")
     assert_gradient_close_to_truth(ours.weights, theirs.weights, truth.weights, "weights")
+
+
+# One forward, field by field.
+
+FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+FAMILIES = {
+    "llama": {},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 5.0},
+    "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.2},
+    "phi": {},  # a bias
+}
+
+
+def inputs(width: int = 12) -> dict[str, Tensor]:
+    ids = torch.randint(5, V, (3, width))
+    labels = ids.clone()
+    labels[0, :4], labels[1, -3:] = -100, -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def from_logits(model: Any, ids: Tensor, labels: Tensor, temperature: float) -> dict[str, Tensor]:
+    logits = model(input_ids=ids).logits[:, :-1] / temperature
+    logp, scored = logits.log_softmax(-1), labels[:, 1:] != -100
+    found = {
+        "log_probs": logp.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0],
+        "entropy": -(logp.exp() * logp).sum(-1),
+        "log_sum_sq_probs": (2 * logp).logsumexp(-1),
+        "mean_logits": logits.mean(-1),
+        "is_top1": logits.argmax(-1) == labels[:, 1:],
+    }
+    return {name: torch.where(scored, x, 0) for name, x in found.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_is_exact(family):
+    model, given = tiny.model(family, **FAMILIES[family]), inputs()
+    truth = from_logits(model.double(), given["input_ids"], given["labels"], 0.7)
+    plain = from_logits(model.float(), given["input_ids"], given["labels"], 0.7)
+    on_fastpost.add_fused_lm_head(model, 0.7, outputs=FIELDS)
+    out = model(**given, fused_lm_head=True)
+    for name in FIELDS:
+        assert_close_to_truth(out[name], plain[name], truth[name].double(), name)
+    scored = given["labels"][:, 1:] != -100
+    assert torch.equal(out.label_mask, scored)
+    torch.testing.assert_close(out.loss, -out.log_probs.sum() / scored.sum())
+    torch.testing.assert_close(model(**given, fused_lm_head=True, num_items_in_batch=7).loss, -out.log_probs.sum() / 7)
+    assert out.log_probs.requires_grad and out.entropy.requires_grad and not out.mean_logits.requires_grad
+
+
+def test_labels_that_are_shifted_already_are_scored_where_they_stand():
+    model, given = tiny.model(), inputs()
+    on_fastpost.add_fused_lm_head(model)
+    out = model(**given, fused_lm_head=True)
+    shifted = torch.nn.functional.pad(given["labels"][:, 1:], (0, 1), value=-100)
+    same = model(input_ids=given["input_ids"], shift_labels=shifted, fused_lm_head=True)
+    assert same.log_probs.shape == (3, 12) and out.log_probs.shape == (3, 11)
+    assert torch.equal(same.log_probs[:, :-1], out.log_probs)
+    assert torch.equal(same.log_probs[:, -1], torch.zeros(3))
+
+
+def test_nothing_to_score_is_a_zero_with_a_gradient_of_zero():
+    model, given = tiny.model(), inputs()
+    on_fastpost.add_fused_lm_head(model, outputs=FIELDS)
+    out = model(input_ids=given["input_ids"], labels=torch.full_like(given["labels"], -100), fused_lm_head=True)
+    out.loss.backward()
+    assert out.loss == 0
+    assert all(w.grad is not None and not w.grad.any() for w in model.parameters())
+
+
+def test_without_the_flag_the_forward_is_the_models_own():
+    model, given = tiny.model(), inputs()
+    before = model(**given)
+    on_fastpost.add_fused_lm_head(model)
+    after = model(**given)
+    assert torch.equal(after.logits, before.logits) and torch.equal(after.loss, before.loss)
+    ids = given["input_ids"]
+    assert torch.equal(model.generate(ids, max_new_tokens=3), tiny.model().generate(ids, max_new_tokens=3))
+
+
+def test_the_loss_of_the_routers_is_trls():
+    ours, theirs, given = experts(), experts(), inputs()
+    on_fastpost.add_fused_lm_head(ours)
+    trls(theirs)
+    got, want = (model(**given, fused_lm_head=True) for model in (ours, theirs))
+    assert torch.equal(got.aux_loss, want.aux_loss) and got.aux_loss > 0
+    torch.testing.assert_close(got.loss, -got.log_probs.sum() / got.label_mask.sum() + 0.3 * want.aux_loss)
+    assert ours(**given, fused_lm_head=True, output_router_logits=False).aux_loss is None
+
+
+# The patch itself.
+
+
+def everything() -> dict[tuple[str, str], Any]:
+    """Every attribute of every module of TRL's that is loaded, and of its trainers."""
+    loaded = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "trl"}
+    found = {}
+    for name, module in loaded.items():
+        for attribute, value in list(vars(module).items()):
+            found[name, attribute] = value
+            if isinstance(value, type) and value.__module__ == name:
+                found |= {(f"{name}.{attribute}", key): x for key, x in vars(value).items()}
+    return found
+
+
+def changed(before: dict[tuple[str, str], Any]) -> set[str]:
+    after = everything()
+    return {".".join(key) for key in before if after.get(key) is not before[key]}
+
+
+PATCHED = {
+    *(f"trl.trainer.{name}_trainer.add_fused_lm_head" for name in ("sft", "dpo", "kto", "grpo", "rloo")),
+    *(f"trl.trainer.{name}_trainer.BaseTunerLayer" for name in ("sft", "dpo", "kto", "grpo", "rloo", "distillation")),
+    "trl.trainer.distillation_trainer.DistillationTrainer.__init__",
+    "trl.experimental.cpo.cpo_trainer.CPOTrainer.__init__",
+    "trl.experimental.orpo.orpo_trainer.ORPOTrainer.__init__",
+}
+
+
+@pytest.fixture
+def before() -> dict[tuple[str, str], Any]:
+    on_fastpost.patch().restore()  # every module it touches is loaded
+    return everything()
+
+
+def test_a_patch_is_taken_back_to_the_last_attribute(before):
+    handle = on_fastpost.patch()
+    assert changed(before) == PATCHED
+    handle.restore()
+    assert changed(before) == set()
+    with pytest.raises(RuntimeError, match="from inside"), on_fastpost.patch():
+        assert changed(before) == PATCHED
+        raise RuntimeError("from inside")
+    assert changed(before) == set()
+
+
+def test_a_second_patch_changes_nothing_and_takes_nothing_back(before):
+    with on_fastpost.patch():
+        first = everything()
+        with on_fastpost.patch() as inner:
+            assert inner.changes == () and changed(first) == set()
+        assert changed(before) == PATCHED
+    assert changed(before) == set()
+
+
+def test_what_somebody_else_put_there_since_stays(before, monkeypatch):
+    handle, theirs = on_fastpost.patch(), lambda *_, **__: None
+    trl.trainer.sft_trainer.add_fused_lm_head = theirs
+    handle.restore()
+    handle.restore()
+    assert changed(before) == {"trl.trainer.sft_trainer.add_fused_lm_head"}
+    assert trl.trainer.sft_trainer.add_fused_lm_head is theirs
+    trl.trainer.sft_trainer.add_fused_lm_head = trls
+    assert changed(before) == set()
+
+
+def test_another_version_is_refused_untouched(before, monkeypatch):
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    with pytest.raises(ValueError, match=r"knows how trl 1\.16\.0 .* this is trl 1\.17\.0: install trl==1\.16\.0"):
+        on_fastpost.patch()
+    monkeypatch.undo()
+    assert changed(before) == set()
+
+
+@pytest.mark.parametrize("path", sorted(on_fastpost.RELIES_ON))
+def test_a_trl_without_what_is_relied_on_is_refused_untouched(path, before, monkeypatch):
+    monkeypatch.delattr(path)
+    here = everything()
+    with pytest.raises(ValueError, match=f"has no {path}, which fastpost relies on"):
+        on_fastpost.patch()
+    assert changed(here) == set()
+
+
+def test_a_trl_with_another_signature_is_refused_untouched(before, monkeypatch):
+    monkeypatch.setattr("trl.trainer.rloo_trainer.add_fused_lm_head", lambda model, heat=1.0: None)
+    here = everything()
+    with pytest.raises(
+        ValueError, match=r"another trl\.trainer\.rloo_trainer\.add_fused_lm_head .* takes model, heat,"
+    ):
+        on_fastpost.patch()
+    assert changed(here) == set()
+
+
+def forwards(trainer: Any) -> str:
+    """The module whose forward the trainer's model has."""
+    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    return model.forward.__func__.__globals__["__name__"]
+
+
+OURS = "fastpost.integrations.trl"
+
+
+def test_what_counts_is_where_a_trainer_is_built(tmp_path, monkeypatch, saved):
+    called, short = calls_of_the_head(monkeypatch), {"max_steps": 1}
+    earlier = [trainer_of(name, tmp_path, saved, **short) for name in ("sft", "cpo", "distillation")]
+    with on_fastpost.patch():
+        inside = [trainer_of(name, tmp_path, saved, **short) for name in ("sft", "cpo", "distillation")]
+        for trainer in earlier:
+            trainer.train()
+        assert called == []
+    for trainer, function in zip(inside, ("token_stats", "token_stats", "fused_loss"), strict=True):
+        called.clear()
+        trainer.train()
+        assert called == [function]
+    assert forwards(trainer_of("sft", tmp_path, saved)) == "trl.trainer.utils"
+
+
+def test_a_subclass_keeps_a_method_of_its_own(tmp_path, monkeypatch, saved):
+    made, configured = KINDS["orpo"].classes()
+
+    class Mine(made):
+        def concatenated_forward(self, model: Any, batch: Any) -> Any:
+            return super().concatenated_forward(model, batch)
+
+    called = calls_of_the_head(monkeypatch)
+    args = configured(**SETTINGS | {"output_dir": str(tmp_path), "max_steps": 1})
+    with on_fastpost.patch():
+        trainer = Mine(model=tiny.model(), args=args, processing_class=tiny.tokenizer(), train_dataset=data("dpo"))
+        trainer.train()
+    assert called == []
+
+
+def test_the_mean_logits_of_cpo_are_of_what_is_scored(tmp_path, saved):
+    with on_fastpost.patch():
+        trainer = trainer_of("cpo", tmp_path, saved)
+    batch = next(iter(trainer.get_train_dataloader()))
+    labels = trainer.concatenated_inputs(batch, padding_value=0)["concatenated_labels"]
+    own = type(trainer).concatenated_forward
+    with torch.no_grad():
+        got, want = trainer.concatenated_forward(trainer.model, batch), own(trainer, trainer.model, batch)
+        truth = own(trainer, trainer.model.double(), batch)
+    for mine, same, exact, rows in zip(got[2:4], want[2:4], truth[2:4], labels.chunk(2), strict=True):
+        scored = rows[:, 1:] != -100
+        assert len(mine) == scored.sum()
+        assert_close_to_truth(mine, *(x[:, :-1][scored].mean(-1) for x in (same, exact)), "logits")
+
+
+def test_mixed_precision_trains_and_is_unwrapped_without_loss(tmp_path, saved):
+    with on_fastpost.patch():
+        trainer = trainer_of("sft", tmp_path, saved, bf16=True, max_steps=8, learning_rate=1e-2)
+    run = train(trainer)
+    assert run.losses[-1] < run.losses[0]
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    assert forwards(trainer) == OURS and model(**inputs(), fused_lm_head=True).log_probs.shape == (3, 11)
+
+
+# An adapter on the head, which TRL refuses.
+
+ON_HEAD = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "kto", "grpo", "rloo", "distillation"])
+def test_without_the_patch_an_adapter_on_the_head_is_refused_as_ever(name, tmp_path, saved):
+    on_fastpost.patch().restore()
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        trainer_of(name, tmp_path, saved, lora=ON_HEAD)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_adapter_that_head_of_refuses_is_refused_at_once(name, tmp_path, saved):
+    dora = LoraConfig(r=4, target_modules=["lm_head"], use_dora=True, task_type="CAUSAL_LM")
+    with on_fastpost.patch(), pytest.raises(ValueError, match="the head carries"):
+        trainer_of(name, tmp_path, saved, lora=dora)
+
+
+def test_an_fp32_head_and_an_adapter_on_it_are_refused(tmp_path, saved):
+    with on_fastpost.patch(), pytest.raises(ValueError, match="cast_lm_head_to_fp32=True would take the adapter off"):
+        trainer_of("grpo", tmp_path, saved, lora=ON_HEAD, cast_lm_head_to_fp32=True)

@@ -307,10 +307,11 @@ def _check() -> None:
         raise ValueError(f"fastpost knows how trl {KNOWN} hangs together, and this is trl {trl.__version__}: {remedy}")
     with_peft = {f"{module}.{ADAPTER}": None for module in REFUSING} if importlib.util.find_spec("peft") else {}
     for path, parameters in (RELIES_ON | with_peft).items():
+        owner, _, name = path.rpartition(".")
         try:
-            found = resolve_name(path)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"this trl {KNOWN} has no {path}, which fastpost relies on ({error}): {remedy}") from error
+            found = vars(resolve_name(owner))[name]
+        except (ImportError, AttributeError, KeyError) as error:
+            raise ValueError(f"this trl {KNOWN} has no {path}, which fastpost relies on: {remedy}") from error
         if parameters is not None and (got := tuple(inspect.signature(found).parameters)) != parameters:
             raise ValueError(
                 f"this trl {KNOWN} has another {path} than fastpost relies on: it takes {', '.join(got)}, "
