@@ -150,7 +150,7 @@ def statistics_slack(truth: Problem, fp32: Problem, names: Sequence[str]) -> flo
     """What the rule allows the worst of these statistics."""
     want, single = theirs(truth), theirs(fp32)
     errors = [(stat(single, name).double() - stat(want, name)).abs().max() for name in names]
-    return 2 * float(torch.stack(errors).max()) + STATISTIC_SLACK
+    return 2 * torch.stack(errors).max().item() + STATISTIC_SLACK
 
 
 def assert_loss_exact(
