@@ -41,10 +41,9 @@ def kl_in_reward(
     checks.per_sequence(batch, score=score)
     checks.per_token(batch, logp=logp, ref_logp=ref_logp)
     checks.finite_or_nan("score", score)
-    checks.one_of("kl_estimator", kl_estimator, ("k1", "k2", "k3"))
+    checks.one_of("kl_estimator", kl_estimator, tuple(kl.ESTIMATORS))
     rows, sequence, last = _steps(batch)
-    estimate = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}[kl_estimator]
-    cost = kl_coef * estimate(logp.index_select(0, rows), ref_logp.index_select(0, rows))
+    cost = kl_coef * kl.ESTIMATORS[kl_estimator](logp.index_select(0, rows), ref_logp.index_select(0, rows))
     given = torch.where(last, score.nan_to_num(nan=0.0).index_select(0, sequence), 0.0)
     return _laid(batch, rows, given - cost)
 

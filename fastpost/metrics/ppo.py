@@ -28,7 +28,7 @@ def ppo_rollout(
     objective/non_score_reward, -kl_coef KL; objective/scores; objective/rlhf_reward, their sum; val/num_eos_tokens."""
     _needs(batch, "ppo_rollout", "old_logp", "ref_logp")
     at = kept(batch)
-    estimate = {"k1": kl.k1, "k2": kl.k2, "k3": kl.k3}[kl_estimator](batch.old_logp, batch.ref_logp)
+    estimate = kl.ESTIMATORS[kl_estimator](batch.old_logp, batch.ref_logp)
     spent = batch.per_sequence(torch.where(at, estimate, 0.0))
     return {
         "objective/kl": mean(spent),
