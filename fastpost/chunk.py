@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ class Picks:
         self.ids, self.scale, self.softcap = ids, s.p.scale, s.p.softcap
         self.raw = torch.full(ids.shape, LOWEST, dtype=s.wide, device=s.device)
         self.rest = row_math.new_state(len(ids), s.device, s.wide)
-        self.bias = None if s.bias is None else s.bias[ids]
+        self.bias = None if s.operands.bias is None else s.operands.bias[ids]
 
     def where(self, block: Columns) -> tuple[Tensor, Tensor]:  # (R, K) columns of the block, and which ids are in it
-        column = (self.ids - block.span.start).clamp(0, block.weight.shape[0] - 1)
+        column = (self.ids - block.span.start).clamp(0, block.span.stop - block.span.start - 1)
         return column, column == self.ids - block.span.start
 
     def fold(self, s: Sweep, tile: Tensor, block: Columns, chunk: Chunk) -> None:
@@ -74,8 +74,9 @@ class Picks:
         left.scatter_add_(1, column, torch.where(here, values.to(left.dtype), 0))
 
 
-def fold_chunk(s: Sweep, chunk: Chunk, u: Tensor | None = None) -> dict[str, Tensor]:
-    """The statistics of these rows from all their tiles; and, into u (R, D), their sum_v p_v dz_v/dlogit_v W_v."""
+def fold_chunk(s: Sweep, chunk: Chunk, u: Tensor | None = None, u_low: Tensor | None = None) -> dict[str, Tensor]:
+    """The statistics of these rows from all their tiles; and, into u (R, D) and u_low (R, r), their
+    sum_v p_v dz_v/dlogit_v W_v and the same sum of B_v."""
     p, inverse = s.p, chunk.inverse_temperature
     state = row_math.new_state(len(chunk.target), s.device, s.wide)
     picks = None if p.teacher is None else Picks(p.teacher.ids[chunk.rows], s)
@@ -89,18 +90,20 @@ def fold_chunk(s: Sweep, chunk: Chunk, u: Tensor | None = None) -> dict[str, Ten
         s.kernels.fold(
             state, tile, chunk.target, block.span.start, block.shape, inverse, wants, tile_q, block.shape_q, left
         )
-        if u is not None and left is not None:
-            u.mul_((before - state[MAX]).exp_()[:, None])
-            s.gemm.add_product(u, left, block.weight)
+        for total, factor in ((u, block.weight), (u_low, block.b)):
+            if total is not None and factor is not None and left is not None:
+                total.mul_((before - state[MAX]).exp_()[:, None])
+                s.gemm.add_product(total, left, factor)
     stats = row_math.finish(state, wants, s.V, inverse)
     if "jsd" in wants:
         stats |= _mixture(s, chunk, state)
     if picks is not None and p.teacher is not None:
         stats["outcomes"] = picks.outcomes(state, inverse, s.V)
         stats |= topk.divergences(stats["outcomes"], s.teacher_outcomes(chunk.rows), p.wants, p.jsd_beta)
-    if u is not None:
-        u.div_(state[SUM, :, None])
-        stats["logit"] = state[TARGET]
+    for total in (u, u_low):
+        if total is not None:
+            total.div_(state[SUM, :, None])
+            stats["logit"] = state[TARGET]
     return stats
 
 
@@ -114,12 +117,13 @@ def _mixture(s: Sweep, chunk: Chunk, state: Tensor) -> dict[str, Tensor]:
     return row_math.finish_mixture(state, s.p.jsd_beta)
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Where gradients go, each in fp32 or wider; None: not wanted."""
+class Totals(NamedTuple):
+    """Where gradients go, each in fp32 or wider; None: not wanted. The order is that of Operands, after hidden."""
 
     weight: Tensor | None  # (V, D)
     bias: Tensor | None  # (V,)
+    low: Tensor | None  # (N, r)
+    b: Tensor | None  # (V, r)
 
 
 def grad_chunk(
@@ -130,7 +134,7 @@ def grad_chunk(
     dhidden: Tensor | None,  # (R, D), zero; added to
     totals: Totals,
 ) -> None:
-    """dL/dhidden of these rows, and what they add to dL/dweight and dL/dbias."""
+    """dL/dhidden of these rows, and what they add to the totals."""
     p, inverse = s.p, chunk.inverse_temperature
     on_rows = {n: g for n, g in d.items() if p.teacher is None or n not in NEEDS_REFERENCE}
     on_teacher = {n: g for n, g in d.items() if n not in on_rows}
@@ -157,8 +161,12 @@ def grad_chunk(
             named.picks.put(left, block, found)
         if dhidden is not None:
             s.gemm.add_product(dhidden, left, block.weight)
+        if totals.low is not None and block.b is not None:
+            s.gemm.add_product(totals.low[chunk.rows], left, block.b)
         if totals.weight is not None:
             s.gemm.add_product(totals.weight[block.span], left.T, chunk.hidden)
+        if totals.b is not None and chunk.low is not None:
+            s.gemm.add_product(totals.b[block.span], left.T, chunk.low)
         if totals.bias is not None:
             totals.bias[block.span] += left.sum(0, dtype=totals.bias.dtype)
 

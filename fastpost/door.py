@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastpost.sweep import Problem, Reference
+from fastpost.lowrank import low_rank
+from fastpost.sweep import Operands, Problem, Reference
 from fastpost.types import NEEDS_REFERENCE, OUTPUTS, Head, Stats, TopK, nearest
 
 TOO_LIKELY = 1e-2  # by how much a teacher's stored probabilities may exceed one: what bfloat16 rounding makes of them
@@ -34,22 +35,20 @@ def eager_only(function: Callable) -> Callable:
 class Door:
     """A checked call: the gradient-carrying tensors, the problem, and the way back to the caller's shape."""
 
-    hidden: Tensor  # (T, D)
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
+    operands: Operands
     problem: Problem
     shape: torch.Size  # of target
     kept: Tensor | None  # (T,) bool, where ignored rows could not be left out (graph capture) and are zeroed instead
     renamed: dict[str, str]  # an end of the JSD family -> the KL that it is
 
     @property
-    def needs_hidden(self) -> bool:
-        return torch.is_grad_enabled() and self.hidden.requires_grad
+    def needs_rows(self) -> bool:
+        """Whether what is known of the rows carries a gradient."""
+        return _trains(self.operands.hidden, self.operands.low)
 
     @property
     def needs_head(self) -> bool:
-        bias = self.bias is not None and self.bias.requires_grad
-        return torch.is_grad_enabled() and (self.weight.requires_grad or bias)
+        return _trains(self.operands.weight, self.operands.bias, self.operands.b)
 
     def inner(self, name: str) -> str:
         return self.renamed.get(name, name)
@@ -65,6 +64,10 @@ class Door:
 
     def stats(self, values: dict[str, Tensor], outputs: Sequence[str]) -> Stats:
         return Stats(**{OUTPUTS[name]: self.scatter(values[self.inner(name)]) for name in outputs})
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def open_door(
@@ -92,6 +95,7 @@ def open_door(
     rows = flat if index is None else flat.index_select(0, index)
     renamed = {"jsd": {0.0: "forward_kl", 1.0: "reverse_kl"}[float(jsd_beta)]} if jsd_beta in (0, 1) else {}
     wants = frozenset(renamed.get(name, name) for name in outputs)
+    dtype = _operand_dtype(hidden, head)
     problem = Problem(
         target=rows,
         index=index,
@@ -99,11 +103,16 @@ def open_door(
         scale=float(head.scale),
         softcap=None if head.softcap is None else float(head.softcap),
         inverse_temperature=_inverse_temperature(temperature, target, index, hidden),
-        reference=_reference(reference, hidden, head, target, index) if wants & NEEDS_REFERENCE else None,
+        reference=_reference(reference, hidden, head, target, index, dtype) if wants & NEEDS_REFERENCE else None,
         jsd_beta=float(jsd_beta),
-        dtype=_operand_dtype(hidden, head),
+        dtype=dtype,
     )
-    return Door(hidden.reshape(-1, hidden.shape[-1]), head.weight, head.bias, problem, target.shape, mask, renamed)
+    return Door(_operands(hidden, head, index, dtype), problem, target.shape, mask, renamed)
+
+
+def _operands(hidden: Tensor, head: Head, index: Tensor | None, dtype: torch.dtype) -> Operands:
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return Operands(flat, head.weight, head.bias, *low_rank(flat, head.lora, index, dtype))
 
 
 def _head(head: Head | Tensor, name: str) -> Head:
@@ -148,7 +157,10 @@ def _check_hidden(hidden: Tensor, head: Head, target: Tensor, name: str = "hidde
         )
     if target.numel() == 0:
         raise ValueError(f"target is empty: {name} has shape {tuple(hidden.shape)}")
-    for what, other in (("target", target), ("head.weight", head.weight), ("head.bias", head.bias)):
+    beside = [("target", target), ("head.weight", head.weight), ("head.bias", head.bias)]
+    for adapter in head.lora:
+        beside += [("LowRank.a", adapter.a), ("LowRank.b", adapter.b)]
+    for what, other in beside:
         if other is not None and other.device != hidden.device:
             raise ValueError(f"{name} is on {hidden.device} and {what} on {other.device}")
 
@@ -247,6 +259,7 @@ def _reference(
     head: Head,
     target: Tensor,
     index: Tensor | None,
+    dtype: torch.dtype,
 ) -> Reference | TopK:
     V = head.weight.shape[0]
     if isinstance(reference, TopK):
@@ -288,12 +301,10 @@ def _reference(
         raise ValueError(f"the reference's hidden is {hidden_q.dtype} and its head's weight {head_q.weight.dtype}")
     if hidden_q.device != hidden.device:
         raise ValueError(f"hidden is on {hidden.device} and the reference's hidden on {hidden_q.device}")
+    with torch.no_grad():
+        operands = _operands(hidden_q, head_q, index, dtype)
+    constant = Operands._make(None if x is None else x.detach() for x in operands)
     # The same tensor, not an alias of it, where policy and reference share a head: a sweep then widens its blocks once.
-    weight = head.weight if head_q.weight is head.weight else head_q.weight.detach()
-    return Reference(
-        hidden_q.detach().reshape(-1, hidden_q.shape[-1]),
-        weight,
-        None if head_q.bias is None else head_q.bias.detach(),
-        float(head_q.scale),
-        None if head_q.softcap is None else float(head_q.softcap),
-    )
+    if head_q.weight is head.weight:
+        constant = constant._replace(weight=head.weight)
+    return Reference(constant, float(head_q.scale), None if head_q.softcap is None else float(head_q.softcap))

@@ -64,7 +64,8 @@ class Gemm:
         return torch.mm(a, b.T, out_dtype=out.dtype, out=out)
 
     def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:  # (M, N) += (M, K) @ (K, N)
-        """total += a @ b, accumulated in total's own precision."""
+        """total += a @ b, accumulated in total's own precision; b is rounded to a's dtype."""
+        b = b.to(a.dtype)
         if a.dtype == total.dtype:
             torch.addmm(total, a, b, out=total)
         else:

@@ -47,20 +47,20 @@ def token_stats(
     temperature: a number, or a tensor of target's shape; it divides the logits of p and of q.
 
     Returns a Stats with a field of target's shape for each output: fp32 (float64 for float64 inputs; top1 bool), None
-    where not asked. A target equal to ignore_index gives 0, no gradient, and no work. Gradients flow to hidden, weight
-    and bias, in their dtypes. Logits are fp32 whatever the inputs' dtype. On an accelerator the call waits once for the
-    number of kept rows.
+    where not asked. A target equal to ignore_index gives 0, no gradient, and no work. Gradients flow to hidden, weight,
+    bias and the a and b of a LoRA, in their dtypes. Logits are fp32 whatever the inputs' dtype. On an accelerator the
+    call waits once for the number of kept rows.
 
     Raises ValueError, naming the argument and the shapes, for what does not fit together. Backward is once
     differentiable; the transforms of torch.func are not supported.
     """
     door = open_door(hidden, head, target, outputs, reference, temperature, jsd_beta, ignore_index)
-    p, tensors = door.problem, (door.hidden, door.weight, door.bias)
-    if not (door.needs_hidden or door.needs_head):
-        values = statistics(p, *tensors)
+    p, operands = door.problem, door.operands
+    if not (door.needs_rows or door.needs_head):
+        values = statistics(p, operands)
     else:
         schedule = FrozenLogp if not door.needs_head and p.wants <= {"logp", "top1"} else LazyStats
-        values = dict(zip(p.names, schedule.apply(*tensors, p), strict=True))
+        values = dict(zip(p.names, schedule.apply(*operands, p), strict=True))
     return door.stats(values, outputs)
 
 
@@ -122,17 +122,17 @@ def fused_loss(
         batch.kept,
         batch.lengths,
     )
-    p, plan, tensors = door.problem, _plan_loss(loss, batch, door), (door.hidden, door.weight, door.bias)
+    p, plan, operands = door.problem, _plan_loss(loss, batch, door), door.operands
     carrying = {door.inner(name) for name in loss.differentiates}
-    if not (door.needs_hidden or door.needs_head):
-        total, found = None, statistics(p, *tensors)
+    if not (door.needs_rows or door.needs_head):
+        total, found = None, statistics(p, operands)
     elif not door.needs_head and carrying <= {"logp"}:
-        total, found = None, dict(zip(p.names, FrozenLogp.apply(*tensors, p), strict=True))
-    elif plan.longest_unit() <= Sweep(p, door.weight, door.bias, held=True).rows_each:
-        total, *values = EagerLoss.apply(*tensors, plan)
+        total, found = None, dict(zip(p.names, FrozenLogp.apply(*operands, p), strict=True))
+    elif plan.longest_unit() <= Sweep(p, operands, held=True).rows_each:
+        total, *values = EagerLoss.apply(*operands, plan)
         found = dict(zip(p.names, values, strict=True))
     else:
-        total, found = None, dict(zip(p.names, LazyStats.apply(*tensors, p), strict=True))
+        total, found = None, dict(zip(p.names, LazyStats.apply(*operands, p), strict=True))
     if total is None:
         total = plan.weighted(found, plan.batch, slice(None))
     if not return_stats:
@@ -158,7 +158,7 @@ def _plan_loss(loss: Loss, batch: Batch, door: Door) -> Plan:
         )
     if door.kept is not None and loss.unit != "token":
         raise ValueError(f"under graph capture only a loss of tokens can run, and {loss.name!r} is one of {loss.unit}s")
-    device = door.hidden.device
+    device = door.operands.hidden.device
     inner = batch.at(torch.arange(len(p), device=device) if p.index is None else p.index)
     if door.kept is not None:
         inner = inner.blank(door.kept)

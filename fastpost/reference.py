@@ -17,7 +17,10 @@ from fastpost.types import OUTPUTS, Head, Stats, TopK
 
 
 def logits(hidden: Tensor, head: Head, temperature: float | Tensor = 1.0) -> Tensor:  # (T, D) -> (T, V)
-    z = head.scale * F.linear(hidden, head.weight, head.bias)
+    z = F.linear(hidden, head.weight, head.bias)
+    for each in head.lora:  # in its own dtype, as PEFT does
+        z = z + each.scaling * F.linear(F.linear(F.dropout(hidden.to(each.a.dtype), each.dropout), each.a), each.b)
+    z = head.scale * z.to(hidden.dtype)
     if head.softcap is not None:
         z = head.softcap * torch.tanh(z / head.softcap)
     return z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)

@@ -15,8 +15,7 @@ Same kernels, same loss, same numbers in each.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,27 +24,21 @@ from torch import Tensor
 from fastpost.chunk import Totals, fold_chunk, grad_chunk
 from fastpost.equation import Loss
 from fastpost.gemm import exact_products
-from fastpost.sweep import Problem, Sweep
+from fastpost.once import differentiable_once
+from fastpost.sweep import Chunk, Operands, Problem, Sweep, put
 from fastpost.types import NEEDS_REFERENCE, OUTPUTS, Batch, Stats
 
 ROWS = 4096  # of a (T, D) or (V, D) tensor that are rescaled together: what fp32 needs meanwhile is bounded
 
 
-def _totals(s: Sweep, weight: bool, bias: bool) -> Totals:
+def _totals(s: Sweep, needs: Sequence[bool]) -> Totals:
     """The accumulators: one for dW in fp32 whatever the weight's dtype, and no other (V, D) tensor."""
-    return Totals(_zeros(s, s.V, s.D) if weight else None, _zeros(s, s.V) if bias else None)
+    wanted = zip(s.operands[1:], needs[1:], strict=True)
+    return Totals(*(_zeros(s, *x.shape) if need and x is not None else None for x, need in wanted))
 
 
 def _zeros(s: Sweep, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=s.wide, device=s.device)
-
-
-def _put(dhidden: Tensor, p: Problem, rows: slice, values: Tensor) -> None:
-    """The gradient of kept rows, in their places."""
-    if p.index is None:
-        dhidden[rows] = values.to(dhidden.dtype)
-    else:
-        dhidden.index_copy_(0, p.index[rows], values.to(dhidden.dtype))
 
 
 def _scaled(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,6 +47,10 @@ def _scaled(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     for part, result in zip(x.split(ROWS), out.split(ROWS), strict=True):
         result.copy_(part * g)
     return out
+
+
+def _of_dtype(total: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if total is None or like is None else total.to(like.dtype)
 
 
 def _cut(values: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
@@ -68,60 +65,45 @@ def _join(parts: list[dict[str, Tensor]], s: Sweep) -> dict[str, Tensor]:
     return {name: empty.bool() if name == "top1" else empty.clone() for name in (*s.p.names, "lse")}
 
 
-def statistics(p: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+def statistics(p: Problem, operands: Operands) -> dict[str, Tensor]:
     """Every statistic that is wanted, and what their gradients will need. G."""
-    with exact_products(hidden.device), torch.no_grad():
-        s = Sweep(p, weight, bias, held="jsd" in p.row_wants)
-        return _join([fold_chunk(s, s.open(hidden, rows)) for rows in s.chunks()], s)
+    with exact_products(operands.hidden.device), torch.no_grad():
+        s = Sweep(p, operands, held="jsd" in p.row_wants)
+        return _join([fold_chunk(s, s.open(rows)) for rows in s.chunks()], s)
 
 
-class _Once(torch.autograd.Function):
-    """A gradient that cannot be differentiated again."""
-
-    @staticmethod
-    def forward(ctx, gradient: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, *upstream: Tensor):
-        raise RuntimeError("a gradient of the head has none of its own: the head is differentiable once")
-
-
-def differentiable_once(backward: Callable) -> Callable:
-    """A second derivative is refused. torch's once_differentiable takes it for zero where the upstream is constant."""
-
-    @functools.wraps(backward)
-    def checked(ctx, *upstream):
-        with torch.no_grad():
-            gradients = backward(ctx, *upstream)
-        if not torch.is_grad_enabled():
-            return gradients
-        return tuple(None if x is None else _Once.apply(x.requires_grad_()) for x in gradients)
-
-    return checked
+def _dlogp(s: Sweep, chunk: Chunk, logit: Tensor, of_target: Tensor, mean: Tensor) -> Tensor:  # (R, K)
+    """dlogp/dx = dz_y/dlogit_y Y_y - sum_v p_v dz_v/dlogit_v Y_v, where x @ Y.T is in the logits."""
+    out, inverse = of_target.to(s.wide, copy=True), chunk.inverse_temperature
+    if s.p.softcap is not None:  # z_y's own slope; the other columns had theirs in the sum
+        out *= (1 - (logit / s.p.softcap).square())[:, None]
+    return out.sub_(mean).mul_(s.p.scale if inverse is None else (s.p.scale * inverse)[:, None])
 
 
 class FrozenLogp(torch.autograd.Function):
     """Statistics of which logp alone carries a gradient, already made: U = dlogp/dhidden (N, D). 2 G."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, p: Problem) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, b: Tensor | None, p: Problem
+    ) -> tuple[Tensor, ...]:
         with exact_products(hidden.device):
-            s = Sweep(p, weight, bias, held="jsd" in p.row_wants)
+            s = Sweep(p, Operands(hidden, weight, bias, low, b), held="jsd" in p.row_wants)
             U = torch.empty(len(p), s.D, dtype=hidden.dtype, device=hidden.device)
+            U_low = None if low is None else torch.empty_like(low)
             parts = []
             for rows in s.chunks():
-                chunk = s.open(hidden, rows)
-                mean = _zeros(s, rows.stop - rows.start, s.D)
-                stats = fold_chunk(s, chunk, mean)
-                picked = weight.index_select(0, chunk.target).to(p.dtype).to(s.wide)
-                if p.softcap is not None:  # z_y's own slope; the other columns had theirs in the sum
-                    picked *= (1 - (stats["logit"] / p.softcap).square())[:, None]
-                slope = p.scale if chunk.inverse_temperature is None else (p.scale * chunk.inverse_temperature)[:, None]
-                U[rows] = picked.sub_(mean).mul_(slope)
+                chunk = s.open(rows)
+                mean = _zeros(s, len(chunk.target), s.D)
+                mean_low = None if chunk.low is None else torch.zeros_like(chunk.low)
+                stats = fold_chunk(s, chunk, mean, mean_low)
+                of_target = weight.index_select(0, chunk.target).to(p.dtype)
+                U[rows] = _dlogp(s, chunk, stats["logit"], of_target, mean)
+                if U_low is not None and mean_low is not None and b is not None:
+                    U_low[rows] = _dlogp(s, chunk, stats["logit"], b.index_select(0, chunk.target), mean_low)
                 parts.append(stats)
         values = _join(parts, s)
-        ctx.save_for_backward(U)
+        ctx.save_for_backward(U, U_low)
         ctx.p, ctx.like = p, (hidden.shape, hidden.dtype)
         ctx.mark_non_differentiable(*(values[name] for name in p.names if name != "logp"))
         return tuple(values[name] for name in p.names)
@@ -129,23 +111,25 @@ class FrozenLogp(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, *upstream: Tensor):
-        (U,), dlogp = ctx.saved_tensors, upstream[ctx.p.names.index("logp")]
+        (U, U_low), dlogp = ctx.saved_tensors, upstream[ctx.p.names.index("logp")]
         shape, dtype = ctx.like
         dhidden = torch.zeros(shape, dtype=dtype, device=U.device)
         for start in range(0, len(U), ROWS):
             rows = slice(start, min(start + ROWS, len(U)))
-            _put(dhidden, ctx.p, rows, U[rows] * dlogp[rows, None])
-        return dhidden, None, None, None
+            put(dhidden, ctx.p.index, rows, U[rows] * dlogp[rows, None])
+        return dhidden, None, None, None if U_low is None else U_low * dlogp[:, None], None, None
 
 
 class LazyStats(torch.autograd.Function):
     """Statistics as autograd tensors: backward visits the tiles a second time. 4 G, or 3 G with a frozen weight."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, p: Problem) -> tuple[Tensor, ...]:
-        values = statistics(p, hidden, weight, bias)
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, b: Tensor | None, p: Problem
+    ) -> tuple[Tensor, ...]:
+        values = statistics(p, Operands(hidden, weight, bias, low, b))
         out = tuple(values[name] for name in p.names)
-        ctx.save_for_backward(hidden, weight, bias, *out)
+        ctx.save_for_backward(hidden, weight, bias, low, b, *out)
         ctx.p = p
         ctx.unseen = {name: x for name, x in values.items() if name not in p.names}
         ctx.mark_non_differentiable(*(x for x in out if not x.is_floating_point()))
@@ -155,28 +139,25 @@ class LazyStats(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, *upstream: Tensor | None):
-        hidden, weight, bias, *out = ctx.saved_tensors
+        hidden, weight, bias, low, b, *out = ctx.saved_tensors
+        operands = Operands(hidden, weight, bias, low, b)
         p, values = ctx.p, ctx.unseen | dict(zip(ctx.p.names, out, strict=True))
         d = {n: g for n, g in zip(ctx.p.names, upstream, strict=True) if g is not None and n != "top1"}
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if not NEEDS_REFERENCE & d.keys():
             p = replace(p, reference=None)  # its tiles were for the values
-        with exact_products(hidden.device):
-            s = Sweep(p, weight, bias, held=False)
-            totals = _totals(s, need_weight, need_bias)
-            dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if need_hidden else None
+        with exact_products(operands.hidden.device):
+            s = Sweep(p, operands, held=False)
+            totals = _totals(s, ctx.needs_input_grad[:5])
+            dhidden = None
+            if ctx.needs_input_grad[0]:
+                dhidden = torch.zeros_like(operands.hidden, memory_format=torch.contiguous_format)
             for rows in s.chunks() if d else ():
-                total = _zeros(s, rows.stop - rows.start, s.D) if need_hidden else None
+                total = None if dhidden is None else _zeros(s, rows.stop - rows.start, s.D)
                 stats, slopes = _cut(values, rows), {n: g.to(s.wide) for n, g in _cut(d, rows).items()}
-                grad_chunk(s, s.open(hidden, rows), stats, slopes, total, totals)
+                grad_chunk(s, s.open(rows), stats, slopes, total, totals)
                 if dhidden is not None and total is not None:
-                    _put(dhidden, p, rows, total)
-        return (
-            dhidden,
-            None if totals.weight is None else totals.weight.to(weight.dtype),
-            None if totals.bias is None or bias is None else totals.bias.to(bias.dtype),
-            None,
-        )
+                    put(dhidden, p.index, rows, total)
+        return dhidden, *(_of_dtype(total, x) for total, x in zip(totals, operands[1:], strict=True)), None
 
 
 @dataclass(frozen=True)
@@ -192,30 +173,33 @@ class EagerLoss(torch.autograd.Function):
     """The loss, all its gradients and its statistics in one sweep of whole units. 3 G, or 2 G with a frozen weight."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
-        p = plan.problem
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, b: Tensor | None, plan: Plan
+    ) -> tuple[Tensor, ...]:
+        p, operands = plan.problem, Operands(hidden, weight, bias, low, b)
         # fp16 cannot hold a gradient before the caller's loss scale has multiplied it.
         keep = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         with exact_products(hidden.device):
-            s = Sweep(p, weight, bias, held=True)
-            totals = _totals(s, need_weight, need_bias)
-            dhidden = torch.zeros(hidden.shape, dtype=keep, device=hidden.device) if need_hidden else None
+            s = Sweep(p, operands, held=True)
+            totals = _totals(s, ctx.needs_input_grad[:5])
+            dhidden = None
+            if ctx.needs_input_grad[0]:
+                dhidden = torch.zeros(hidden.shape, dtype=keep, device=hidden.device)
             total = _zeros(s)
             parts = []
             for part in plan.parts(s.rows_each):
-                chunk = s.open(hidden, part.rows)
+                chunk = s.open(part.rows)
                 stats = fold_chunk(s, chunk)
                 value, d = plan.loss_and_grads(stats, part)
                 total += value
-                rows = _zeros(s, len(chunk.target), s.D) if need_hidden else None
+                rows = None if dhidden is None else _zeros(s, len(chunk.target), s.D)
                 grad_chunk(s, chunk, stats, d, rows, totals)
                 if dhidden is not None and rows is not None:
-                    _put(dhidden, p, part.rows, rows)
+                    put(dhidden, p.index, part.rows, rows)
                 parts.append(stats)
         values = _join(parts, s)
-        ctx.save_for_backward(dhidden, totals.weight, totals.bias)
-        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(dhidden, *totals)
+        ctx.dtypes = tuple(None if x is None else x.dtype for x in operands)
         out = tuple(values[name] for name in p.names)
         ctx.mark_non_differentiable(*out)
         return total, *out

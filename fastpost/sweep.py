@@ -28,13 +28,25 @@ COLUMNS = {"cpu": 1024, "cuda": 8192}
 MOST_ROWS = 4096
 
 
+class Operands(NamedTuple):
+    """What is multiplied: raw logits = hidden @ weight.T + bias + low @ b.T. The last two are a LoRA on the head."""
+
+    hidden: Tensor  # (T, D), of which the kept rows are taken
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    low: Tensor | None  # (N, r), of the kept rows alone, in the dtype of the logits
+    b: Tensor | None  # (V, r)
+
+    @property
+    def width(self) -> int:
+        return self.hidden.shape[1] + (0 if self.low is None else self.low.shape[1])
+
+
 @dataclass(frozen=True)
 class Reference:
     """The other distribution of a KL, computed beside the first from its own hidden states and head; a constant."""
 
-    hidden: Tensor  # (T, D_q)
-    weight: Tensor  # (V, D_q)
-    bias: Tensor | None
+    operands: Operands
     scale: float
     softcap: float | None
 
@@ -74,9 +86,18 @@ class Problem:
         """What the row kernels must find; a stored teacher's divergences are found from its columns."""
         return self.wants if self.teacher is None else self.wants - NEEDS_REFERENCE
 
-    def cut(self, x: Tensor, rows: slice) -> Tensor:
-        """Kept rows `rows` of a tensor that has all T."""
-        return x[rows] if self.index is None else x.index_select(0, self.index[rows])
+
+def cut(x: Tensor, index: Tensor | None, rows: slice) -> Tensor:
+    """Kept rows `rows` of a tensor that has all T."""
+    return x[rows] if index is None else x.index_select(0, index[rows])
+
+
+def put(x: Tensor, index: Tensor | None, rows: slice, values: Tensor) -> None:
+    """The kept rows `rows` of a tensor that has all T become `values`."""
+    if index is None:
+        x[rows] = values.to(x.dtype)
+    else:
+        x.index_copy_(0, index[rows], values.to(x.dtype))
 
 
 def row_kernels(device: torch.device, dtype: torch.dtype):
@@ -101,8 +122,10 @@ class Columns(NamedTuple):
 
     span: slice
     weight: Tensor  # (B, D)
+    b: Tensor | None  # (B, r)
     shape: Shape
     weight_q: Tensor | None  # (B, D_q)
+    b_q: Tensor | None  # (B, r_q)
     shape_q: Shape | None
 
 
@@ -111,20 +134,26 @@ class Chunk(NamedTuple):
 
     rows: slice  # of the N kept
     hidden: Tensor  # (R, D)
+    low: Tensor | None  # (R, r)
     hidden_q: Tensor | None  # (R, D_q)
+    low_q: Tensor | None  # (R, r_q)
     target: Tensor  # (R,)
     inverse_temperature: Tensor | None  # (R,)
     logits: Tensor | None  # (R, V) raw products, where they are held
     logits_q: Tensor | None
 
 
-class Sweep:
-    """A way through the tiles of hidden @ weight.T in a bounded workspace."""
+def _shape(x: Operands, span: slice, scale: float, softcap: float | None) -> Shape:
+    return Shape(None if x.bias is None else x.bias[span], scale, softcap)
 
-    def __init__(self, p: Problem, weight: Tensor, bias: Tensor | None, *, held: bool):
-        self.p, self.weight, self.bias, self.held = p, weight, bias, held
-        self.V, self.D = weight.shape
-        self.device = weight.device
+
+class Sweep:
+    """A way through the tiles of the raw logits in a bounded workspace."""
+
+    def __init__(self, p: Problem, operands: Operands, *, held: bool):
+        self.p, self.operands, self.held = p, operands, held
+        self.V, self.D = operands.weight.shape
+        self.device = operands.weight.device
         self.wide = wide(p.dtype)
         self.gemm = Gemm(p.dtype, self.device)
         self.kernels = row_kernels(self.device, self.wide)
@@ -134,7 +163,7 @@ class Sweep:
     def _plan(self) -> tuple[int, int]:
         """(columns, rows) of a tile, by bytes: scratch tiles and accumulators a row, after one block of the weight."""
         size, dense = self.wide.itemsize, self.p.dense
-        widths = self.D + (dense.hidden.shape[1] if dense else 0)
+        widths = self.operands.width + (dense.operands.width if dense else 0)
         kind = "cpu" if self.device.type == "cpu" else "cuda"
         columns = max(64, min(COLUMNS[kind], WORKSPACE[kind] // (6 * widths * size)))
         columns = min(columns, self.V)
@@ -156,50 +185,66 @@ class Sweep:
         for start in range(0, len(self.p), self.rows_each):
             yield slice(start, min(start + self.rows_each, len(self.p)))
 
-    def open(self, hidden: Tensor, rows: slice) -> Chunk:
+    def open(self, rows: slice) -> Chunk:
         p, n = self.p, rows.stop - rows.start
+        hidden, low = self._left(self.operands, rows, "hidden")
+        hidden_q, low_q = self._left(p.dense.operands, rows, "hidden q") if p.dense else (None, None)
         return Chunk(
             rows,
-            self.gemm.operand(p.cut(hidden, rows), "hidden"),
-            self.gemm.operand(p.cut(p.dense.hidden, rows), "hidden q") if p.dense else None,
+            hidden,
+            low,
+            hidden_q,
+            low_q,
             p.target[rows],
             None if p.inverse_temperature is None else p.inverse_temperature[rows],
             self._buffer("logits", (n, self.V), self.wide) if self.held else None,
             self._buffer("logits q", (n, self.V), self.wide) if self.held and p.dense else None,
         )
 
+    def _left(self, x: Operands, rows: slice, buffer: str) -> tuple[Tensor, Tensor | None]:  # (R, D), (R, r)
+        hidden = self.gemm.operand(cut(x.hidden, self.p.index, rows), buffer)
+        return hidden, None if x.low is None else x.low[rows]
+
     def columns(self, *, multiplied: bool = True) -> Iterator[Columns]:
         """Blocks of the vocabulary; unless they are to be multiplied no weight is widened."""
-        p, q = self.p, self.p.dense
+        p, x, q = self.p, self.operands, self.p.dense
         for start in range(0, self.V, self.columns_each):
             span = slice(start, min(start + self.columns_each, self.V))
-            block = self.gemm.operand(self.weight[span], "weight") if multiplied else self.weight[span]
-            block_q = shape_q = None
+            weight = self.gemm.operand(x.weight[span], "weight") if multiplied else x.weight[span]
+            weight_q = b_q = shape_q = None
             if q is not None:
-                # The reference of a LoRA policy has the very same head: its block is widened once.
-                same = q.weight is self.weight
-                block_q = block if same or not multiplied else self.gemm.operand(q.weight[span], "weight q")
-                shape_q = Shape(None if q.bias is None else q.bias[span], q.scale, q.softcap)
-            yield Columns(
-                span, block, Shape(None if self.bias is None else self.bias[span], p.scale, p.softcap), block_q, shape_q
-            )
+                # The reference of a LoRA policy has the very same weight: its block is widened once.
+                same = q.operands.weight is x.weight
+                weight_q = weight if same or not multiplied else self.gemm.operand(q.operands.weight[span], "weight q")
+                b_q, shape_q = self._low_block(q.operands, span), _shape(q.operands, span, q.scale, q.softcap)
+            shape = _shape(x, span, p.scale, p.softcap)
+            yield Columns(span, weight, self._low_block(x, span), shape, weight_q, b_q, shape_q)
+
+    def _low_block(self, x: Operands, span: slice) -> Tensor | None:  # (B, r)
+        return None if x.b is None else x.b[span].to(self.wide)
 
     def tiles(self, chunk: Chunk, block: Columns, *, again: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The raw products of policy and reference; `again`: take them from where they are held."""
-        return (
-            self._tile(chunk.hidden, block.weight, block.span, chunk.logits, "tile", again),
-            None
-            if chunk.hidden_q is None or block.weight_q is None
-            else self._tile(chunk.hidden_q, block.weight_q, block.span, chunk.logits_q, "tile q", again),
-        )
+        """The raw logits, but for the bias, of policy and reference; `again`: take them from where they are held."""
+        tile, tile_q = self._room("tile", chunk, block, chunk.logits), None
+        if not (again and self.held):
+            self._multiply(tile, chunk.hidden, block.weight, chunk.low, block.b)
+        if chunk.hidden_q is not None and block.weight_q is not None:
+            tile_q = self._room("tile q", chunk, block, chunk.logits_q)
+            if not (again and self.held):
+                self._multiply(tile_q, chunk.hidden_q, block.weight_q, chunk.low_q, block.b_q)
+        return tile, tile_q
 
-    def _tile(self, hidden: Tensor, weight: Tensor, span: slice, held: Tensor | None, name: str, again: bool) -> Tensor:
-        if held is not None and again:
-            return held[:, span]
-        shape = (hidden.shape[0], weight.shape[0])
-        return self.gemm.product(
-            hidden, weight, self._buffer(name, shape, self.wide) if held is None else held[:, span]
-        )
+    def _room(self, name: str, chunk: Chunk, block: Columns, held: Tensor | None) -> Tensor:  # (R, B)
+        """Where a tile is, or is to be."""
+        if held is not None:
+            return held[:, block.span]
+        return self._buffer(name, (len(chunk.target), block.span.stop - block.span.start), self.wide)
+
+    def _multiply(self, tile: Tensor, hidden: Tensor, weight: Tensor, low: Tensor | None, b: Tensor | None) -> None:
+        """tile = hidden @ weight.T + low @ b.T: neither W + B A nor [W, B] is ever made."""
+        self.gemm.product(hidden, weight, tile)
+        if low is not None and b is not None:
+            self.gemm.add_product(tile, low, b.T)
 
     def scratch(self, tile: Tensor) -> Tensor:
         """A tile of the same size that may be overwritten."""

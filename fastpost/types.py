@@ -43,14 +43,44 @@ def check_pairs(S: int) -> None:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """A low-rank adapter (LoRA, arXiv:2106.09685) of a head: scaling * dropout(hidden) @ a.T @ b.T is added to its
+    products."""
+
+    a: Tensor  # (r, D)
+    b: Tensor  # (V, r)
+    scaling: float = 1.0
+    dropout: float = 0.0  # the share of hidden that a does not see; drawn anew at each call
+
+    def __post_init__(self):
+        for name, value in (("a", self.a), ("b", self.b)):
+            check_tensor(f"LowRank.{name}", value)
+            if value.ndim != 2 or not value.is_floating_point():
+                raise ValueError(
+                    f"LowRank.{name} must be a floating {'(r, D)' if name == 'a' else '(V, r)'} matrix, got "
+                    f"{value.dtype} of shape {tuple(value.shape)}"
+                )
+        if self.a.shape[0] != self.b.shape[1]:
+            raise ValueError(
+                f"LowRank.a (r, D) and LowRank.b (V, r) must have one r, got shapes {tuple(self.a.shape)} and "
+                f"{tuple(self.b.shape)}"
+            )
+        if not isinstance(self.scaling, int | float) or not abs(self.scaling) < float("inf"):
+            raise ValueError(f"LowRank.scaling must be a finite number, got {self.scaling!r}")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"LowRank.dropout must be in [0, 1), got {self.dropout!r}")
+
+
+@dataclass(frozen=True)
 class Head:
-    """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias)), softcap(x) = c * tanh(x /
-    c)."""
+    """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias)), softcap(x) = c * tanh(x / c),
+    with each adapter of `lora` added to the product."""
 
     weight: Tensor  # (V, D), the dtype of the hidden states
     bias: Tensor | None = None  # (V,)
     softcap: float | None = None  # c, as Gemma 2 caps its logits; None: no cap
     scale: float = 1.0
+    lora: tuple[LowRank, ...] = ()  # exact, and trained through: see fastpost.lowrank
 
     def __post_init__(self):
         check_tensor("head.weight", self.weight)
@@ -69,6 +99,14 @@ class Head:
         for name, value in (("scale", self.scale), ("softcap", 1.0 if self.softcap is None else self.softcap)):
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"head.{name} must be a positive, finite number, got {value!r}")
+        if not isinstance(self.lora, tuple) or not all(isinstance(adapter, LowRank) for adapter in self.lora):
+            raise ValueError(f"head.lora must be a tuple of fastpost.types.LowRank, got {self.lora!r}")
+        for adapter in self.lora:
+            if (adapter.b.shape[0], adapter.a.shape[1]) != self.weight.shape:
+                raise ValueError(
+                    f"head.lora must fit head.weight {tuple(self.weight.shape)} with a (r, D) and b (V, r), "
+                    f"got shapes {tuple(adapter.a.shape)} and {tuple(adapter.b.shape)}"
+                )
 
     @staticmethod
     def of(model: torch.nn.Module) -> Head:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -11,12 +12,26 @@ from torch import Tensor
 
 import fastpost as fp
 from fastpost import reference as plain
-from fastpost.types import OUTPUTS
+from fastpost.types import OUTPUTS, LowRank
 from rules import STATISTIC_SLACK, assert_close_to_truth, assert_gradient_close_to_truth
 
 OWN = ("logp", "lse", "entropy", "log_sum_sq", "mean_logp", "logp@1")  # statistics of p alone that have a gradient
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def leaf(x: Tensor, dtype: torch.dtype, train: bool = True) -> Tensor:
+    return x.detach().to(dtype, copy=True).requires_grad_(train)
+
+
+def fresh(head: fp.Head, dtype: torch.dtype, lora: torch.dtype, *, weight: bool, adapters: bool = True) -> fp.Head:
+    """The same head as leaves of these dtypes."""
+    return replace(
+        head,
+        weight=leaf(head.weight, dtype, weight),
+        bias=None if head.bias is None else leaf(head.bias, dtype, weight),
+        lora=tuple(replace(x, a=leaf(x.a, lora, adapters), b=leaf(x.b, lora, adapters)) for x in head.lora),
+    )
 
 
 @dataclass(frozen=True)
@@ -30,20 +45,25 @@ class Problem:
     reference: tuple[Tensor, fp.Head] | fp.TopK | None = None
     jsd_beta: float = 0.5
 
-    def to(self, dtype: torch.dtype, *, train_head: bool = True) -> Problem:
-        """The same numbers in another dtype, as fresh leaves."""
-        leaf = lambda x, train: None if x is None else x.detach().to(dtype, copy=True).requires_grad_(train)  # noqa: E731
-        head = replace(self.head, weight=leaf(self.head.weight, train_head), bias=leaf(self.head.bias, train_head))
+    def to(self, dtype: torch.dtype, *, train_head: bool = True, lora: torch.dtype | None = None) -> Problem:
+        """The same numbers in another dtype, as fresh leaves. Adapters train in any case, and may have their own."""
         reference = self.reference
         if isinstance(reference, tuple):
             hidden, q = reference
-            reference = leaf(hidden, False), replace(q, weight=leaf(q.weight, False), bias=leaf(q.bias, False))
-        temperature = self.temperature.to(dtype) if isinstance(self.temperature, Tensor) else self.temperature
-        return replace(self, hidden=leaf(self.hidden, True), head=head, temperature=temperature, reference=reference)
+            reference = leaf(hidden, dtype, False), fresh(q, dtype, lora or dtype, weight=False, adapters=False)
+        return replace(
+            self,
+            hidden=leaf(self.hidden, dtype),
+            head=fresh(self.head, dtype, lora or dtype, weight=train_head),
+            temperature=self.temperature.to(dtype) if isinstance(self.temperature, Tensor) else self.temperature,
+            reference=reference,
+        )
 
     @property
     def leaves(self) -> dict[str, Tensor]:
         found = {"hidden": self.hidden, "weight": self.head.weight, "bias": self.head.bias}
+        for i, adapter in enumerate(self.head.lora):
+            found |= {f"a{i}": adapter.a, f"b{i}": adapter.b}
         return {name: x for name, x in found.items() if x is not None and x.requires_grad}
 
     @property
@@ -60,13 +80,23 @@ def problem(
     V: int = 200,
     std: float = 3.0,  # of the logits
     bias: bool = False,
+    ranks: Sequence[int] = (),  # of adapters on the head
     **rest: object,  # of the head, and of Problem
 ) -> Problem:
     weight = torch.randn(V, D).mul(std / D**0.5)
     shape = {name: rest.pop(name) for name in ("softcap", "scale") if name in rest}
-    head = fp.Head(weight.to(device, dtype), torch.randn(V).to(device, dtype) if bias else None, **shape)
+    offset = torch.randn(V).to(device, dtype) if bias else None
+    lora = tuple(adapter(r, weight.to(device, dtype)) for r in ranks)
+    head = fp.Head(weight.to(device, dtype), offset, lora=lora, **shape)
     target = torch.randint(0, V, (T,)).to(device)
     return Problem(torch.randn(T, D).to(device, dtype), head, target, **rest).to(dtype)
+
+
+def adapter(r: int, weight: Tensor, scaling: float = 0.7) -> LowRank:
+    """One that adds about as much to the logits as the weight (V, D) itself."""
+    (V, D), like = weight.shape, {"dtype": weight.dtype, "device": weight.device}
+    a, b = torch.randn(r, D), torch.randn(V, r) * float(weight.float().square().mean().sqrt()) / r**0.5
+    return LowRank(a.to(**like), b.to(**like), scaling)
 
 
 def stat(stats: fp.Stats, output: str) -> Tensor:
@@ -91,10 +121,34 @@ def gradients(value: Tensor, upstream: Tensor, p: Problem) -> dict[str, Tensor]:
     return dict(zip(p.leaves, found, strict=True))
 
 
+def comparisons(p: Problem) -> tuple[Problem, Problem, Problem]:
+    """p in float64, in fp32, and in the dtypes it has."""
+    dtypes = torch.float64, torch.float32, p.hidden.dtype
+    adapters = *dtypes[:2], p.head.lora[0].a.dtype if p.head.lora else None
+    trained = p.head.weight.requires_grad
+    truth, fp32, same = (p.to(d, train_head=trained, lora=lora) for d, lora in zip(dtypes, adapters, strict=True))
+    return truth, fp32, same
+
+
+def assert_gradients_exact(
+    got: dict[str, Tensor],
+    p: Problem,
+    same: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    name: str,
+    slack: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """The rule, for each leaf of p."""
+    assert got.keys() == p.leaves.keys()
+    for leaf, gradient in got.items():
+        what = f"d{name}/d{leaf}"
+        assert gradient.dtype == p.leaves[leaf].dtype, f"{what} is {gradient.dtype}"
+        assert_gradient_close_to_truth(gradient, same[leaf], truth[leaf], what, slack.get(leaf, 0.0))
+
+
 def assert_exact(p: Problem, outputs: Sequence[str]) -> None:
     """Every output and each of its gradients, by the rule of DESIGN 5; in float64, by torch's own tolerance as well."""
-    dtype, trained = p.hidden.dtype, p.head.weight.requires_grad
-    truth, fp32, same = (p.to(d, train_head=trained) for d in (torch.float64, torch.float32, dtype))
+    dtype, (truth, fp32, same) = p.hidden.dtype, comparisons(p)
     got, want, single, yardstick = ours(p, outputs), theirs(truth), theirs(fp32), theirs(same)
     upstream = torch.randn(len(p.target)).bfloat16().float().to(p.hidden.device)
     for name in outputs:
@@ -103,12 +157,10 @@ def assert_exact(p: Problem, outputs: Sequence[str]) -> None:
         assert_close_to_truth(value, stat(single, name), stat(want, name), name)
         grads, truths = gradients(value, upstream, p), gradients(stat(want, name), upstream, truth)
         yardsticks = gradients(stat(yardstick, name), upstream, same)
-        for leaf, gradient in grads.items():
-            assert gradient.dtype == dtype, f"d{name}/d{leaf} is {gradient.dtype}"
-            assert_gradient_close_to_truth(gradient, yardsticks[leaf], truths[leaf], f"d{name}/d{leaf}")
+        assert_gradients_exact(grads, p, yardsticks, truths, name)
         if dtype == torch.float64:
             torch.testing.assert_close(value, stat(want, name), msg=name)
-            torch.testing.assert_close(grads, truths)
+            torch.testing.assert_close(grads, {leaf: truths[leaf] for leaf in grads})
 
 
 def in_dtype(batch: fp.Batch, dtype: torch.dtype) -> fp.Batch:
@@ -157,8 +209,7 @@ def assert_loss_exact(
     total: Tensor, loss: fp.Loss, p: Problem, batch: fp.Batch, name: str = "loss", **knobs: object
 ) -> None:
     """The rule for a loss with explicit weights, and for its gradient in each leaf of p."""
-    dtype, trained = p.hidden.dtype, p.head.weight.requires_grad
-    truth, fp32, same = (p.to(d, train_head=trained) for d in (torch.float64, torch.float32, dtype))
+    truth, fp32, same = comparisons(p)
     slack = statistics_slack(truth, fp32, loss.bind(**knobs).differentiates)
     want, yardstick = plain_loss(loss, truth, batch, **knobs), plain_loss(loss, same, batch, **knobs)
     moved = plain_loss(loss, truth, batch, moved=slack, **knobs)  # what a constant of the gradient makes of it, too
@@ -166,11 +217,8 @@ def assert_loss_exact(
     assert_close_to_truth(total, plain_loss(loss, fp32, batch, **knobs), want, name, allowed)
     one = torch.ones_like(total)
     grads, truths, yardsticks = gradients(total, one, p), gradients(want, one, truth), gradients(yardstick, one, same)
-    off = gradients(moved, one, truth)
-    for leaf, gradient in grads.items():
-        assert gradient.dtype == dtype, f"d{name}/d{leaf} is {gradient.dtype}"
-        allowed = float((off[leaf] - truths[leaf]).norm())
-        assert_gradient_close_to_truth(gradient, yardsticks[leaf], truths[leaf], f"d{name}/d{leaf}", allowed)
+    off = {leaf: float((g - truths[leaf]).norm()) for leaf, g in gradients(moved, one, truth).items()}
+    assert_gradients_exact(grads, p, yardsticks, truths, name, off)
 
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch, *, columns: int = 64, rows: int = 5) -> None:
