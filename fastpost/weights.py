@@ -13,7 +13,8 @@ Let a step have N kept tokens in S sequences, the sequence at hand n of them. A 
   microbatch_mean  1 / (M n_m)  bnpo: n_m kept tokens in this microbatch, M microbatches a process and step
 
 and a unit weighs what its tokens weigh together: under sequence_mean a sequence (gspo, rloo, kto) W / S, a pair (dpo)
-W / (S / 2) whatever the lengths; under token_mean a sequence W n / N. The numbers are laid out for any unit, on the
+W / (S / 2) whatever the lengths; under token_mean a sequence W n / N. That is for losses that are means over their
+tokens; where one is their sum already (vespo), `token_mean_of_sums` gives each unit W / N. The numbers are laid out for any unit, on the
 device of batch.target, in fp32, with no transfer to wait for. Ignored units get one too, which nobody reads.
 """
 
@@ -73,6 +74,12 @@ def token_mean(batch: Batch, window: Window | None = None, unit: Unit = "token")
     return _over_units(batch, window.world_size / _of(batch, window.tokens), unit)
 
 
+def token_mean_of_sums(batch: Batch, window: Window | None = None, unit: Unit = "sequence") -> Tensor:  # (U,)
+    """Each unit W / N: the mean over all tokens of the step, for a loss that adds up those of its unit."""
+    window = window or Window.of(batch)
+    return (window.world_size / _of(batch, window.tokens)).expand(batch.units(unit))
+
+
 def sequence_mean(batch: Batch, window: Window | None = None, unit: Unit = "token") -> Tensor:  # (U,)
     """Each sequence W / S, shared out evenly among its tokens: the mean over sequences, or over pairs."""
     window = window or Window.of(batch)
@@ -109,7 +116,8 @@ def total(batch: Batch, window: Window | None = None, unit: Unit = "token") -> T
     return torch.ones((), device=batch.target.device).mul(W).expand(batch.units(unit))
 
 
-dapo, grpo, dr_grpo, bnpo = token_mean, sequence_mean, fixed_length, microbatch_mean
+# By the methods' own names.
+dapo, grpo, dr_grpo, bnpo, vespo = token_mean, sequence_mean, fixed_length, microbatch_mean, token_mean_of_sums
 
 
 def _counts(batch: Batch) -> Tensor:  # (S,)

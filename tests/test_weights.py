@@ -121,8 +121,20 @@ def test_the_mean_of_microbatch_means():
     assert not torch.equal(got[0], weights.token_mean(cut[0], Window.of(*cut)))
 
 
+@pytest.mark.parametrize("unit", ["sequence", "pair"])
+def test_a_loss_that_is_a_sum_over_tokens_has_the_mean_over_all_of_them(unit: str):
+    loss, batch = torch.randn(len(COUNTS), dtype=torch.float64), batch_of()
+    sums = (loss * torch.tensor(COUNTS)).float().view(batch.units(unit), -1).sum(1)
+    means = loss.float() if unit == "sequence" else sums / torch.tensor(COUNTS).view(3, 2).sum(1)
+    got = weights.token_mean_of_sums(batch, unit=unit) @ sums
+    torch.testing.assert_close(got, weights.token_mean(batch, unit=unit) @ means)
+    window = Window(tokens=30, sequences=12, world_size=2)
+    assert weights.token_mean_of_sums(batch, window, unit).eq(torch.tensor(2 / 30)).all()
+
+
 def test_a_method_finds_its_normalisation_by_name():
     names = {"dapo": "token_mean", "grpo": "sequence_mean", "dr_grpo": "fixed_length", "bnpo": "microbatch_mean"}
+    names["vespo"] = "token_mean_of_sums"
     assert all(getattr(weights, method) is getattr(weights, name) for method, name in names.items())
 
 
