@@ -1,7 +1,7 @@
 """Two processes under DistributedDataParallel: the gradient is that of one process with everything in one batch.
 
 Each rank takes an optimizer window of two microbatches, without synchronisation on the first. The ranks have unequal
-numbers of valid tokens, or one has none at all. `batch.weight` divides by the count over all ranks and the whole
+numbers of valid tokens, or one has none at all. `fastpost.weights` divides by the count over all ranks and the whole
 window, times the number of ranks, because DDP averages. The mean over each rank's own tokens is another gradient.
 """
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastpost as fp
+from fastpost import weights
 from fastpost.packing import Example, Packed, pack
 from problems import in_dtype
 from rules import assert_gradient_close_to_truth
@@ -35,7 +36,7 @@ import tiny
 pytestmark = pytest.mark.slow
 
 RANKS = 2
-HANG_SECONDS = 40.0  # of one process, from its start
+HANG_SECONDS = 50.0  # of one process, once it runs
 GLOO_TIMEOUT = datetime.timedelta(seconds=20)
 
 LOSSES = {"sft": {}, "dpo": {"beta": 0.5}, "grpo": {"epsilon": 0.3, "beta": 0.04}}
@@ -82,32 +83,32 @@ def all_rows(share: str) -> list[Row]:
     return [row for rank in range(RANKS) for microbatch in range(2) for row in rows(rank, microbatch, share)]
 
 
-def packed(chosen: list[Row], weight: float | None, loss: str) -> Packed:
-    """The rows as one pack, in float64, each unit of the same weight; a token's, for grpo, is its sequence's share."""
-    made = pack(
+def packed(chosen: list[Row]) -> Packed:
+    return pack(
         [row.example for row in chosen],
         old_logp=[row.old_logp for row in chosen],
         ref_logp=[row.ref_logp for row in chosen],
-        advantage=torch.tensor([row.advantage for row in chosen], dtype=torch.float64),
+        advantage=torch.tensor([row.advantage for row in chosen]),
     )
-    batch = made.batch
-    if weight is not None:
-        each = torch.full((batch.units(getattr(fp.losses, loss).unit),), weight, dtype=torch.float64)
-        if loss == "grpo":
-            each = each / batch.spread(batch.kept_lengths.clamp(min=1))
-        batch = replace(batch, weight=each)
-    return replace(made, batch=batch)
 
 
-def global_weight(loss: str, share: str) -> float:
-    """1 over the tokens, pairs or sequences that have a valid token, on all ranks and in the whole window."""
-    valid = [len(row.example.predicted) for row in all_rows(share)]
-    kept = {
-        "sft": sum(valid),
-        "dpo": sum(max(pair) > 0 for pair in zip(valid[0::2], valid[1::2], strict=True)),
-        "grpo": sum(n > 0 for n in valid),
+def weighed(packs: list[Packed], loss: str) -> list[Packed]:
+    """Every microbatch of this rank with its share of the whole step."""
+    step = weights.Window.of(*(one.batch for one in packs)).over_ranks()
+    of = weights.token_mean if loss == "sft" else weights.sequence_mean
+    weigh = lambda batch: replace(batch, weight=of(batch, step, getattr(fp.losses, loss).unit))  # noqa: E731
+    return [replace(one, batch=weigh(one.batch)) for one in packs]
+
+
+def weighed_by_hand(one: Packed, loss: str) -> Packed:
+    """The same, written out for one process and one batch: 1 / N, 1 / P, 1 / (S n)."""
+    batch, n = one.batch, one.batch.kept_lengths
+    each = {
+        "sft": torch.full_like(batch.target, int(n.sum())),
+        "dpo": torch.full((len(n) // 2,), len(n) // 2),
+        "grpo": len(n) * batch.spread(n.clamp(min=1)),
     }
-    return 1 / kept[loss]
+    return replace(one, batch=replace(batch, weight=1 / each[loss]))
 
 
 # ---- one window ----
@@ -143,19 +144,20 @@ def window(rank: int, loss: str, head: str, share: str, dtype: str, way: str) ->
     """What an optimizer on this rank would see."""
     model = policy(head, dtype)
     wrapped = DistributedDataParallel(model)
-    weight = None if way == "local mean" else RANKS * global_weight(loss, share)
-    for microbatch in range(2):
-        with wrapped.no_sync() if microbatch == 0 else contextlib.nullcontext():
-            one = packed(rows(rank, microbatch, share), weight, loss)
+    packs = [packed(rows(rank, microbatch, share)) for microbatch in range(2)]
+    if way != "local mean":
+        packs = weighed(packs, loss)
+    for i, one in enumerate(packs):
+        with wrapped.no_sync() if i == 0 else contextlib.nullcontext():
             total = objective(wrapped, model, one, loss, way)
-            (total / 2 if weight is None else total).backward()
+            (total / len(packs) if way == "local mean" else total).backward()
     return gradients(model)
 
 
 def alone(loss: str, head: str, share: str) -> Gradients:
     """The truth: one process, one batch of everything, logits in memory, float64."""
     model = policy(head, "float64")
-    objective(model, model, packed(all_rows(share), global_weight(loss, share), loss), loss, "logits").backward()
+    objective(model, model, weighed_by_hand(packed(all_rows(share)), loss), loss, "logits").backward()
     return gradients(model)
 
 
