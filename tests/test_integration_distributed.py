@@ -26,7 +26,7 @@ from test_two_processes import RANKS, two_processes
 
 pytestmark = pytest.mark.slow
 
-WRAPPERS = ("ddp", "fsdp", "fsdp first")
+WRAPPERS = ("ddp", "ddp first", "fsdp", "fsdp first")
 SHARES = ("few", "none")  # of the labels, for the second rank
 Gradients = dict[str, Tensor]
 
@@ -59,10 +59,10 @@ def on_rank(rank: int) -> dict[tuple[str, str], Gradients]:
 
 def one(rank: int, wrapper: str, share: str) -> Gradients:
     lm, inputs = model(), batch(share)
-    if wrapper != "fsdp first":
+    if not wrapper.endswith(" first"):
         fuse_head(lm)
     parallel = wrapped(lm, wrapper.removesuffix(" first"))
-    if wrapper == "fsdp first":
+    if wrapper.endswith(" first"):
         fuse_head(parallel)
     items = (inputs["labels"][:, 1:] != -100).sum()
     out = parallel(**{name: x[2 * rank : 2 * rank + 2] for name, x in inputs.items()}, num_items_in_batch=items)

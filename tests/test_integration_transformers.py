@@ -340,6 +340,7 @@ def test_bad_arguments_are_refused_by_name():
         ({"outputs": "logits"}, "unknown output 'logits'"),
         ({"outputs": ("reverse_kl",)}, "outputs: 'reverse_kl' compares with a reference"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must .*got 1\.5"),
     ):
         with pytest.raises(ValueError, match=message):
             fuse_head(model, **arguments)
@@ -353,6 +354,8 @@ def test_bad_calls_are_refused_by_name():
             model(**inputs, logits_to_keep=1)
         with pytest.raises(ValueError, match=r"labels \(3, 8\) must have the shape of the input, \(3, 9\)"):
             model(**inputs | {"labels": inputs["labels"][:, 1:]})
+        with pytest.raises(TypeError, match="positional arguments"):
+            model(*range(20))
 
 
 def test_models_it_cannot_stand_in_for_are_refused():

@@ -30,7 +30,7 @@ from fastpost.equation import Loss
 from fastpost.head import fused_loss, token_stats
 from fastpost.losses import sft
 from fastpost.models.heads import unwrapped
-from fastpost.types import IGNORE, NEEDS_REFERENCE, OUTPUTS, Batch, Head, Stats, nearest
+from fastpost.types import IGNORE, NEEDS_REFERENCE, OUTPUTS, Batch, Head, nearest
 
 ROUTER_LOSS_TAKES = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
@@ -130,10 +130,10 @@ class FusedHead:
 
 def _standing_in(patch: Patch, own: Callable[..., Any]) -> Callable[..., Any]:
     """A function with the signature of `own`: Trainer and generate look at it."""
-    names = list(inspect.signature(own).parameters)[1:]
+    names = [p.name for p in inspect.signature(own).parameters.values() if p.kind is not p.VAR_KEYWORD][1:]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if patch.options is None:
+        if patch.options is None or len(args) > len(names):
             return patch.own(self)(*args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
         if given.get("labels") is None:
@@ -172,18 +172,13 @@ def _fused(lm: Any, given: dict[str, Any], options: Options) -> FusedOutput:
     target = pad(labels, (0, 1), value=ignore)[..., 1:] if shifted is None else shifted
     target = target if ignore == IGNORE else target.masked_fill(target == ignore, IGNORE)
     outputs = _backbone(lm)(**given, return_dict=True)
-    loss, stats = _scored(lm, outputs.last_hidden_state, target, items, options)
+    loss, found = _scored(lm, outputs.last_hidden_state, target, items, options)
     aux_loss = None
     if given.get("output_router_logits"):
         aux_loss, coefficient = _router_loss(lm, outputs.router_logits, given.get("attention_mask"))
         loss = loss + coefficient * aux_loss.to(loss.device)
     also = ("past_key_values", "hidden_states", "attentions", "router_logits")
-    return FusedOutput(
-        loss=loss,
-        **{OUTPUTS[name]: getattr(stats, OUTPUTS[name]) for name in options.outputs},
-        aux_loss=aux_loss,
-        **{name: getattr(outputs, name, None) for name in also},
-    )
+    return FusedOutput(loss=loss, **found, aux_loss=aux_loss, **{name: getattr(outputs, name, None) for name in also})
 
 
 @eager_only
@@ -193,8 +188,8 @@ def _scored(
     target: Tensor,  # (B, L)
     items: Tensor | int | None,
     options: Options,
-) -> tuple[Tensor, Stats]:  # (), fields of (B, L)
-    """The sum of the token losses over `items`, or their mean; and the statistics asked for."""
+) -> tuple[Tensor, dict[str, Tensor]]:  # (), (B, L) each
+    """The sum of the token losses over `items`, or their mean; and the statistics asked for, by field."""
     if target.shape != hidden.shape[:-1]:
         raise ValueError(f"labels {tuple(target.shape)} must have the shape of the input, {tuple(hidden.shape[:-1])}")
     head = Head.of(lm)
@@ -211,8 +206,7 @@ def _scored(
     else:
         same = {"temperature": temperature, "outputs": outputs, "return_stats": True}
         total, stats = fused_loss(loss, flat, head, batch, **same)
-    fields = (OUTPUTS[name] for name in outputs)
-    return total, Stats(**{field: getattr(stats, field).view(target.shape) for field in fields})
+    return total, {OUTPUTS[name]: getattr(stats, OUTPUTS[name]).view(target.shape) for name in outputs}
 
 
 def _router_loss(
@@ -312,12 +306,7 @@ def fuse_head(
     `Head.of` refuses, and for a model whose own loss is not this one.
     """
     names = (outputs,) if isinstance(outputs, str) else tuple(dict.fromkeys(outputs))
-    options = Options(
-        names,
-        float(temperature),
-        differentiable,
-        sft.bind(label_smoothing=label_smoothing),
-    )
+    options = Options(names, float(temperature), differentiable, sft.bind(label_smoothing=label_smoothing))
     lm = _causal_lm(model)
     _check(lm)
     return FusedHead(lm, options)
