@@ -7,6 +7,7 @@ float64 is the judge.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from trl.trainer.utils import add_fused_lm_head as trls
 
 import tiny
 from fastpost.integrations import trl as on_fastpost
+from fastpost.integrations import trl_heads
+from fastpost.integrations.trl_heads import add_fused_lm_head
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -186,7 +189,7 @@ def calls_of_the_head(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return lambda *args, **kwargs: called.append(name) or function(*args, **kwargs)
 
     for name in ("token_stats", "fused_loss"):
-        monkeypatch.setattr(on_fastpost, name, counted(name, getattr(on_fastpost, name)))
+        monkeypatch.setattr(trl_heads, name, counted(name, getattr(trl_heads, name)))
     return called
 
 
@@ -347,7 +350,7 @@ def test_every_field_is_exact(family):
     model, given = tiny.model(family, **FAMILIES[family]), inputs()
     truth = from_logits(model.double(), given["input_ids"], given["labels"], 0.7)
     plain = from_logits(model.float(), given["input_ids"], given["labels"], 0.7)
-    on_fastpost.add_fused_lm_head(model, 0.7, outputs=FIELDS)
+    add_fused_lm_head(model, 0.7, outputs=FIELDS)
     out = model(**given, fused_lm_head=True)
     for name in FIELDS:
         assert_close_to_truth(out[name], plain[name], truth[name].double(), name)
@@ -360,7 +363,7 @@ def test_every_field_is_exact(family):
 
 def test_labels_that_are_shifted_already_are_scored_where_they_stand():
     model, given = tiny.model(), inputs()
-    on_fastpost.add_fused_lm_head(model)
+    add_fused_lm_head(model)
     out = model(**given, fused_lm_head=True)
     shifted = torch.nn.functional.pad(given["labels"][:, 1:], (0, 1), value=-100)
     same = model(input_ids=given["input_ids"], shift_labels=shifted, fused_lm_head=True)
@@ -371,7 +374,7 @@ def test_labels_that_are_shifted_already_are_scored_where_they_stand():
 
 def test_nothing_to_score_is_a_zero_with_a_gradient_of_zero():
     model, given = tiny.model(), inputs()
-    on_fastpost.add_fused_lm_head(model, outputs=FIELDS)
+    add_fused_lm_head(model, outputs=FIELDS)
     out = model(input_ids=given["input_ids"], labels=torch.full_like(given["labels"], -100), fused_lm_head=True)
     out.loss.backward()
     assert out.loss == 0
@@ -381,16 +384,25 @@ def test_nothing_to_score_is_a_zero_with_a_gradient_of_zero():
 def test_without_the_flag_the_forward_is_the_models_own():
     model, given = tiny.model(), inputs()
     before = model(**given)
-    on_fastpost.add_fused_lm_head(model)
+    add_fused_lm_head(model)
     after = model(**given)
     assert torch.equal(after.logits, before.logits) and torch.equal(after.loss, before.loss)
     ids = given["input_ids"]
     assert torch.equal(model.generate(ids, max_new_tokens=3), tiny.model().generate(ids, max_new_tokens=3))
 
 
+def test_a_copy_of_a_fused_model_is_a_model_of_its_own():
+    model, given = tiny.model(), inputs()
+    add_fused_lm_head(model)
+    copied = copy.deepcopy(model)
+    copied.lm_head.weight.data.zero_()
+    torch.testing.assert_close(copied(**given, fused_lm_head=True).loss, torch.tensor(V).log())
+    assert not copied(**given).logits.any() and model(**given).logits.any()
+
+
 def test_the_loss_of_the_routers_is_trls():
     ours, theirs, given = experts(), experts(), inputs()
-    on_fastpost.add_fused_lm_head(ours)
+    add_fused_lm_head(ours)
     trls(theirs)
     got, want = (model(**given, fused_lm_head=True) for model in (ours, theirs))
     assert torch.equal(got.aux_loss, want.aux_loss) and got.aux_loss > 0
@@ -497,7 +509,7 @@ def forwards(trainer: Any) -> str:
     return model.forward.__func__.__globals__["__name__"]
 
 
-OURS = "fastpost.integrations.trl"
+OURS = trl_heads.__name__
 
 
 def test_what_counts_is_where_a_trainer_is_built(tmp_path, monkeypatch, saved):
