@@ -1,43 +1,51 @@
-"""From a Hugging Face causal LM to its `Head`: logits = softcap(scale * (hidden @ weight.T + bias)).
+"""From a Hugging Face causal LM to its `Head`: logits = softcap(scale * (hidden @ weight.T + bias)), and its LoRA.
 
 Families write the same thing under many names and in both directions (Granite divides by `logits_scaling`,
 HyperCLOVA-X multiplies by it); the tables below are the only place that knows. Whatever they cannot express is refused
 by name: a wrong head trains the wrong model without a sound.
+
+A Head is what the model's head is at the time: which adapters are active, merged or disabled, and whether they drop.
+So `Head.of` is called anew for each forward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastpost.models.trunk import causal_lm
-from fastpost.types import Head
+from fastpost.types import Head, LowRank
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 MULTIPLY = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
 DIVIDE = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
 MULTIPLY_LOGITS_SCALING = "hyperclovax"
+LORA = "peft.tuners.lora.layer.Linear"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def head_of(model: nn.Module) -> Head:
-    """The Head of a causal LM, wrapped by DDP or PEFT or not. Its weight is the model's own tensor, not a copy."""
+    """The Head of a causal LM, wrapped by DDP or PEFT or not. Its tensors are the model's own, not copies."""
     lm = causal_lm(unwrapped(model))
     if not hasattr(lm, "get_output_embeddings"):
         raise ValueError(f"Head.of takes a Hugging Face causal LM, got {type(lm).__name__}")
     outer = lm.get_output_embeddings()
     _refuse_more_than_a_head(lm, outer)
-    layer = _plain(outer)
+    linear, lora = _linear_and_lora(outer)
     config = lm.config.get_text_config()
-    vocabulary = getattr(config, "unpadded_vocab_size", None) or layer.weight.shape[0]
+    vocabulary = getattr(config, "unpadded_vocab_size", None) or len(linear.weight)
+    words = lambda x: x[:vocabulary] if vocabulary < len(x) else x  # noqa: E731
+    biases = [words(x) for x in (linear.bias, *(_bias(lora, name) for name in _active(lora))) if x is not None]
     caps = [cap for name in SOFTCAPS if (cap := getattr(config, name, None))]
     return Head(
-        weight=layer.weight[:vocabulary] if vocabulary < layer.weight.shape[0] else layer.weight,
-        bias=None if layer.bias is None else layer.bias[:vocabulary],
+        weight=words(linear.weight),
+        bias=sum(biases[1:], biases[0]) if biases else None,
         softcap=caps[0] if caps else None,
         scale=_scale(config),
+        lora=tuple(_low_rank(lora, name, words) for name in _active(lora)),
     )
 
 
@@ -76,24 +84,56 @@ def _refuse_more_than_a_head(lm: Any, layer: Any) -> None:
         )
 
 
-def _plain(layer: Any) -> nn.Linear:
-    """The linear layer whose weight gives the logits now, out of PEFT's wrappers."""
+def _linear_and_lora(layer: Any) -> tuple[nn.Linear, Any]:
+    """The linear layer whose weight gives the logits now, and PEFT's LoRA layer around it, if its adapters are on."""
     if hasattr(layer, "modules_to_save") and hasattr(layer, "original_module"):
         active = [name for name in layer.active_adapters if name in layer.modules_to_save]
         layer = layer.original_module if layer.disable_adapters or not active else layer.modules_to_save[active[0]]
-    elif hasattr(layer, "base_layer"):
-        if not (layer.disable_adapters or layer.merged):
-            raise ValueError(
-                f"the head carries an adapter ({type(layer).__module__}.{type(layer).__name__}), whose gradient "
-                "would be lost: leave it out of lora_target_modules, or train it whole with modules_to_save=['lm_head']"
-            )
-        layer = layer.base_layer
-    if not isinstance(layer, nn.Linear):
+    linear = getattr(layer, "base_layer", layer)
+    if not isinstance(linear, nn.Linear):
         raise ValueError(
-            f"the head is a {type(layer).__name__}, which Head.of does not know: pass fastpost.Head(weight, bias, ...)"
+            f"the head is a {type(linear).__name__}, which Head.of does not know: pass fastpost.Head(weight, bias, ...)"
         )
-    _refuse_unreadable(layer.weight)
-    return layer
+    _refuse_unreadable(linear.weight)
+    if linear is layer:
+        return linear, None
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as its own forward would, which the trunk does not reach
+    if layer.disable_adapters or layer.merged:
+        return linear, None
+    _refuse_other_adapters(layer)
+    return linear, layer
+
+
+def _active(lora: Any) -> list[str]:
+    """The adapters of this layer that its forward would add."""
+    return [] if lora is None else [name for name in lora.active_adapters if name in lora.lora_A]
+
+
+def _low_rank(lora: Any, name: str, words: Callable[[Tensor], Tensor]) -> LowRank:
+    dropout = lora.lora_dropout[name]
+    share = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    return LowRank(lora.lora_A[name].weight, words(lora.lora_B[name].weight), lora.scaling[name], share)
+
+
+def _bias(lora: Any, name: str) -> Tensor | None:  # (V,)
+    bias = lora.lora_B[name].bias
+    return None if bias is None else lora.scaling[name] * bias
+
+
+def _refuse_other_adapters(layer: Any) -> None:
+    """What adds anything else than scaling * B A to the head."""
+    kinds = {f"{type(layer).__module__}.{type(layer).__name__}"} - {LORA}
+    variants = getattr(layer, "lora_variant", {})
+    kinds |= {type(variants[name]).__name__ for name in layer.active_adapters if name in variants}
+    if kinds:
+        raise ValueError(
+            f"the head carries {', '.join(sorted(kinds))}, and Head.of takes plain LoRA alone: leave the head out of "
+            "target_modules, or train it whole with modules_to_save=['lm_head']"
+        )
+    for name in _active(layer):
+        _refuse_unreadable(layer.lora_A[name].weight)
+        _refuse_unreadable(layer.lora_B[name].weight)
 
 
 def _refuse_unreadable(weight: Tensor) -> None:

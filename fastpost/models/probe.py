@@ -34,11 +34,13 @@ def check_head(model: nn.Module) -> None:
     packed = _packed(lm, _sequence(lm, 2, 4))
     truth = lm(input_ids=packed.input_ids, use_cache=False).logits[0].float()
     head, hidden = head_of(model), hidden_states(model, packed)[0]
-    bias = None if head.bias is None else head.bias.float()
-    logits = head.scale * nn.functional.linear(hidden.float(), head.weight.float(), bias)
+    hidden, dtype = hidden.float(), hidden.dtype
+    logits = nn.functional.linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float())
+    logits += sum(x.scaling * (hidden @ x.a.float().T @ x.b.float().T) for x in head.lora)
+    logits *= head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    rounding = 1e-5 + 4 * torch.finfo(hidden.dtype).eps
+    rounding = 1e-5 + 4 * torch.finfo(dtype).eps
     if logits.shape != truth.shape or (logits - truth).norm() > rounding * truth.norm():
         raise ValueError(
             f"the head found in {type(lm).__name__} does not give the model's own logits "
