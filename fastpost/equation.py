@@ -45,7 +45,7 @@ class _Given:
 Condition = Callable[[Mapping[str, Any]], object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # the same loss is the same object, so it can be a key
 class Loss:
     """An equation on statistics, called like it: (stats, batch, *, knobs) -> (U,). Made by the decorator `loss`."""
 
