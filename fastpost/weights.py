@@ -14,8 +14,10 @@ Let a step have N kept tokens in S sequences, the sequence at hand n of them. A 
 
 and a unit weighs what its tokens weigh together: under sequence_mean a sequence (gspo, rloo, kto) W / S, a pair (dpo)
 W / (S / 2) whatever the lengths; under token_mean a sequence W n / N. That is for losses that are means over their
-tokens; where one is their sum already (vespo), `token_mean_of_sums` gives each unit W / N. The numbers are laid out for any unit, on the
-device of batch.target, in fp32, with no transfer to wait for. Ignored units get one too, which nobody reads.
+tokens; where one is their sum already (vespo), `token_mean_of_sums` gives each unit W / N.
+
+The numbers are laid out for any unit, on the device of batch.target, in fp32, with no transfer to wait for. Ignored
+units get one too, which nobody reads.
 """
 
 from __future__ import annotations
