@@ -213,7 +213,7 @@ def assert_loss_exact(
     slack = statistics_slack(truth, fp32, loss.bind(**knobs).differentiates)
     want, yardstick = plain_loss(loss, truth, batch, **knobs), plain_loss(loss, same, batch, **knobs)
     moved = plain_loss(loss, truth, batch, moved=slack, **knobs)  # what a constant of the gradient makes of it, too
-    allowed = STATISTIC_SLACK + slack * sensitivity(loss, truth, batch, **knobs) + float((moved - want).abs())
+    allowed = STATISTIC_SLACK + slack * sensitivity(loss, truth, batch, **knobs) + (moved - want).abs().item()
     assert_close_to_truth(total, plain_loss(loss, fp32, batch, **knobs), want, name, allowed)
     one = torch.ones_like(total)
     grads, truths, yardsticks = gradients(total, one, p), gradients(want, one, truth), gradients(yardstick, one, same)

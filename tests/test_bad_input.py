@@ -110,6 +110,12 @@ def test_token_stats_and_linear_logprobs(what):
         refuses(message, fp.linear_logprobs, **arguments(**other))
 
 
+@pytest.mark.parametrize("name", ["entropy", "top1", "lgp"])
+def test_differentiates_is_of_what_is_asked_for(name):
+    call = arguments(outputs=("logp", "top1"), differentiates=(name,))
+    refuses(f"differentiates must be some of outputs, other than top1: got {name!r}", fp.token_stats, **call)
+
+
 def test_an_ignored_target_may_be_any_number_that_is_said_to_be_ignored():
     call = arguments(target=torch.tensor([0, 1, 77, 2, 77, 3]))
     assert fp.token_stats(**call, ignore_index=77).logp[2] == 0
@@ -211,7 +217,11 @@ LOSSES = {
         {"epsilon_hi": 1},
         r"'grpo' has no knob 'epsilon_hi' \(did you mean 'epsilon_high'\?\)",
     ),
-    "a knob of none": ((losses.sft, batch()), {"beta": 1}, "'sft' has no knob 'beta'; its knobs: label_smoothing, z_loss"),
+    "a knob of none": (
+        (losses.sft, batch()),
+        {"beta": 1},
+        "'sft' has no knob 'beta'; its knobs: label_smoothing, z_loss",
+    ),
     "a knob's range": ((losses.dpo, batch(ref_logp=torch.zeros(T))), {"label_smoothing": 0.5}, r"\[0, 0.5\), got 0.5"),
     "a clip's range": ((losses.grpo, batch(advantage=torch.zeros(2))), {"epsilon": -1}, "epsilon .*got -1"),
     "a field": ((losses.dpo, batch()), {}, "the loss 'dpo' needs batch.ref_logp, which is None"),
