@@ -88,15 +88,10 @@ def test_statistics_cost_what_their_schedule_promises(outputs, hidden, weight, f
 @pytest.mark.parametrize(("weight", "flop"), [(True, 4 * G + G_Q), (False, 2 * G + G_Q)])
 def test_statistics_that_are_only_looked_at_leave_the_schedule_alone(weight, flop):
     h, w, batch, reference = workload(weight=weight)
-    outputs = ("entropy", "logp", "top1", "jsd", "lse")
-    stats = fp.token_stats(h, w, batch.target, outputs=outputs, differentiates=("logp",), **reference)
-    assert [stat(stats, name).requires_grad for name in outputs] == [False, True, False, False, False]
-    call = lambda: (
-        fp.token_stats(  # noqa: E731
-            h, w, batch.target, outputs=outputs, differentiates=("logp",), **reference
-        ).logp
-    )
-    assert products(call) == flop
+    asked = {"outputs": ("entropy", "logp", "top1", "jsd", "lse"), "differentiates": ("logp",), **reference}
+    stats = fp.token_stats(h, w, batch.target, **asked)
+    assert [stat(stats, name).requires_grad for name in asked["outputs"]] == [False, True, False, False, False]
+    assert products(lambda: fp.token_stats(h, w, batch.target, **asked).logp) == flop
     (got,) = torch.autograd.grad(stats.logp.sum(), h)
     (want,) = torch.autograd.grad(fp.linear_logprobs(h, w, batch.target).sum(), h)
     torch.testing.assert_close(got, want)
