@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpost.advantages import off_policy_mask, rollout_correction, top_entropy
-from fastpost.advantages.corrections import entropy_threshold
+from fastpost.advantages import entropy_threshold, off_policy_mask, rollout_correction, top_entropy
 from fastpost.types import Batch
 
 LENGTHS = (4, 1, 6, 3, 2)

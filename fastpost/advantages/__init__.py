@@ -8,7 +8,7 @@ corrections  what multiplies an advantage: which tokens count, and how much
 Every loss of a policy is linear in A while its sign stays, so a weight or a mask on tokens is a factor of A.
 """
 
-from fastpost.advantages.corrections import off_policy_mask, rollout_correction, top_entropy
+from fastpost.advantages.corrections import entropy_threshold, off_policy_mask, rollout_correction, top_entropy
 from fastpost.advantages.gae import gae, kl_in_reward, reinforce_plus_plus, reward_to_go, whiten
 from fastpost.advantages.group import (
     group_centred,
@@ -20,6 +20,7 @@ from fastpost.advantages.group import (
 from fastpost.advantages.shaping import missing_eos_penalty, soft_overlong_punishment
 
 __all__ = [
+    "entropy_threshold",
     "gae",
     "group_centred",
     "kl_in_reward",
