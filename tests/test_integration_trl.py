@@ -31,7 +31,8 @@ from trl.trainer.utils import add_fused_lm_head as trls
 import tiny
 from fastpost.integrations import trl as on_fastpost
 from fastpost.integrations import trl_heads
-from fastpost.integrations.trl_heads import add_fused_lm_head
+from fastpost.integrations.trl_heads import Asked, add_fused_lm_head, fuse
+from problems import schedules_of
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -278,6 +279,7 @@ def test_other_families(name, make, tmp_path, monkeypatch):
     assert_same(*runs(name, tmp_path, monkeypatch, make, max_steps=6, **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", OPTIONS)
 def test_options_change_nothing(run, tmp_path, monkeypatch, saved):
     name, changes = OPTIONS[run]
@@ -358,7 +360,32 @@ def test_every_field_is_exact(family):
     assert torch.equal(out.label_mask, scored)
     torch.testing.assert_close(out.loss, -out.log_probs.sum() / scored.sum())
     torch.testing.assert_close(model(**given, fused_lm_head=True, num_items_in_batch=7).loss, -out.log_probs.sum() / 7)
-    assert out.log_probs.requires_grad and out.entropy.requires_grad and not out.mean_logits.requires_grad
+    assert out.log_probs.requires_grad and not out.mean_logits.requires_grad
+
+
+def entropy_of(model: Any, given: dict[str, Tensor]) -> Tensor:
+    return model(**given, fused_lm_head=True).entropy
+
+
+def slope_of_the_entropy(model: Any, given: dict[str, Tensor]) -> Tensor:
+    from_logits(model, given["input_ids"], given["labels"], 1.0)["entropy"].sum().backward()
+    return model.model.layers[0].mlp.up_proj.weight.grad
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_entropy_is_looked_at_or_differentiated_as_was_asked(frozen):
+    model, given = tiny.model(), inputs()
+    model.lm_head.requires_grad_(not frozen)
+    add_fused_lm_head(model, outputs=FIELDS)
+    out = model(**given, fused_lm_head=True)
+    assert schedules_of(out.log_probs) == {"FrozenLogp" if frozen else "LazyStats"}
+    with pytest.raises(RuntimeError, match="this entropy is for looking at"):
+        out.entropy.sum().backward()
+    fuse(model, Asked(outputs=FIELDS, differentiable_entropy=True))
+    weight = model.model.layers[0].mlp.up_proj.weight
+    (got,) = torch.autograd.grad(entropy_of(model, given).sum(), weight)
+    same, truth = (slope_of_the_entropy(tiny.model().to(dtype), given) for dtype in (torch.float32, torch.float64))
+    assert_gradient_close_to_truth(got, same, truth)
 
 
 def test_labels_that_are_shifted_already_are_scored_where_they_stand():
@@ -434,6 +461,7 @@ PATCHED = {
     *(f"trl.trainer.{name}_trainer.add_fused_lm_head" for name in ("sft", "dpo", "kto", "grpo", "rloo")),
     *(f"trl.trainer.{name}_trainer.BaseTunerLayer" for name in ("sft", "dpo", "kto", "grpo", "rloo", "distillation")),
     "trl.trainer.distillation_trainer.DistillationTrainer.__init__",
+    "trl.trainer.grpo_trainer.GRPOTrainer.__init__",
     "trl.experimental.cpo.cpo_trainer.CPOTrainer.__init__",
     "trl.experimental.orpo.orpo_trainer.ORPOTrainer.__init__",
 }

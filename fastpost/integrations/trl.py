@@ -29,11 +29,20 @@ from typing import Any
 
 import trl
 
-from fastpost.integrations.trl_heads import FIELDS, add_fused_lm_head, cpo_forward, distillation_loss, orpo_forward
+from fastpost.integrations.trl_heads import (
+    FIELDS,
+    Asked,
+    add_fused_lm_head,
+    cpo_forward,
+    distillation_loss,
+    fuse,
+    orpo_forward,
+)
 
 KNOWN = "1.16.0"
 
 HEADS = tuple(f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "kto", "grpo", "rloo"))
+GRPO = "trl.trainer.grpo_trainer.GRPOTrainer"
 DISTILLATION = "trl.trainer.distillation_trainer.DistillationTrainer"
 CPO = "trl.experimental.cpo.cpo_trainer.CPOTrainer"
 ORPO = "trl.experimental.orpo.orpo_trainer.ORPOTrainer"
@@ -50,7 +59,7 @@ ADAPTER = "BaseTunerLayer"
 RELIES_ON: dict[str, tuple[str, ...] | None] = {
     **{f"{module}.add_fused_lm_head": tuple(inspect.signature(add_fused_lm_head).parameters) for module in HEADS},
     **{f"{trainer}.{name}": tuple(inspect.signature(ours).parameters) for trainer, (name, ours) in METHODS.items()},
-    **{f"{trainer}.__init__": None for trainer in METHODS},
+    **{f"{trainer}.__init__": None for trainer in (GRPO, *METHODS)},
     **{
         f"{trainer}.concatenated_inputs": ("batch", "is_encoder_decoder", "padding_value", "device")
         for trainer in (CPO, ORPO)
@@ -117,7 +126,9 @@ def _changes() -> Iterator[Change]:
     replaced: dict[tuple[str, str], Any] = {(module, "add_fused_lm_head"): add_fused_lm_head for module in HEADS}
     if importlib.util.find_spec("peft"):
         replaced |= {(module, ADAPTER): NoLayer for module in REFUSING}
-    replaced |= {(trainer, "__init__"): _building(resolve_name(trainer), *METHODS[trainer]) for trainer in METHODS}
+    finish = {trainer: _method_of(resolve_name(trainer), *METHODS[trainer]) for trainer in METHODS}
+    for trainer, then in {GRPO: _entropy_of_grpo, **finish}.items():
+        replaced[trainer, "__init__"] = _building(resolve_name(trainer).__init__, then)
     for (path, name), after in replaced.items():
         owner = resolve_name(path)
         before = vars(owner)[name]
@@ -125,20 +136,38 @@ def _changes() -> Iterator[Change]:
             yield Change(owner, name, before, after)
 
 
-def _building(owner: type, name: str, method: Callable[..., Any]) -> Callable[..., None]:
-    """An __init__ after which the trainer has our method, unless a subclass has one of its own."""
-    before, theirs = owner.__init__, vars(owner)[name]
+def _building(before: Callable[..., None], then: Callable[[Any], None]) -> Callable[..., None]:
+    """An __init__ that has something to do once the trainer is built."""
 
     @functools.wraps(before, assigned=("__name__", "__doc__"))
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         before(self, *args, **kwargs)
-        if getattr(type(self), name) is not theirs or getattr(self, "is_encoder_decoder", False):
-            return
-        lm = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        add_fused_lm_head(lm, outputs=("log_probs", "mean_logits"))
-        setattr(self, name, MethodType(method, self))
+        then(self)
 
     return __init__
+
+
+def _method_of(owner: type, name: str, method: Callable[..., Any]) -> Callable[[Any], None]:
+    """Gives a trainer our method, unless a subclass has one of its own."""
+    theirs = vars(owner)[name]
+
+    def give(trainer: Any) -> None:
+        if getattr(type(trainer), name) is theirs and not getattr(trainer, "is_encoder_decoder", False):
+            fuse(_lm(trainer), Asked(outputs=("log_probs", "mean_logits")))
+            setattr(trainer, name, MethodType(method, trainer))
+
+    return give
+
+
+def _entropy_of_grpo(trainer: Any) -> None:
+    """The one trainer that may have the entropy in its loss."""
+    if trainer._entropy_bonus_enabled:
+        fields = ("log_probs", "entropy")
+        fuse(_lm(trainer), Asked(trainer.temperature, trainer.args.cast_lm_head_to_fp32, fields, True))
+
+
+def _lm(trainer: Any) -> Any:
+    return trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
 
 
 def patch() -> Patch:

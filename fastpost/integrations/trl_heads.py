@@ -22,34 +22,33 @@ from fastpost import losses
 from fastpost.head import fused_loss, token_stats
 from fastpost.types import IGNORE, Batch, Head, Stats
 
-# TRL's name of a per-token field -> the statistics it is made of, and how. The first two carry a gradient.
+# TRL's name of a per-token field -> the statistics it is made of, and how.
 FIELDS: dict[str, tuple[tuple[str, ...], Callable[[Stats], Tensor]]] = {
     "log_probs": (("logp",), lambda s: s.logp),
     "entropy": (("entropy",), lambda s: s.entropy),
-    "log_sum_sq_probs": (("log_sum_sq",), lambda s: s.log_sum_sq.detach()),
-    "mean_logits": (("mean_logp", "lse"), lambda s: (s.mean_logp + s.lse).detach()),
+    "log_sum_sq_probs": (("log_sum_sq",), lambda s: s.log_sum_sq),
+    "mean_logits": (("mean_logp", "lse"), lambda s: s.mean_logp + s.lse),
     "is_top1": (("top1",), lambda s: s.top1),
 }
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The arguments of `add_fused_lm_head`."""
+    """What a fused forward returns.
 
-    temperature: float
-    in_fp32: bool
-    outputs: tuple[str, ...]  # some of FIELDS
+    An entropy that is only looked at, as most trainers do, costs nothing; its gradient takes a frozen head from 2
+    products to 3. TRL's always has one; here it is an error to differentiate it unasked.
+    """
+
+    temperature: float = 1.0
+    in_fp32: bool = False  # the head, outside autocast
+    outputs: tuple[str, ...] = ("log_probs",)  # some of FIELDS
+    differentiable_entropy: bool = False
 
 
-def add_fused_lm_head(
-    model: Any,
-    temperature: float = 1.0,
-    cast_lm_head_to_fp32: bool = False,
-    outputs: tuple[str, ...] = ("log_probs",),
-) -> None:
-    """In place of TRL's: `model(..., labels=labels, fused_lm_head=True)` returns a FusedCausalLMOutput."""
-    _refuse_adapter(model, cast_lm_head_to_fp32)
-    asked = Asked(temperature, cast_lm_head_to_fp32, tuple(dict.fromkeys(("log_probs", *outputs))))
+def fuse(model: Any, asked: Asked) -> None:
+    """Gives a causal LM the forward that `model(..., labels=labels, fused_lm_head=True)` calls."""
+    _refuse_adapter(model, asked.in_fp32)
     before, own = vars(model).get("forward"), type(model).forward
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -61,6 +60,16 @@ def add_fused_lm_head(
     # The signature alone, no __wrapped__: Accelerate unwraps mixed precision by following those, past this forward.
     forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
     model.forward = MethodType(forward, model)
+
+
+def add_fused_lm_head(
+    model: Any,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
+    outputs: tuple[str, ...] = ("log_probs",),
+) -> None:
+    """In place of TRL's."""
+    fuse(model, Asked(temperature, cast_lm_head_to_fp32, tuple(dict.fromkeys(("log_probs", *outputs)))))
 
 
 def _refuse_adapter(lm: Any, cast_lm_head_to_fp32: bool) -> None:
@@ -105,8 +114,30 @@ def _fields(
     names = [name for field in asked.outputs for name in FIELDS[field][0]]
     with torch.autocast(hidden.device.type, enabled=False) if asked.in_fp32 else nullcontext():
         hidden = hidden.float() if asked.in_fp32 else hidden
-        stats = token_stats(hidden, head, target, outputs=names, temperature=asked.temperature)
-    return {field: FIELDS[field][1](stats) for field in asked.outputs}
+        same = {
+            "temperature": asked.temperature,
+            "differentiates": ("logp", "entropy")[: 1 + asked.differentiable_entropy],
+        }
+        stats = token_stats(hidden, head, target, outputs=names, **same)
+    fields = {field: FIELDS[field][1](stats) for field in asked.outputs}
+    if "entropy" in fields and not asked.differentiable_entropy:
+        fields["entropy"] = _LookedAt.apply(stats.entropy, stats.logp)
+    return fields
+
+
+class _LookedAt(torch.autograd.Function):
+    """A statistic without a gradient that says so when one is asked for, instead of leaving it out of a loss."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, logp: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        raise RuntimeError(
+            "this entropy is for looking at: for a loss on it call, once the trainer is built, fastpost.integrations."
+            "trl_heads.fuse(model, Asked(..., differentiable_entropy=True))"
+        )
 
 
 def _balance(lm: Any, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
