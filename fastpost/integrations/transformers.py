@@ -194,9 +194,10 @@ def _scored(
         raise ValueError(f"labels {tuple(target.shape)} must have the shape of the input, {tuple(hidden.shape[:-1])}")
     head = Head.of(lm)
     flat, target = hidden.flatten(0, -2).to(head.weight.device), target.to(head.weight.device)
-    count = (target != IGNORE).sum().clamp(min=1) if items is None else torch.as_tensor(items, device=flat.device)
+    kept = target.flatten() != IGNORE
+    count = kept.sum() if items is None else torch.as_tensor(items, device=flat.device)
     one = torch.ones((), dtype=torch.promote_types(flat.dtype, torch.float32), device=flat.device)
-    weight = (one / count.reshape(())).expand(target.numel())
+    weight = torch.where(kept, one / count.reshape(()), 0.0)
     batch = Batch(target.flatten(), torch.full((len(target),), target.shape[-1]), weight=weight)
     loss, temperature, outputs = options.loss, options.temperature, options.outputs
     if options.differentiable:
