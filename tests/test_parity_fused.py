@@ -79,7 +79,7 @@ class Line:
 
 
 SMOOTHED = {"beta": 0.3, "label_smoothing": 0.1}
-CLIP = {"epsilon_low": 0.1, "epsilon_high": 0.1}
+OF_SEQUENCES = {"beta": 0.0, "epsilon_low": 0.1, "epsilon_high": 0.1, "importance_sampling_level": "sequence"}
 dpo = partial(of_pairs, "DPO", referenced=True)
 LINES = [
     Line("dpo", {"beta": 0.3}, dpo, {"beta": 0.3}),
@@ -92,9 +92,7 @@ LINES = [
     Line("orpo", {"beta": 0.3}, partial(of_pairs, "ORPO"), {"beta": 0.3}),
     Line("kto", {"beta": 0.3}, kto, {"beta": 0.3}),
     *(Line(name, {"beta": 0.1}, partial(grpo, name), {"beta": 0.1}) for name in ("grpo", "bnpo", "sapo")),
-    Line(
-        "gspo", {"epsilon": 0.1}, partial(grpo, "grpo"), CLIP | {"beta": 0.0, "importance_sampling_level": "sequence"}
-    ),
+    Line("gspo", {"epsilon": 0.1}, partial(grpo, "grpo"), OF_SEQUENCES),
 ]
 
 

@@ -69,6 +69,7 @@ ROWS = [
         for name in ("aot", "aot_unpaired")
         for e in (0.0, 0.1, 0.49)
     ),
+    *(Row(name, {"ld_alpha": a}, partial(trl.dpo, name)) for name in ("aot", "aot_unpaired") for a in (0.0, 0.4, 1.0)),
     # without a reference
     *(Row("cpo", {"beta": b}, trl.cpo_sigmoid, {"beta": b, "cpo_alpha": 1.0}, case=equal_chosen) for b in (0.1, 0.7)),
     *(Row("cpo", {"cpo_alpha": a}, trl.cpo_sigmoid, case=equal_chosen) for a in (0.0, 0.3)),

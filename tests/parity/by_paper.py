@@ -108,11 +108,13 @@ def penalties(
     use_bias_correction_kl: bool = False,
     entropy_coef: float = 0.0,
 ) -> list[Tensor]:  # S of (n,)
-    """beta KL - coef H of each token; corrected, the KL is weighted by the token's ratio (arXiv:2512.02556, 3.1)."""
+    """beta KL - coef H of each token; corrected, an estimate from one sample is weighted by that token's ratio
+    (arXiv:2512.02556, 3.1), and a KL over the whole vocabulary, which is of no sample, by nothing."""
     out = []
     columns = kept(case, "logp", "ref_logp", "reverse_kl", "entropy")
+    corrected = use_bias_correction_kl and kl_estimator != "exact"
     for (logp, ref, exact, entropy), r in zip(columns, token_ratios(case), strict=True):
-        divergence = ESTIMATORS[kl_estimator](logp, ref, exact) * (r if use_bias_correction_kl else 1)
+        divergence = ESTIMATORS[kl_estimator](logp, ref, exact) * (r if corrected else 1)
         out.append(beta * divergence - entropy_coef * entropy)
     return out
 
