@@ -82,7 +82,8 @@ def assert_same_steps(ours: tuple[nn.Module, Steps], same: tuple[nn.Module, Step
 
 
 def lora(model: nn.Module, **changes: Any) -> nn.Module:
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **changes)
+    changes = {"target_modules": ["q_proj", "v_proj"]} | changes
+    config = peft.LoraConfig(r=2, init_lora_weights=False, **changes)
     torch.manual_seed(1)
     return peft.get_peft_model(model, config)
 
@@ -92,6 +93,7 @@ MODELS = {
     "tied gemma2": lambda: tiny.model("gemma2", head_dim=8, final_logit_softcapping=2.0, tie_word_embeddings=True),
     "mixtral": lambda: tiny.model("mixtral", **MIXTURE),
     "lora": lambda: lora(tiny.model(), task_type="CAUSAL_LM"),
+    "lora on the head": lambda: lora(tiny.model(), task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"]),
     "lora, modules_to_save": lambda: lora(tiny.model(), task_type="CAUSAL_LM", modules_to_save=["lm_head"]),
 }
 

@@ -440,6 +440,7 @@ def adapted(config: Any) -> Any:
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 ADAPTERS = {
     "lora": lambda: peft.LoraConfig(**LORA),
+    "lora on the head": lambda: peft.LoraConfig(**LORA | {"target_modules": ["q_proj", "lm_head"]}),
     "modules_to_save": lambda: peft.LoraConfig(**LORA, modules_to_save=["lm_head"]),
     "prompt tuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
 }
