@@ -2,8 +2,9 @@
 
 One G is one product of the head, 2 T D V flop. `fastpost.door` checks a call and drops its ignored rows; one of
 `fastpost.schedules` runs it: statistics alone G, frozen 2 G, eager 3 G (2 G with a frozen weight), lazy 4 G (3 G); a
-reference costs one G_q more where its logits are computed. `fastpost.sweep` walks the tiles, and `fastpost.rows` or its
-Triton and C++ twins do all that is done to a logit.
+reference costs one G_q more where its logits are computed, a LoRA on the head (`fastpost.lowrank`) its own thin
+products. `fastpost.sweep` walks the tiles, and `fastpost.rows` or its Triton and C++ twins do all that is done to a
+logit.
 """
 
 from __future__ import annotations

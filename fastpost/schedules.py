@@ -1,7 +1,7 @@
 """The schedules of the head: in which order tiles are visited, and what is kept for the backward pass.
 
   statistics  no gradient is wanted: fold every tile                              G
-  frozen      the weight needs none and only logp carries one: the same pass      2 G, any loss of any unit
+  frozen      the head needs none and only logp carries one: the same pass        2 G, any loss of any unit
               sums U = dlogp/dhidden = W_y - sum_v p_v W_v, rescaled as the
               running maximum moves (as flash attention does); backward is
               dlogp[:, None] * U
@@ -10,7 +10,8 @@
   lazy        otherwise, and for `token_stats`: backward computes the tiles       4 G (3 G with the weight frozen)
               again and needs only what the statistics left, (T,) numbers
 
-Same kernels, same loss, same numbers in each.
+Same kernels, same loss, same numbers in each. A LoRA on the head (low, b) adds its own products to each, of order
+T r V, and trains beside a frozen weight: dlow and db are summed where dW would be, which then is not.
 """
 
 from __future__ import annotations

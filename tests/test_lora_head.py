@@ -45,7 +45,8 @@ TRAITS = {
 
 def lora_problem(dtype: torch.dtype = torch.float32, *, lora: torch.dtype | None = None, **traits: object) -> Problem:
     """A frozen weight, and adapters in a dtype of their own."""
-    return problem(dtype, **({"ranks": (6,), "T": MANY, "D": 48} | traits)).to(dtype, train_head=False, lora=lora)
+    traits = {"ranks": (6,), "T": MANY, "D": 48} | traits
+    return problem(lora or dtype, **traits).to(dtype, train_head=False, lora=lora)
 
 
 def with_reference(p: Problem, *, ranks: tuple[int, ...] = (2,)) -> Problem:
