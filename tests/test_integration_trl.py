@@ -391,6 +391,21 @@ def test_an_entropy_is_looked_at_or_differentiated_as_was_asked(frozen):
     assert_gradient_close_to_truth(got, same, truth)
 
 
+def test_a_head_cast_to_fp32_is_multiplied_in_fp32_under_autocast_too():
+    model, given = tiny.model().bfloat16(), inputs()
+    model.lm_head.float()
+    add_fused_lm_head(model, cast_lm_head_to_fp32=True)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        got = model(**given, fused_lm_head=True).log_probs
+        hidden = model.model(given["input_ids"]).last_hidden_state[:, :-1]
+    target, scored = given["labels"][:, 1:, None].clamp(min=0), given["labels"][:, 1:] != -100
+    same, truth = (
+        (hidden.to(dtype) @ model.lm_head.weight.to(dtype).T).log_softmax(-1).gather(-1, target)[..., 0] * scored
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_close_to_truth(got, same, truth)
+
+
 def test_labels_that_are_shifted_already_are_scored_where_they_stand():
     model, given = tiny.model(), inputs()
     add_fused_lm_head(model)
@@ -586,6 +601,19 @@ def test_the_mean_logits_of_cpo_are_of_what_is_scored(tmp_path, saved):
         scored = rows[:, 1:] != -100
         assert len(mine) == scored.sum()
         assert_close_to_truth(mine, *(x[:, :-1][scored].mean(-1) for x in (same, exact)), "logits")
+
+
+def test_distillation_leaves_out_what_a_tool_said(tmp_path, saved):
+    with on_fastpost.patch():
+        trainer = trainer_of("distillation", tmp_path, saved, beta=0.5)
+    ids, tools = torch.randint(5, V, (3, 9)), torch.rand(3, 5) < 0.5
+    batch = {"prompt_ids": ids[:, :4], "completion_ids": ids[:, 4:], "tool_mask": tools.long()}
+    batch |= {f"{part}_mask": torch.ones_like(batch[f"{part}_ids"]) for part in ("prompt", "completion")}
+    got = trainer._compute_loss(trainer.model, batch, None)
+    want = type(trainer)._compute_loss(trainer, trainer.model, batch, None)
+    assert got[2] == want[2] == tools.sum() < tools.numel()
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.detach(), theirs.detach())
 
 
 def test_mixed_precision_trains_and_is_unwrapped_without_loss(tmp_path, saved):
