@@ -393,7 +393,7 @@ def test_an_entropy_is_looked_at_or_differentiated_as_was_asked(frozen):
 
 def test_a_head_cast_to_fp32_is_multiplied_in_fp32_under_autocast_too():
     model, given = tiny.model().bfloat16(), inputs()
-    model.lm_head.float()
+    model.lm_head.float().weight.data.normal_(0, 0.2)  # not what bfloat16 can hold
     add_fused_lm_head(model, cast_lm_head_to_fp32=True)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         got = model(**given, fused_lm_head=True).log_probs
