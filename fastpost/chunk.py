@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastpost import rows as row_math
 from fastpost import topk
-from fastpost.rows import C_P, LOWEST, MAX, SUM, TARGET
+from fastpost.rows import C_P, LOWEST, MAX, P_M, Q_M, SUM, TARGET
+from fastpost.shard import add_up, join
 from fastpost.sweep import Chunk, Columns, Sweep
 from fastpost.types import NEEDS_REFERENCE
 
@@ -94,7 +95,12 @@ def fold_chunk(s: Sweep, chunk: Chunk, u: Tensor | None = None, u_low: Tensor | 
             if total is not None and factor is not None and left is not None:
                 total.mul_((before - state[MAX]).exp_()[:, None])
                 s.gemm.add_product(total, left, factor)
-    stats = row_math.finish(state, wants, s.V, inverse)
+    if p.shard is not None:
+        decay = join(state, chunk.target, p.shard)
+        for total in (u, u_low):
+            if total is not None:
+                total.mul_(decay[:, None])
+    stats = row_math.finish(state, wants, s.vocabulary, inverse)
     if "jsd" in wants:
         stats |= _mixture(s, chunk, state)
     if picks is not None and p.teacher is not None:
@@ -114,6 +120,7 @@ def _mixture(s: Sweep, chunk: Chunk, state: Tensor) -> dict[str, Tensor]:
         tile, tile_q = s.tiles(chunk, block, again=True)
         assert tile_q is not None and block.shape_q is not None
         s.kernels.mixture(state, tile, block.shape, chunk.inverse_temperature, tile_q, block.shape_q, s.p.jsd_beta)
+    add_up(state[P_M : Q_M + 1], s.p.shard)
     return row_math.finish_mixture(state, s.p.jsd_beta)
 
 
@@ -138,7 +145,7 @@ def grad_chunk(
     p, inverse = s.p, chunk.inverse_temperature
     on_rows = {n: g for n, g in d.items() if p.teacher is None or n not in NEEDS_REFERENCE}
     on_teacher = {n: g for n, g in d.items() if n not in on_rows}
-    c = row_math.coefficients(stats, on_rows, s.V, p.jsd_beta)
+    c = row_math.coefficients(stats, on_rows, s.vocabulary, p.jsd_beta)
     named = None if not on_teacher else Named(s, chunk, stats, on_teacher, c, on_rows.keys())
     for block in s.columns():
         tile, tile_q = s.tiles(chunk, block, again=s.held)
@@ -169,6 +176,8 @@ def grad_chunk(
             s.gemm.add_product(totals.b[block.span], left.T, chunk.low)
         if totals.bias is not None:
             totals.bias[block.span] += left.sum(0, dtype=totals.bias.dtype)
+    add_up(dhidden, p.shard)
+    add_up(None if totals.low is None else totals.low[chunk.rows], p.shard)
 
 
 class Named:

@@ -87,9 +87,8 @@ def open_door(
         raise ValueError(f"ignore_index must be an integer, got {ignore_index!r}")
     _check_hidden(hidden, head, target)
     _check_outputs(outputs, reference, jsd_beta)
-    V = head.weight.shape[0]
     flat = target.reshape(-1).contiguous()
-    index, mask = _kept_rows(flat, ignore_index, V, kept, lengths)
+    index, mask = _kept_rows(flat, ignore_index, head.vocabulary, kept, lengths)
     if mask is not None:
         flat = torch.where(mask, flat, 0)
     rows = flat if index is None else flat.index_select(0, index)
@@ -97,7 +96,7 @@ def open_door(
     wants = frozenset(renamed.get(name, name) for name in outputs)
     dtype = _operand_dtype(hidden, head)
     problem = Problem(
-        target=rows,
+        target=rows if head.shard is None else rows - head.shard.start,
         index=index,
         wants=wants,
         scale=float(head.scale),
@@ -106,6 +105,7 @@ def open_door(
         reference=_reference(reference, hidden, head, target, index, dtype) if wants & NEEDS_REFERENCE else None,
         jsd_beta=float(jsd_beta),
         dtype=dtype,
+        shard=head.shard,
     )
     return Door(_operands(hidden, head, index, dtype), problem, target.shape, mask, renamed)
 
@@ -261,8 +261,10 @@ def _reference(
     index: Tensor | None,
     dtype: torch.dtype,
 ) -> Reference | TopK:
-    V = head.weight.shape[0]
+    V = head.vocabulary
     if isinstance(reference, TopK):
+        if head.shard is not None:
+            raise ValueError("reference must be (hidden_q, head_q) where the head is sharded, got a TopK")
         if reference.ids.shape[:-1] != target.shape:
             raise ValueError(
                 f"reference TopK {tuple(reference.ids.shape)} and target {tuple(target.shape)} must agree in all but "
@@ -288,9 +290,13 @@ def _reference(
         raise ValueError(f"reference must be (hidden_q, head_q) or a fastpost.TopK, got {type(reference).__name__}")
     hidden_q, head_q = reference[0], _head(reference[1], "the reference's head")
     _check_hidden(hidden_q, head_q, target, "the reference's hidden")
-    if head_q.weight.shape[0] != V:
+    if head_q.shard != head.shard:
         raise ValueError(
-            f"the reference's head has a vocabulary of {head_q.weight.shape[0]} and the policy's one of {V}: "
+            f"the reference's head must be sharded as the policy's is, got {head_q.shard} beside {head.shard}"
+        )
+    if head_q.vocabulary != V:
+        raise ValueError(
+            f"the reference's head has a vocabulary of {head_q.vocabulary} and the policy's one of {V}: "
             "they must be the same"
         )
     if hidden_q.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):

@@ -26,6 +26,7 @@ from fastpost.chunk import Totals, fold_chunk, grad_chunk
 from fastpost.equation import Loss
 from fastpost.gemm import exact_products
 from fastpost.once import differentiable_once
+from fastpost.shard import add_up, target_rows
 from fastpost.sweep import Chunk, Operands, Problem, Sweep, put
 from fastpost.types import NEEDS_REFERENCE, OUTPUTS, Batch, Stats
 
@@ -78,7 +79,9 @@ def _dlogp(s: Sweep, chunk: Chunk, logit: Tensor, of_target: Tensor, mean: Tenso
     out, inverse = of_target.to(s.wide, copy=True), chunk.inverse_temperature
     if s.p.softcap is not None:  # z_y's own slope; the other columns had theirs in the sum
         out *= (1 - (logit / s.p.softcap).square())[:, None]
-    return out.sub_(mean).mul_(s.p.scale if inverse is None else (s.p.scale * inverse)[:, None])
+    out.sub_(mean).mul_(s.p.scale if inverse is None else (s.p.scale * inverse)[:, None])
+    add_up(out, s.p.shard)
+    return out
 
 
 class FrozenLogp(torch.autograd.Function):
@@ -98,10 +101,11 @@ class FrozenLogp(torch.autograd.Function):
                 mean = _zeros(s, len(chunk.target), s.D)
                 mean_low = None if chunk.low is None else torch.zeros_like(chunk.low)
                 stats = fold_chunk(s, chunk, mean, mean_low)
-                of_target = weight.index_select(0, chunk.target).to(p.dtype)
+                of_target = target_rows(weight, chunk.target, p.shard).to(p.dtype)
                 U[rows] = _dlogp(s, chunk, stats["logit"], of_target, mean)
                 if U_low is not None and mean_low is not None and b is not None:
-                    U_low[rows] = _dlogp(s, chunk, stats["logit"], b.index_select(0, chunk.target), mean_low)
+                    of_target = target_rows(b, chunk.target, p.shard)
+                    U_low[rows] = _dlogp(s, chunk, stats["logit"], of_target, mean_low)
                 parts.append(stats)
         values = _join(parts, s)
         ctx.save_for_backward(U, U_low)

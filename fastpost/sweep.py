@@ -19,7 +19,7 @@ from fastpost import rows as row_math
 from fastpost import topk
 from fastpost.gemm import Gemm, wide
 from fastpost.rows import Shape
-from fastpost.types import NEEDS_REFERENCE, TopK
+from fastpost.types import NEEDS_REFERENCE, Shard, TopK
 
 # Bytes of tiles, blocks and accumulators that a sweep may hold, and the columns of a tile: on a CPU its scratch stays
 # near the caches.
@@ -55,7 +55,7 @@ class Reference:
 class Problem:
     """All of a call that carries no gradient. N rows are kept of the T."""
 
-    target: Tensor  # (N,) in [0, V)
+    target: Tensor  # (N,) in [0, V); with a shard, counted from its first row
     index: Tensor | None  # (N,) where the kept rows are in hidden; None: they are all of it
     wants: frozenset[str]  # statistics, by the names of `token_stats`
     scale: float
@@ -64,6 +64,7 @@ class Problem:
     reference: Reference | TopK | None  # a TopK has N rows already
     jsd_beta: float
     dtype: torch.dtype  # of the operands of the products
+    shard: Shard | None = None  # which rows of the vocabulary the operands have; None: all
 
     def __len__(self) -> int:
         return len(self.target)
@@ -153,6 +154,7 @@ class Sweep:
     def __init__(self, p: Problem, operands: Operands, *, held: bool):
         self.p, self.operands, self.held = p, operands, held
         self.V, self.D = operands.weight.shape
+        self.vocabulary = self.V if p.shard is None else p.shard.vocabulary
         self.device = operands.weight.device
         self.wide = wide(p.dtype)
         self.gemm = Gemm(p.dtype, self.device)
@@ -166,10 +168,11 @@ class Sweep:
         widths = self.operands.width + (dense.operands.width if dense else 0)
         kind = "cpu" if self.device.type == "cpu" else "cuda"
         columns = max(64, min(COLUMNS[kind], WORKSPACE[kind] // (6 * widths * size)))
-        columns = min(columns, self.V)
+        V = self.V if self.p.shard is None else max(self.p.shard.sizes)  # all ranks must cut the same chunks
+        columns = min(columns, V)
         a_row = size * (columns * (14 if dense else 8) + 2 * widths)
         if self.held:
-            a_row += size * self.V * (2 if dense else 1)
+            a_row += size * V * (2 if dense else 1)
         rows = (WORKSPACE[kind] - columns * widths * size) // a_row
         return columns, max(1, min(rows, MOST_ROWS, len(self.p)))
 

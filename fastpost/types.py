@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Unit = Literal["token", "sequence", "pair", "batch"]
@@ -72,15 +73,67 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """A vocabulary in pieces (tensor parallel): rank i of `group` holds the next sizes[i] rows of it.
+
+    Each rank makes a Head of its own rows, and all make the same calls with the same hidden states and targets, which
+    count in the whole vocabulary: see fastpost.shard.
+    """
+
+    sizes: tuple[int, ...]
+    group: dist.ProcessGroup | None = None  # None: all processes
+
+    def __post_init__(self):
+        if not isinstance(self.sizes, tuple) or not all(isinstance(size, int) and size > 0 for size in self.sizes):
+            raise ValueError(
+                f"Shard.sizes must be a tuple of positive row counts, one for each rank, got {self.sizes!r}"
+            )
+        if not dist.is_initialized():
+            raise ValueError("Shard needs a process group: call torch.distributed.init_process_group first")
+        if self.rank < 0 or len(self.sizes) != dist.get_world_size(self.group):
+            raise ValueError(
+                f"Shard.sizes must have one entry for each rank of its group, and this process must be in it: got "
+                f"{self.sizes} for {dist.get_world_size(self.group)} ranks, here rank {self.rank}"
+            )
+
+    @staticmethod
+    def of(weight: Tensor, group: dist.ProcessGroup | None = None) -> Shard:  # (V of this rank, D)
+        """The vocabulary that the weights of all ranks make up. It asks them: make it once, and keep it."""
+        sizes = [0] * dist.get_world_size(group)
+        dist.all_gather_object(sizes, len(weight), group)
+        return Shard(tuple(sizes), group)
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    @property
+    def rows(self) -> int:
+        """How many this rank holds."""
+        return self.sizes[self.rank]
+
+    @property
+    def start(self) -> int:
+        """The first row that this rank holds."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def vocabulary(self) -> int:
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True)
 class Head:
     """What turns hidden states into logits: softcap(scale * (hidden @ weight.T + bias)), softcap(x) = c * tanh(x / c),
-    with each adapter of `lora` added to the product."""
+    with each adapter of `lora` added to the product. With a `shard`, weight, bias and the adapters' b are this rank's
+    rows of them."""
 
     weight: Tensor  # (V, D), the dtype of the hidden states
     bias: Tensor | None = None  # (V,)
     softcap: float | None = None  # c, as Gemma 2 caps its logits; None: no cap
     scale: float = 1.0
     lora: tuple[LowRank, ...] = ()  # exact, and trained through: see fastpost.lowrank
+    shard: Shard | None = None  # None: the whole vocabulary is here
 
     def __post_init__(self):
         check_tensor("head.weight", self.weight)
@@ -107,6 +160,21 @@ class Head:
                     f"head.lora must fit head.weight {tuple(self.weight.shape)} with a (r, D) and b (V, r), "
                     f"got shapes {tuple(adapter.a.shape)} and {tuple(adapter.b.shape)}"
                 )
+        if self.shard is not None:
+            self._check_shard(self.shard)
+
+    def _check_shard(self, shard: Shard) -> None:
+        if shard.rows != self.weight.shape[0]:
+            raise ValueError(
+                f"head.shard gives rank {shard.rank} {shard.rows} rows, got head.weight {tuple(self.weight.shape)}"
+            )
+        if any(adapter.dropout for adapter in self.lora):
+            raise ValueError("head.lora of a sharded head must have dropout 0: each rank would drop other features")
+
+    @property
+    def vocabulary(self) -> int:
+        """V, over all ranks."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocabulary
 
     @staticmethod
     def of(model: torch.nn.Module) -> Head:

@@ -17,6 +17,7 @@ from rules import STATISTIC_SLACK, assert_close_to_truth, assert_gradient_close_
 
 OWN = ("logp", "lse", "entropy", "log_sum_sq", "mean_logp", "logp@1")  # statistics of p alone that have a gradient
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+Measured = dict[str, tuple[Tensor, dict[str, Tensor]]]  # a statistic -> its values, and its gradient in each leaf
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -146,16 +147,29 @@ def assert_gradients_exact(
         assert_gradient_close_to_truth(gradient, same[leaf], truth[leaf], what, slack.get(leaf, 0.0))
 
 
+def random_upstream(p: Problem) -> Tensor:  # (T,)
+    return torch.randn(len(p.target)).bfloat16().float().to(p.hidden.device)
+
+
+def measured(p: Problem, outputs: Sequence[str], upstream: Tensor) -> Measured:
+    """Ours: every output, and its gradients."""
+    got = ours(p, outputs)
+    return {name: (stat(got, name), gradients(stat(got, name), upstream, p)) for name in outputs}
+
+
 def assert_exact(p: Problem, outputs: Sequence[str]) -> None:
     """Every output and each of its gradients, by the rule of DESIGN 5; in float64, by torch's own tolerance as well."""
+    upstream = random_upstream(p)
+    assert_measured_exact(p, measured(p, outputs, upstream), upstream)
+
+
+def assert_measured_exact(p: Problem, found: Measured, upstream: Tensor) -> None:
     dtype, (truth, fp32, same) = p.hidden.dtype, comparisons(p)
-    got, want, single, yardstick = ours(p, outputs), theirs(truth), theirs(fp32), theirs(same)
-    upstream = torch.randn(len(p.target)).bfloat16().float().to(p.hidden.device)
-    for name in outputs:
-        value = stat(got, name)
+    want, single, yardstick = theirs(truth), theirs(fp32), theirs(same)
+    for name, (value, grads) in found.items():
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), name
         assert_close_to_truth(value, stat(single, name), stat(want, name), name)
-        grads, truths = gradients(value, upstream, p), gradients(stat(want, name), upstream, truth)
+        truths = gradients(stat(want, name), upstream, truth)
         yardsticks = gradients(stat(yardstick, name), upstream, same)
         assert_gradients_exact(grads, p, yardsticks, truths, name)
         if dtype == torch.float64:
@@ -209,6 +223,19 @@ def assert_loss_exact(
     total: Tensor, loss: fp.Loss, p: Problem, batch: fp.Batch, name: str = "loss", **knobs: object
 ) -> None:
     """The rule for a loss with explicit weights, and for its gradient in each leaf of p."""
+    grads = gradients(total, torch.ones_like(total), p)
+    assert_measured_loss_exact(total, grads, loss, p, batch, name, **knobs)
+
+
+def assert_measured_loss_exact(
+    total: Tensor,
+    grads: dict[str, Tensor],  # in each leaf of p
+    loss: fp.Loss,
+    p: Problem,
+    batch: fp.Batch,
+    name: str = "loss",
+    **knobs: object,
+) -> None:
     truth, fp32, same = comparisons(p)
     slack = statistics_slack(truth, fp32, loss.bind(**knobs).differentiates)
     want, yardstick = plain_loss(loss, truth, batch, **knobs), plain_loss(loss, same, batch, **knobs)
@@ -216,7 +243,7 @@ def assert_loss_exact(
     allowed = STATISTIC_SLACK + slack * sensitivity(loss, truth, batch, **knobs) + (moved - want).abs().item()
     assert_close_to_truth(total, plain_loss(loss, fp32, batch, **knobs), want, name, allowed)
     one = torch.ones_like(total)
-    grads, truths, yardsticks = gradients(total, one, p), gradients(want, one, truth), gradients(yardstick, one, same)
+    truths, yardsticks = gradients(want, one, truth), gradients(yardstick, one, same)
     off = {leaf: float((g - truths[leaf]).norm()) for leaf, g in gradients(moved, one, truth).items()}
     assert_gradients_exact(grads, p, yardsticks, truths, name, off)
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tiny
 from fastpost.integrations.transformers import fuse_head
-from test_two_processes import RANKS, two_processes
+from ranks import RANKS, two_processes
 
 pytestmark = pytest.mark.slow
 

@@ -8,13 +8,9 @@ window, times the number of ranks, because DDP averages. The mean over each rank
 from __future__ import annotations
 
 import contextlib
-import datetime
-import faulthandler
 import itertools
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +23,7 @@ import fastpost as fp
 from fastpost import weights
 from fastpost.packing import Example, Packed, pack
 from problems import in_dtype
+from ranks import RANKS, two_processes
 from rules import assert_gradient_close_to_truth
 
 pytest.importorskip("transformers")
@@ -34,10 +31,6 @@ pytest.importorskip("transformers")
 import tiny
 
 pytestmark = pytest.mark.slow
-
-RANKS = 2
-HANG_SECONDS = 50.0  # of one process, once it runs
-GLOO_TIMEOUT = datetime.timedelta(seconds=20)
 
 LOSSES = {"sft": {}, "dpo": {"beta": 0.5}, "grpo": {"epsilon": 0.3, "beta": 0.04}}
 HEADS = ("trained", "tied", "frozen")
@@ -163,30 +156,6 @@ def alone(loss: str, head: str, share: str) -> Gradients:
 
 def every_window(rank: int) -> dict[tuple[str, ...], Gradients]:
     return {case: window(rank, *case) for case in itertools.product(LOSSES, HEADS, SHARES, DTYPES, WAYS)}
-
-
-# ---- processes ----
-
-
-def two_processes(job: Callable[[int], object], folder: Path, seconds: float = HANG_SECONDS) -> list:
-    """job(rank) in two processes joined by gloo. A failure shows its traceback; so does a process that hangs."""
-    try:
-        mp.start_processes(_process, (job, folder, seconds), nprocs=RANKS, start_method="spawn")
-    except mp.ProcessExitedException as error:
-        stacks = "\n".join(file.read_text() for file in sorted(folder.glob("*.hung")))
-        raise AssertionError(f"{error}\n{stacks}") from error
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
-
-
-def _process(rank: int, job: Callable[[int], object], folder: Path, seconds: float) -> None:
-    torch.set_num_threads(1)
-    with (folder / f"{rank}.hung").open("w") as stack:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=stack)
-        meeting = f"file://{folder / 'meeting'}"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS, timeout=GLOO_TIMEOUT)
-        torch.save(job(rank), folder / f"{rank}.pt")
-        dist.destroy_process_group()
-        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="module")
