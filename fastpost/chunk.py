@@ -147,7 +147,7 @@ def grad_chunk(
     on_teacher = {n: g for n, g in d.items() if n not in on_rows}
     c = row_math.coefficients(stats, on_rows, s.vocabulary, p.jsd_beta)
     named = None if not on_teacher else Named(s, chunk, stats, on_teacher, c, on_rows.keys())
-    for block in s.columns():
+    for block in s.columns(again=s.held):
         tile, tile_q = s.tiles(chunk, block, again=s.held)
         left = s.left_operand(tile)
         found = None if named is None else named.values(tile, block)

@@ -208,8 +208,9 @@ class Sweep:
         hidden = self.gemm.operand(cut(x.hidden, self.p.index, rows), buffer)
         return hidden, None if x.low is None else x.low[rows]
 
-    def columns(self, *, multiplied: bool = True) -> Iterator[Columns]:
-        """Blocks of the vocabulary; unless they are to be multiplied no weight is widened."""
+    def columns(self, *, multiplied: bool = True, again: bool = False) -> Iterator[Columns]:
+        """Blocks of the vocabulary; unless they are to be multiplied no weight is widened, and `again`, for tiles that
+        are held, not the reference's."""
         p, x, q = self.p, self.operands, self.p.dense
         for start in range(0, self.V, self.columns_each):
             span = slice(start, min(start + self.columns_each, self.V))
@@ -218,7 +219,8 @@ class Sweep:
             if q is not None:
                 # The reference of a LoRA policy has the very same weight: its block is widened once.
                 same = q.operands.weight is x.weight
-                weight_q = weight if same or not multiplied else self.gemm.operand(q.operands.weight[span], "weight q")
+                unused = same or again or not multiplied
+                weight_q = weight if unused else self.gemm.operand(q.operands.weight[span], "weight q")
                 b_q, shape_q = self._low_block(q.operands, span), _shape(q.operands, span, q.scale, q.softcap)
             shape = _shape(x, span, p.scale, p.softcap)
             yield Columns(span, weight, self._low_block(x, span), shape, weight_q, b_q, shape_q)
