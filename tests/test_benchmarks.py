@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 import fastpost as fp
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 TINY = ["--device", "cpu", "--tokens", "16", "--hidden", "24", "--vocab", "301", "--repeats", "1"]
 NO_LIBRARY = ["fastpost token_stats", "fastpost fused_loss", "naive torch", "torch linear_cross_entropy", "quack"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_path() -> Iterator[None]:
-    """Programs of benchmarks/ import one another by their bare names, as `python benchmarks/head.py` finds them."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture
