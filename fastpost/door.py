@@ -217,6 +217,11 @@ def _kept_rows(
     return torch.argsort(mask.to(torch.uint8), descending=True, stable=True)[:count], None
 
 
+def _pieces(head: Head) -> tuple[tuple[int, ...], list[int]] | None:
+    """Which rank has how many rows; groups made twice over the same ranks are different objects."""
+    return None if head.shard is None else (head.shard.sizes, head.shard.ranks)
+
+
 def _check_range(target: Tensor, vocabulary: int) -> None:
     outside = target[(target < 0) | (target >= vocabulary)]
     if len(outside):
@@ -290,7 +295,7 @@ def _reference(
         raise ValueError(f"reference must be (hidden_q, head_q) or a fastpost.TopK, got {type(reference).__name__}")
     hidden_q, head_q = reference[0], _head(reference[1], "the reference's head")
     _check_hidden(hidden_q, head_q, target, "the reference's hidden")
-    if head_q.shard != head.shard:
+    if _pieces(head_q) != _pieces(head):
         raise ValueError(
             f"the reference's head must be sharded as the policy's is, got {head_q.shard} beside {head.shard}"
         )

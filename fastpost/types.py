@@ -104,6 +104,11 @@ class Shard:
         return Shard(tuple(sizes), group)
 
     @property
+    def ranks(self) -> list[int]:
+        """The processes, in the order of their rows."""
+        return dist.get_process_group_ranks(self.group)
+
+    @property
     def rank(self) -> int:
         return dist.get_rank(self.group)
 
@@ -177,11 +182,15 @@ class Head:
         return self.weight.shape[0] if self.shard is None else self.shard.vocabulary
 
     @staticmethod
-    def of(model: torch.nn.Module) -> Head:
-        """The head of a Hugging Face causal LM, PEFT-wrapped or not. See `fastpost.models.heads`."""
+    def of(model: torch.nn.Module, *, same_tokens: bool | None = None) -> Head:
+        """The head of a Hugging Face causal LM, wrapped by PEFT, DDP or FSDP2 or not. See `fastpost.models.heads`.
+
+        same_tokens: whether the ranks that share a sharded weight have the same tokens (tensor parallel) or each its
+        own (FSDP); None: as the names of its mesh say.
+        """
         from fastpost.models.heads import head_of
 
-        return head_of(model)
+        return head_of(model, same_tokens)
 
 
 @dataclass(frozen=True)

@@ -298,13 +298,6 @@ def test_an_adapter_that_is_refused_may_be_switched_off():
         assert torch.equal(fp.Head.of(model).weight, tiny.model().lm_head.weight)
 
 
-class Sharded(nn.Parameter):
-    """Stands in for torch's DTensor, which needs a process group."""
-
-
-Sharded.__name__ = "DTensor"
-
-
 def with_head(layer):
     model = tiny.model()
     model.lm_head = layer
@@ -318,19 +311,12 @@ def zero3():
     return layer
 
 
-def sharded():
-    layer = nn.Linear(32, 97, bias=False)
-    layer.weight = Sharded(torch.zeros(97, 32))
-    return layer
-
-
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
         (lambda: bitsandbytes.nn.Linear4bit(32, 97, bias=False), r"quantised \(Params4bit.*llm_int8_skip_modules"),
         (lambda: bitsandbytes.nn.Linear8bitLt(32, 97, has_fp16_weights=False), r"quantised \(Int8Params"),
         (lambda: nn.Linear(32, 97).to(torch.float8_e4m3fn), r"quantised \(Parameter, torch\.float8_e4m3fn\)"),
-        (sharded, r"sharded \(DTensor\): pass fastpost.Head\(weight.full_tensor\(\)"),
         (zero3, r"sharded \(DeepSpeed ZeRO-3\)"),
         (lambda: nn.Linear(32, 97, device="meta"), "on the meta device"),
         (lambda: nn.Sequential(nn.Linear(32, 97)), "the head is a Sequential, which Head.of does not know"),

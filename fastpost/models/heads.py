@@ -5,7 +5,7 @@ HyperCLOVA-X multiplies by it); the tables below are the only place that knows. 
 by name: a wrong head trains the wrong model without a sound.
 
 A Head is what the model's head is at the time: which adapters are active, merged or disabled, and whether they drop.
-So `Head.of` is called anew for each forward pass.
+So `Head.of` is called anew for each forward pass. Where its tensors are sharded, `fastpost.models.sharded` reads them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpost.models.sharded import Reader
 from fastpost.models.trunk import causal_lm
 from fastpost.types import Head, LowRank
 
@@ -27,8 +28,13 @@ LORA = "peft.tuners.lora.layer.Linear"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def head_of(model: nn.Module) -> Head:
-    """The Head of a causal LM, wrapped by DDP or PEFT or not. Its tensors are the model's own, not copies."""
+def head_of(model: nn.Module, same_tokens: bool | None = None) -> Head:
+    """The Head of a causal LM, wrapped by DDP, FSDP2 or PEFT or not. Its tensors are the model's own, not copies, but
+    where FSDP2 has them in pieces.
+
+    same_tokens: of a weight that is a DTensor, whether its ranks have the same tokens (tensor parallel: each keeps its
+    rows) or each its own (FSDP: gathered). None: as the mesh's names say, and ValueError where they do not.
+    """
     lm = causal_lm(unwrapped(model))
     if not hasattr(lm, "get_output_embeddings"):
         raise ValueError(f"Head.of takes a Hugging Face causal LM, got {type(lm).__name__}")
@@ -37,7 +43,18 @@ def head_of(model: nn.Module) -> Head:
     linear, lora = _linear_and_lora(outer)
     config = lm.config.get_text_config()
     vocabulary = getattr(config, "unpadded_vocab_size", None) or len(linear.weight)
-    words = lambda x: x[:vocabulary] if vocabulary < len(x) else x  # noqa: E731
+    reader = Reader(model, same_tokens)
+    shard = reader.shard(linear.weight)
+    if shard is not None and vocabulary < shard.vocabulary:
+        raise ValueError(
+            f"the head's {shard.vocabulary} rows are padded from a vocabulary of {vocabulary}, and sharded over ranks: "
+            "pass fastpost.Head(weight, ..., shard=fastpost.types.Shard.of(weight, group)) without the padding"
+        )
+
+    def words(x: Tensor) -> Tensor:  # (V, ...)
+        x = reader.plain(x)
+        return x[:vocabulary] if vocabulary < len(x) else x
+
     biases = [words(x) for x in (linear.bias, *(_bias(lora, name) for name in _active(lora))) if x is not None]
     caps = [cap for name in SOFTCAPS if (cap := getattr(config, name, None))]
     return Head(
@@ -45,7 +62,8 @@ def head_of(model: nn.Module) -> Head:
         bias=sum(biases[1:], biases[0]) if biases else None,
         softcap=caps[0] if caps else None,
         scale=_scale(config),
-        lora=tuple(_low_rank(lora, name, words) for name in _active(lora)),
+        lora=tuple(_low_rank(lora, name, reader.plain, words) for name in _active(lora)),
+        shard=shard,
     )
 
 
@@ -110,10 +128,10 @@ def _active(lora: Any) -> list[str]:
     return [] if lora is None else [name for name in lora.active_adapters if name in lora.lora_A]
 
 
-def _low_rank(lora: Any, name: str, words: Callable[[Tensor], Tensor]) -> LowRank:
+def _low_rank(lora: Any, name: str, plain: Callable[[Tensor], Tensor], words: Callable[[Tensor], Tensor]) -> LowRank:
     dropout = lora.lora_dropout[name]
     share = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    return LowRank(lora.lora_A[name].weight, words(lora.lora_B[name].weight), lora.scaling[name], share)
+    return LowRank(plain(lora.lora_A[name].weight), words(lora.lora_B[name].weight), lora.scaling[name], share)
 
 
 def _bias(lora: Any, name: str) -> Tensor | None:  # (V,)
@@ -137,15 +155,13 @@ def _refuse_other_adapters(layer: Any) -> None:
 
 
 def _refuse_unreadable(weight: Tensor) -> None:
-    """A weight that is quantised, sharded or elsewhere cannot be multiplied with as it is."""
+    """A weight that is quantised or elsewhere cannot be multiplied with as it is."""
     kind = type(weight).__name__
     if kind in ("Params4bit", "Int8Params") or weight.dtype not in DTYPES:
         raise ValueError(
             f"the head's weight is quantised ({kind}, {weight.dtype}): load the model with "
             "llm_int8_skip_modules=['lm_head'], which leaves the head as it is"
         )
-    if kind == "DTensor":
-        raise ValueError("the head's weight is sharded (DTensor): pass fastpost.Head(weight.full_tensor(), ...)")
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise ValueError(
             "the head's weight is sharded (DeepSpeed ZeRO-3): call Head.of within deepspeed.zero.GatheredParameters"
