@@ -1,10 +1,11 @@
-"""The public door of the head: checks every argument once, drops ignored rows, and hands on a `Problem`."""
+"""The public door of the head: checks every argument once, drops ignored and idle rows, and hands on a `Problem`."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,14 @@ def eager_only(function: Callable) -> Callable:
     return call
 
 
+class Rows(NamedTuple):
+    """Which positions are multiplied, and which are not."""
+
+    index: Tensor | None  # (N,) ascending; None: all
+    idle: Tensor | None = None  # (M,) kept ones that are left out, their coefficient being zero; None: none
+    mask: Tensor | None = None  # (T,) bool, where ignored rows could not be left out (graph capture) and are zeroed
+
+
 @dataclass(frozen=True)
 class Door:
     """A checked call: the gradient-carrying tensors, the problem, and the way back to the caller's shape."""
@@ -38,7 +47,8 @@ class Door:
     operands: Operands
     problem: Problem
     shape: torch.Size  # of target
-    kept: Tensor | None  # (T,) bool, where ignored rows could not be left out (graph capture) and are zeroed instead
+    kept: Tensor | None  # (T,) bool, Rows.mask
+    idle: Tensor | None  # (M,) Rows.idle
     renamed: dict[str, str]  # an end of the JSD family -> the KL that it is
 
     @property
@@ -81,6 +91,7 @@ def open_door(
     ignore_index: int,
     kept: Tensor | None = None,  # (N,) positions of kept rows, where the caller knows them
     lengths: Tensor | None = None,  # (S,) of a batch; they must sum to T
+    live: Tensor | None = None,  # (T,) bool, those of the kept rows that are not idle; None: all
 ) -> Door:
     head = _head(head, "head")
     if not isinstance(ignore_index, int):
@@ -88,7 +99,7 @@ def open_door(
     _check_hidden(hidden, head, target)
     _check_outputs(outputs, reference, jsd_beta)
     flat = target.reshape(-1).contiguous()
-    index, mask = _kept_rows(flat, ignore_index, head.vocabulary, kept, lengths)
+    index, idle, mask = _find_rows(flat, ignore_index, head.vocabulary, kept, lengths, live)
     if mask is not None:
         flat = torch.where(mask, flat, 0)
     rows = flat if index is None else flat.index_select(0, index)
@@ -107,7 +118,7 @@ def open_door(
         dtype=dtype,
         shard=head.shard,
     )
-    return Door(_operands(hidden, head, index, dtype), problem, target.shape, mask, renamed)
+    return Door(_operands(hidden, head, index, dtype), problem, target.shape, mask, idle, renamed)
 
 
 def _operands(hidden: Tensor, head: Head, index: Tensor | None, dtype: torch.dtype) -> Operands:
@@ -186,35 +197,41 @@ def _check_outputs(outputs: Sequence[str], reference: object, jsd_beta: float) -
         )
 
 
-def _kept_rows(
+def _find_rows(
     target: Tensor,  # (T,)
     ignore_index: int,
     vocabulary: int,
     known: Tensor | None,
     lengths: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(index of kept rows or None for all, mask or None). On an accelerator this is the call's one host sync."""
-    if known is not None:
+    live: Tensor | None,
+) -> Rows:
+    """On an accelerator this is the call's one host sync."""
+    if known is not None and live is None:
         if target.device.type == "cpu":
             _check_range(target.index_select(0, known), vocabulary)
-        return (None if len(known) == len(target) else known.to(target.device)), None
+        return Rows(None if len(known) == len(target) else known.to(target.device))
     mask = target != ignore_index
     if target.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return None, mask  # nothing may depend on a count: ignored rows go through, with coefficient 0
+        return Rows(None, mask=mask)  # nothing may depend on a count: ignored rows go through, with coefficient 0
+    live = mask if live is None else live
     outside = mask & ((target < 0) | (target >= vocabulary))
     # A Batch has looked at lengths that are on the host; others are looked at here, in the same transfer.
     if lengths is None or lengths.device.type == "cpu":
         total = torch.full((), len(target), device=mask.device)
     else:
         total = lengths.sum().to(mask.device)
-    count, bad, total = torch.stack([mask.sum(), outside.sum(), total]).tolist()
+    kept, alive, bad, total = torch.stack([mask.sum(), live.sum(), outside.sum(), total]).tolist()
     if bad:
         _check_range(target[mask], vocabulary)
     if total != len(target):
         raise ValueError(f"batch.lengths must sum to the {len(target)} positions of batch.target, got a sum of {total}")
-    if count == len(target):
-        return None, None
-    return torch.argsort(mask.to(torch.uint8), descending=True, stable=True)[:count], None
+    index = None if alive == len(target) else _where(live, alive)
+    return Rows(index, None if alive == kept else _where(mask & ~live, kept - alive))
+
+
+def _where(mask: Tensor, count: int) -> Tensor:  # (T,) bool -> (count,)
+    """The positions at which it is true, without asking how many they are."""
+    return torch.argsort(mask.to(torch.uint8), descending=True, stable=True)[:count]
 
 
 def _pieces(head: Head) -> tuple[tuple[int, ...], list[int]] | None:

@@ -43,6 +43,7 @@ class _Given:
 
 
 Condition = Callable[[Mapping[str, Any]], object]
+Idle = Callable[[Batch, Mapping[str, Any]], Tensor | None]  # (T,) bool; None: nowhere
 
 
 @dataclass(frozen=True, eq=False)  # the same loss is the same object, so it can be a key
@@ -55,6 +56,7 @@ class Loss:
     differentiates: tuple[str, ...]  # those of them that carry a gradient; the rest arrive detached
     also: Mapping[str, Condition] = field(default_factory=dict)  # a statistic -> the knobs with which it is read, too
     only_looks: frozenset[str] = frozenset()  # those that carry none, of `also` too
+    idle: Idle | None = None  # tokens whose coefficient is zero, whatever the statistics
     knobs: Mapping[str, Any] | None = None  # all of them, once bound
 
     @property
@@ -75,6 +77,24 @@ class Loss:
         more = tuple(name for name, on in self.also.items() if name not in self.reads and on(knobs))
         carrying = tuple(name for name in more if name not in self.only_looks)
         return replace(self, knobs=knobs, reads=self.reads + more, differentiates=self.differentiates + carrying)
+
+    def live(self, batch: Batch, kept: Tensor) -> Tensor | None:  # (T,) bool -> (T,) bool
+        """The kept tokens of units that can add to a sum of weight * loss; None where none is known that cannot.
+
+        A unit cannot if its weight is 0 or all its kept tokens are idle.
+        """
+        assert self.knobs is not None
+        idle = None if self.idle is None else self.idle(_Given(batch, self), self.knobs)  # type: ignore[arg-type]
+        if idle is None and batch.weight is None:
+            return None
+        live, weighed = kept if idle is None else kept & ~idle, True
+        if batch.weight is not None:
+            weighed = batch.weight.to(kept.device) != 0
+        if self.unit == "token":
+            return live & weighed
+        U = batch.units(self.unit)
+        alive = batch.per_sequence(live.int()).view(U, -1).any(1) & weighed
+        return kept & batch.spread(alive.repeat_interleave(batch.lengths.numel() // U))
 
     def on_kept(self, stats: Stats, batch: Batch) -> Tensor:  # batch.at(kept) -> (U,)
         """The equation itself, bound, for a batch from which the ignored tokens are gone already."""
@@ -163,12 +183,15 @@ def loss(
     reads: Sequence[str] = ("logp",),
     also: Mapping[str, Condition] | None = None,
     differentiates: Sequence[str] | None = None,
+    idle: Idle | None = None,
 ) -> Callable[[Callable[..., Tensor]], Loss]:
     """Declares a loss: `@loss(unit="pair")` above `def dpo(stats, batch, *, beta=0.1)`.
 
     unit: the smallest group of tokens that must be seen together. reads: the statistics it looks at. also: further
     ones, each with a condition on the knobs, {"entropy": lambda knobs: knobs["entropy_coef"]}.
     differentiates: those through which its gradient flows (all, unless named); fewer are cheaper.
+    idle: of (batch, knobs), which tokens (T,) have the coefficient zero. A unit of no others, whose loss and gradient
+    must then be 0 whatever its statistics, never reaches the head.
     """
     also = also or {}
     named = (*reads, *also)
@@ -183,7 +206,7 @@ def loss(
         raise ValueError(f"differentiates must be some of {named} other than top1, got {tuple(differentiates)}")
     carrying = tuple(name for name in reads if name in differentiates)
     looks = frozenset(named) - set(differentiates)
-    return lambda equation: Loss(equation, unit, tuple(reads), carrying, also, looks)
+    return lambda equation: Loss(equation, unit, tuple(reads), carrying, also, looks, idle)
 
 
 def scalar_loss(*, unit: Unit) -> Callable[[Callable[..., Tensor]], ScalarLoss]:

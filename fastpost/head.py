@@ -1,14 +1,15 @@
 """The core: a language-model head turned into per-token statistics, without the (tokens, vocabulary) logits.
 
-One G is one product of the head, 2 T D V flop. `fastpost.door` checks a call and drops its ignored rows; one of
-`fastpost.schedules` runs it: statistics alone G, frozen 2 G, eager 3 G (2 G with a frozen weight), lazy 4 G (3 G); a
-reference costs one G_q more where its logits are computed, a LoRA on the head (`fastpost.lowrank`) its own thin
-products. `fastpost.sweep` walks the tiles, and `fastpost.rows` or its Triton and C++ twins do all that is done to a
-logit.
+One G is one product of the head, 2 T D V flop. `fastpost.door` checks a call and drops the rows that are ignored or
+whose coefficient is known to be zero; one of `fastpost.schedules` runs it: statistics alone G, frozen 2 G, eager 3 G
+(2 G with a frozen weight), lazy 4 G (3 G); a reference costs one G_q more where its logits are computed, a LoRA on the
+head (`fastpost.lowrank`) its own thin products. `fastpost.sweep` walks the tiles, and `fastpost.rows` or its Triton and
+C++ twins do all that is done to a logit.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from fastpost.equation import Loss
 from fastpost.gemm import wide
 from fastpost.schedules import EagerLoss, FrozenLogp, LazyStats, Plan, statistics
 from fastpost.sweep import Sweep
-from fastpost.types import IGNORE, Batch, Head, Stats, TopK, nearest
+from fastpost.types import IGNORE, OUTPUTS, Batch, Head, Stats, TopK, nearest
 
 
 @eager_only
@@ -121,43 +122,62 @@ def fused_loss(
     batch.weight None: the mean over kept units, for one process and one accumulation step.
     return_stats: (loss, Stats), detached and in input order, of what the loss reads and of `outputs`, from the same
     pass. The other arguments are those of `token_stats`.
+
+    A unit of weight 0, or of tokens whose advantage is 0 where a policy loss has no penalty, is idle: it adds exactly
+    nothing, keeps its place in the mean, and costs no product; for return_stats one, without a gradient. Not looked for
+    where that would be a wait of its own: in a Batch from packing that is on an accelerator, and under graph capture.
     """
     if not isinstance(loss, Loss):
         raise ValueError(f"loss must be declared with fastpost.loss (fastpost.losses has the catalogue), got {loss!r}")
     if not isinstance(batch, Batch):
         raise ValueError(f"batch must be a fastpost.Batch, got {type(batch).__name__}")
     loss = _bound(loss, knobs, temperature)
+    _check_weight(loss, batch)
     if ignore_index != IGNORE:
         batch = replace(batch, kept=None, kept_lengths=None)
     asked = tuple(dict.fromkeys((*loss.reads, *outputs)))
-    door = open_door(
-        hidden,
-        head,
-        batch.target,
-        asked,
-        reference,
-        temperature,
-        jsd_beta,
-        ignore_index,
-        batch.kept,
-        batch.lengths,
+    enter = functools.partial(
+        open_door, hidden, head, batch.target, asked, reference, temperature, jsd_beta, ignore_index
     )
-    p, plan, operands = door.problem, _plan_loss(loss, batch, door), door.operands
-    carrying = {door.inner(name) for name in loss.differentiates}
-    if not (door.needs_rows or door.needs_head):
-        total, found = None, statistics(p, operands)
-    elif not door.needs_head and carrying <= {"logp"}:
-        total, found = None, dict(zip(p.names, FrozenLogp.apply(*operands, p), strict=True))
-    elif plan.longest_unit() <= Sweep(p, operands, held=True).rows_each:
-        total, *values = EagerLoss.apply(*operands, plan)
-        found = dict(zip(p.names, values, strict=True))
-    else:
-        total, found = None, dict(zip(p.names, LazyStats.apply(*operands, p), strict=True))
-    if total is None:
-        total = plan.weighted(found, plan.batch, slice(None))
+    door = enter(batch.kept, batch.lengths, _live(loss, batch, ignore_index))
+    total, found = _scheduled(_plan_loss(loss, batch, door), door)
     if not return_stats:
         return total
-    return total, door.stats({n: x.detach() for n, x in found.items()}, asked)
+    stats = door.stats({n: x.detach() for n, x in found.items()}, asked)
+    if door.idle is not None:
+        with torch.no_grad():
+            beside = enter(door.idle)
+        stats = _merged(stats, beside.stats(statistics(beside.problem, beside.operands), asked), asked)
+    return total, stats
+
+
+def _scheduled(plan: Plan, door: Door) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss by the cheapest schedule, and the statistics."""
+    p, operands = plan.problem, door.operands
+    carrying = {door.inner(name) for name in plan.loss.differentiates}
+    if not (door.needs_rows or door.needs_head):
+        found = statistics(p, operands)
+    elif not door.needs_head and carrying <= {"logp"}:
+        found = dict(zip(p.names, FrozenLogp.apply(*operands, p), strict=True))
+    elif plan.longest_unit() <= Sweep(p, operands, held=True).rows_each:
+        total, *values = EagerLoss.apply(*operands, plan)
+        return total, dict(zip(p.names, values, strict=True))
+    else:
+        found = dict(zip(p.names, LazyStats.apply(*operands, p), strict=True))
+    return plan.weighted(found, plan.batch, slice(None)), found
+
+
+def _merged(one: Stats, other: Stats, names: Sequence[str]) -> Stats:
+    """Of different rows: each is 0 where the other is not."""
+    return Stats(**{name: getattr(one, name) + getattr(other, name) for name in (OUTPUTS[each] for each in names)})
+
+
+def _live(loss: Loss, batch: Batch, ignore_index: int) -> Tensor | None:  # (T,) bool
+    """The kept rows that are not idle; None: all. In a packed batch on an accelerator, which is never waited for, they
+    are not looked for: to count them would be a wait."""
+    if batch.kept is not None and batch.target.device.type != "cpu":
+        return None
+    return loss.live(batch, batch.target != ignore_index)
 
 
 def _bound(loss: Loss, knobs: dict[str, object], temperature: float | Tensor) -> Loss:
@@ -169,22 +189,29 @@ def _bound(loss: Loss, knobs: dict[str, object], temperature: float | Tensor) ->
     return loss.bind(**knobs)
 
 
-def _plan_loss(loss: Loss, batch: Batch, door: Door) -> Plan:
-    """Checks the weight and brings everything to the kept rows."""
-    p, U = door.problem, batch.units(loss.unit)
+def _check_weight(loss: Loss, batch: Batch) -> None:
+    U = batch.units(loss.unit)
     if batch.weight is not None and batch.weight.shape != (U,):
         raise ValueError(
             f"batch.weight must have shape ({U},), one for each {loss.unit}, got {tuple(batch.weight.shape)}"
         )
+
+
+def _plan_loss(loss: Loss, batch: Batch, door: Door) -> Plan:
+    """Brings everything to the rows that are to be multiplied."""
+    p = door.problem
     if door.kept is not None and loss.unit != "token":
         raise ValueError(f"under graph capture only a loss of tokens can run, and {loss.name!r} is one of {loss.unit}s")
     device = door.operands.hidden.device
     inner = batch.at(torch.arange(len(p), device=device) if p.index is None else p.index)
     if door.kept is not None:
         inner = inner.blank(door.kept)
-    kept = inner.kept_units(loss.unit) if door.kept is None else door.kept
     if batch.weight is None:
-        weight = (1 / kept.sum(dtype=wide(p.dtype)).clamp(min=1)).expand(len(kept))
+        kept = inner.kept_units(loss.unit) if door.kept is None else door.kept
+        count = kept.sum(dtype=wide(p.dtype))
+        if door.idle is not None:  # no unit is idle in part
+            count = count + batch.at(door.idle).kept_units(loss.unit).sum()
+        weight = (1 / count.clamp(min=1)).expand(len(kept))
     elif loss.unit == "token" and p.index is not None:
         weight = batch.weight.to(device).index_select(0, p.index)
     else:

@@ -321,8 +321,9 @@ class Batch:
     @functools.cached_property
     def sequence(self) -> Tensor:
         """(T,) the index of each position's sequence."""
-        index = torch.arange(self.lengths.numel(), device=self.target.device)
-        return index.repeat_interleave(self.counts, output_size=self.target.numel())
+        position = torch.arange(self.target.numel(), device=self.target.device)
+        # (repeat_interleave would write past its end where lengths on an accelerator, not looked at yet, are wrong)
+        return torch.searchsorted(self.counts.cumsum(0), position, right=True).clamp(max=self.lengths.numel() - 1)
 
     def per_sequence(self, x: Tensor) -> Tensor:  # (T,) -> (S,)
         """The sum of x over each sequence."""
@@ -382,7 +383,7 @@ class Batch:
         if len(rows) == self.target.numel():
             return self._of_kept(self.lengths, {})
         lengths = self.kept_lengths
-        if self.kept is None or lengths is None:
+        if self.kept is None or lengths is None or len(rows) != len(self.kept):
             lengths = torch.zeros_like(self.lengths, device=rows.device).index_add(
                 0, self.sequence.index_select(0, rows), torch.ones_like(rows, dtype=self.lengths.dtype)
             )

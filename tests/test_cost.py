@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastpost as fp
 from fastpost import losses
-from problems import schedules_of, small_tiles, stat
+from problems import adapter, schedules_of, small_tiles, stat
 from test_schedules import distant, entropic
 
 ROWS, WIDTH, WORDS, WIDTH_Q = 32, 24, 300, 8
@@ -127,3 +128,59 @@ def test_ignored_rows_cost_nothing(weight, kept):
     assert products(lambda: fp.fused_loss(losses.sft, h, w, batch)) == share
     logged = {"outputs": ("jsd",), "return_stats": True, **reference}
     assert products(lambda: fp.fused_loss(losses.sft, h, w, batch, **logged)[0]) == share + G_Q * kept // ROWS
+
+
+def in_four(unit: str, idle: int, *, weight: bool, by: str) -> tuple[Tensor, Tensor, fp.Batch, dict]:
+    """Four sequences, of which the first `idle` have no advantage, or no weight."""
+    h, w, batch, reference = workload(weight=weight)
+    batch = replace(batch, lengths=torch.full((4,), ROWS // 4), advantage=torch.ones(ROWS))
+    live = batch.spread(torch.arange(4) >= idle).float()
+    if by == "advantage":
+        return h, w, replace(batch, advantage=live), reference
+    units = {"token": live, "sequence": live[:: ROWS // 4], "pair": live[:: ROWS // 2]}
+    return h, w, replace(batch, weight=units[unit]), reference
+
+
+IDLE = [
+    # loss, what is zero, weight trains, rows a chunk, G a live row
+    (losses.grpo, "advantage", True, 4096, 3),
+    (losses.grpo, "advantage", False, 4096, 2),
+    (losses.gspo, "advantage", True, 8, 3),
+    (losses.gspo, "advantage", True, 7, 4),
+    (losses.gspo, "advantage", False, 7, 2),
+    (losses.sft, "weight", True, 4096, 3),
+    (losses.gspo, "weight", True, 7, 4),
+    (losses.dpo, "weight", True, 16, 3),
+    (losses.dpo, "weight", False, 4096, 2),
+]
+
+
+@pytest.mark.parametrize("idle", [0, 2, 4])
+@pytest.mark.parametrize(("loss", "by", "weight", "rows", "each"), IDLE)
+def test_idle_units_cost_nothing(loss, by, weight, rows, each, idle, monkeypatch):
+    h, w, batch, _ = in_four(loss.unit, idle, weight=weight, by=by)
+    small_tiles(monkeypatch, rows=rows)
+    assert products(lambda: fp.fused_loss(loss, h, w, batch)) == each * G * (4 - idle) // 4
+
+
+@pytest.mark.parametrize("idle", [0, 1, 4])
+@pytest.mark.parametrize(("weight", "each"), [(True, 3), (False, 2)], ids=["trained", "frozen"])
+def test_idle_units_that_are_looked_at_cost_one_product(weight, each, idle):
+    h, w, batch, reference = in_four("token", idle, weight=weight, by="advantage")
+    call = lambda: fp.fused_loss(  # noqa: E731
+        losses.grpo, h, w, batch, outputs=("entropy", "reverse_kl"), return_stats=True, **reference
+    )
+    assert products(lambda: call()[0]) == (each * G * (4 - idle) + G * idle) // 4 + G_Q
+
+
+@pytest.mark.parametrize("head", ["adapter", "top-k"])
+def test_idle_rows_cost_what_ignored_ones_do_under_any_head(head):
+    h, w, batch, _ = in_four("token", 3, weight=False, by="advantage")
+    ids = torch.stack([torch.randperm(WORDS)[:4] for _ in range(ROWS)])
+    stored = fp.TopK(ids, torch.randn(ROWS, WORDS).log_softmax(1).gather(1, ids))
+    lora = fp.Head(w, lora=(adapter(3, w),))
+    loss, of, more = (losses.grpo, lora, {}) if head == "adapter" else (losses.forward_kl, w, {"reference": stored})
+    batch = replace(batch, weight=batch.advantage)
+    ignored = replace(batch, target=torch.where(batch.weight == 0, -100, batch.target))
+    idle, want = (products(lambda b=b: fp.fused_loss(loss, h, of, b, **more)) for b in (batch, ignored))
+    assert idle == want > 0

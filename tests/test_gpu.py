@@ -6,6 +6,7 @@ The numerics run there too: every test that takes `device` does.
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -47,6 +48,28 @@ def test_a_packed_batch_is_never_waited_for(name, frozen):
         fp.fused_loss(loss, hidden, weight, batch, outputs=("entropy",), return_stats=True)[0].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_finding_idle_rows_is_no_second_wait(frozen):
+    T, V, D = 64, 1000, 64
+    hidden = torch.randn(T, D, device="cuda", requires_grad=True)
+    weight = torch.randn(V, D, device="cuda", requires_grad=not frozen)
+    advantage = (torch.arange(T, device="cuda") % 2).float()
+    batch = fp.Batch(torch.randint(V, (T,), device="cuda"), torch.tensor([T // 2, T // 2]), advantage=advantage)
+
+    def waits(loss: fp.Loss) -> int:
+        fp.fused_loss(loss, hidden, weight, batch, return_stats=True)[0].backward()  # compiles the kernels
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                fp.fused_loss(loss, hidden, weight, batch, return_stats=True)[0].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("called a synchronizing" in str(warning.message) for warning in seen)
+
+    assert waits(fp.losses.grpo) == waits(fp.losses.sft) == 1
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])

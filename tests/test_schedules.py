@@ -12,7 +12,7 @@ import catalogue
 import fastpost as fp
 from fastpost import losses
 from fastpost.types import NEEDS_REFERENCE
-from problems import Problem, assert_loss_exact, gradients, problem, schedules_of, small_tiles, stat
+from problems import Problem, assert_loss_exact, gradients, graph_capture, problem, schedules_of, small_tiles, stat
 
 LENGTHS = torch.tensor([21, 0, 29, 9, 24, 37, 1, 7])  # four pairs; one sequence is empty, one has a single position
 PROMPTS = (2, 0, 5, 1, 4, 2, 0, 1)  # positions at the head of each sequence that predict nothing; nor does the last
@@ -217,10 +217,6 @@ def test_without_a_weight_it_is_the_mean_over_kept_units(case):
     torch.testing.assert_close(fused(loss, p, replace(batch, weight=None), **knobs), units.sum() / kept)
 
 
-def masking_door(target: Tensor, ignore_index: int, *_: object) -> tuple[None, Tensor]:
-    return None, target != ignore_index
-
-
 @pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("case", ["sft", "grpo", "entropic"])
 def test_under_graph_capture_ignored_rows_go_through_for_nothing(case, train_head, monkeypatch):
@@ -228,7 +224,7 @@ def test_under_graph_capture_ignored_rows_go_through_for_nothing(case, train_hea
     p, batch = setting(loss, train_head=train_head)
     want = fused(loss, p, batch, **knobs)
     grads, mean = gradients(want, torch.ones(()), p), fused(loss, p, replace(batch, weight=None), **knobs)
-    monkeypatch.setattr("fastpost.door._kept_rows", masking_door)
+    graph_capture(monkeypatch)
     torch.testing.assert_close(fused(loss, p, replace(batch, weight=None), **knobs), mean)
     total, stats = fp.fused_loss(
         loss, p.hidden, p.head, batch, temperature=p.temperature, return_stats=True, outputs=("top1",), **knobs
@@ -241,7 +237,7 @@ def test_under_graph_capture_ignored_rows_go_through_for_nothing(case, train_hea
 
 @pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
 def test_under_graph_capture_fields_of_ignored_rows_may_hold_anything(train_head, monkeypatch):
-    monkeypatch.setattr("fastpost.door._kept_rows", masking_door)
+    graph_capture(monkeypatch)
     p, batch = setting(losses.grpo, train_head=train_head)
     batch.advantage[~packed()] = torch.nan
     total = fused(losses.grpo, p, batch)
@@ -249,7 +245,7 @@ def test_under_graph_capture_fields_of_ignored_rows_may_hold_anything(train_head
 
 
 def test_under_graph_capture_only_tokens_can_be_units(monkeypatch):
-    monkeypatch.setattr("fastpost.door._kept_rows", masking_door)
+    graph_capture(monkeypatch)
     p, batch = setting(losses.dpo)
     with pytest.raises(ValueError, match="only a loss of tokens can run, and 'dpo' is one of pairs"):
         fused(losses.dpo, p, batch)

@@ -2,7 +2,8 @@
 
 batch.old_logp None: on policy, r = 1 with the gradient of logp. A loss of sequences sees r through a mean or a sum over
 the n tokens, and A through its mean. Every loss here is linear in A at a given sign, so what scales or masks a token
-(rollout correction, top entropy) is done to its advantage, in `fastpost.advantages`. The family adds these knobs:
+(rollout correction, top entropy) is done to its advantage, in `fastpost.advantages`; and where A is 0, r stopped short
+of infinity, so are the loss and its gradient, and the head never sees the token. The family adds these knobs:
   beta                     + beta KL(p || reference), a token
   kl_estimator             "k3", "k2", "k1" of ref_logp (`fastpost.losses.kl`), or "exact": over the vocabulary, from a
                            `reference`
@@ -14,8 +15,8 @@ the n tokens, and A through its mean. Every loss here is linear in A at a given 
 """
 
 import functools
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +56,11 @@ def _penalty(
     return penalty - entropy_coef * stats.entropy if entropy_coef else penalty
 
 
+def _without_advantage(batch: Batch, knobs: Mapping[str, Any]) -> Tensor | None:  # (T,) bool
+    """Tokens that nothing moves: of a group without variance, or masked by their advantage, and free of penalties."""
+    return None if knobs["beta"] or knobs["entropy_coef"] else batch.advantage == 0
+
+
 def _objective(over: Callable[[Batch, Tensor], Tensor] | None = None) -> Callable[[Callable[..., Tensor]], Loss]:
     """Declares a policy loss: of tokens, or of sequences over which the penalty's tokens are summed up by `over`."""
 
@@ -72,7 +78,7 @@ def _objective(over: Callable[[Batch, Tensor], Tensor] | None = None) -> Callabl
             "entropy": lambda k: k["entropy_coef"],
             "reverse_kl": lambda k: k["beta"] and k["kl_estimator"] == "exact",
         }
-        return loss(unit="token" if over is None else "sequence", also=also)(penalised)
+        return loss(unit="token" if over is None else "sequence", also=also, idle=_without_advantage)(penalised)
 
     return declare
 
