@@ -17,6 +17,7 @@ from fastpost.types import OUTPUTS, Head, Stats, TopK
 
 
 def logits(hidden: Tensor, head: Head, temperature: float | Tensor = 1.0) -> Tensor:  # (T, D) -> (T, V)
+    assert head.shard is None, "the truth has the whole vocabulary"
     z = F.linear(hidden, head.weight, head.bias)
     for each in head.lora:  # in its own dtype, as PEFT does
         z = z + each.scaling * F.linear(F.linear(F.dropout(hidden.to(each.a.dtype), each.dropout), each.a), each.b)

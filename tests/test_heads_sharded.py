@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 import fastpost as fp
 import tiny
 from fastpost.integrations.transformers import fuse_head
+from fastpost.models.probe import check_head
 from ranks import RANKS, two_processes
 
 pytestmark = pytest.mark.slow
@@ -177,6 +178,16 @@ def plain(scale: float) -> Tensor:
     return model.lm_head.weight.grad
 
 
+def accepted(model: Any) -> bool:
+    check_head(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 2)
+    own = lm("untied")
+    model.forward = own.forward
+    with pytest.raises(ValueError, match="does not give the model's own logits"):
+        check_head(model)
+    return True
+
+
 def refusals() -> dict[str, str]:
     def by_columns() -> Any:
         model = lm("untied")
@@ -238,6 +249,7 @@ def on_rank(saved: Path, rank: int) -> dict:
         "tp": {(how, way): tensor_parallel(saved, how, way) for how in PARALLEL for way in WAYS},
         "replicated": [replicated(same) for same in (True, False)],
         "adapter": {way: adapter_steps(rank, way) for way in WAYS},
+        "probe": accepted(by_hand()),
         "sizes": fp.Head.of(colwise(lm("untied"), tp_mesh()), same_tokens=True).shard.sizes,
         "refusals": refusals(),
     }
@@ -287,6 +299,10 @@ def test_a_replicated_weight_has_the_gradient_of_the_same_tokens_or_the_mean(fou
 
 def test_uneven_rows_are_those_of_the_dtensor(found):
     assert [rank["sizes"] for rank in found] == [(49, 48)] * RANKS
+
+
+def test_a_shard_is_held_against_the_models_own_logits(found):
+    assert all(rank["probe"] for rank in found)
 
 
 REFUSALS = {

@@ -34,6 +34,8 @@ def check_head(model: nn.Module) -> None:
     packed = _packed(lm, _sequence(lm, 2, 4))
     truth = lm(input_ids=packed.input_ids, use_cache=False).logits[0].float()
     head, hidden = head_of(model), hidden_states(model, packed)[0]
+    if head.shard is not None:
+        truth = truth[:, head.shard.start :][:, : head.shard.rows]
     hidden, dtype = hidden.float(), hidden.dtype
     logits = nn.functional.linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float())
     logits += sum(x.scaling * (hidden @ x.a.float().T @ x.b.float().T) for x in head.lora)
