@@ -76,8 +76,8 @@ class LowRank:
 class Shard:
     """A vocabulary in pieces (tensor parallel): rank i of `group` holds the next sizes[i] rows of it.
 
-    Each rank makes a Head of its own rows, and all make the same calls with the same hidden states and targets, which
-    count in the whole vocabulary: see fastpost.shard.
+    Each rank makes a Head of its own rows, and all make the same calls with the same hidden states, targets and batch;
+    a target counts in the whole vocabulary. See fastpost.shard.
     """
 
     sizes: tuple[int, ...]

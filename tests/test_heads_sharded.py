@@ -262,7 +262,7 @@ def on_rank(saved: Path, rank: int) -> dict:
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
     lm("untied").save_pretrained(folder / "model")
-    return two_processes(functools.partial(on_rank, folder / "model"), folder)
+    return two_processes(functools.partial(on_rank, folder / "model"), folder, seconds=150.0)
 
 
 @pytest.mark.parametrize("way", ["head", "fused"])
