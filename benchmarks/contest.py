@@ -5,7 +5,9 @@ that is printed, with exit code 1; a peer's is listed as WRONG, with its error, 
 
   x floor   time over that of as many plain products (hidden @ weight.T, in the same rounds) as the case needs at least
   x naive   time over that of plain torch
-  TFLOP/s   those products, 2 T D V flop each, over the time
+  x bound   time over the least for what counted.py counts: its flop at that product's rate, or its bytes at a copy's
+  flop/B    those flop over the bytes that come from memory
+  TFLOP/s   the products that are needed, 2 T D V flop each, over the time
   peak      above inputs and returned gradients
 
 One JSON line a measurement is appended to --output; tables.py makes the README's tables of them.
@@ -26,7 +28,7 @@ from typing import Literal
 
 import torch
 from cases import SEQUENCES, Case, Inputs, make_inputs
-from harness import interleaved, machine, peak_bytes, plain_product, version
+from harness import bandwidth, interleaved, machine, peak_bytes, plain_product, version
 from measurement import Measurement, Setup, append
 from peers import Peer, run
 from report import show
@@ -95,7 +97,15 @@ def check_all(x: Inputs, cases: Sequence[Case], peers: Sequence[Peer]) -> dict[C
     return checked
 
 
-def time_case(case: Case, checked: Sequence[Checked], x: Inputs, setup: Setup) -> list[Measurement]:
+def measure(x: Inputs, cases: Sequence[Case], peers: Sequence[Peer], setup: Setup) -> list[Measurement]:
+    checked = check_all(x, cases, peers)
+    copied = bandwidth(setup.repeats, x.hidden.device)
+    return [m for case in cases for m in time_case(case, checked[case], x, setup, copied)]
+
+
+def time_case(
+    case: Case, checked: Sequence[Checked], x: Inputs, setup: Setup, bytes_per_second: float
+) -> list[Measurement]:
     inputs = x.trained(case.trained)
     runs = {c.peer.name: partial(run, case, c.peer.runs[case.name], inputs) for c in checked if c.status == "ok"}
     floor = {PRODUCT: plain_product(inputs.hidden, inputs.weight)}
@@ -117,6 +127,8 @@ def time_case(case: Case, checked: Sequence[Checked], x: Inputs, setup: Setup) -
             product_seconds=seconds[PRODUCT],
             naive_seconds=seconds.get(NAIVE),
             peak_bytes=c.peak_bytes,
+            counted=None if c.peer.expected is None else c.peer.expected(case, inputs),
+            bytes_per_second=bytes_per_second,
         )
         for c in checked
     ]
@@ -150,21 +162,26 @@ def parse(contest: Contest, argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(contest: Contest, argv: Sequence[str] | None = None) -> int:
-    options = parse(contest, argv)
-    device, now = torch.device(options.device), datetime.datetime.now().astimezone()
-    shape, started = (options.tokens, options.hidden, options.vocab), now.isoformat(timespec="seconds")
-    setup = Setup(machine(device), started, options.dtype, *shape, options.repeats, contest.name)
+def opened(contest: Contest, options: argparse.Namespace) -> tuple[Setup, list[Case], list[Peer], Path]:
+    """The setup, what is measured of whom, and where that is written."""
+    now, shape = datetime.datetime.now().astimezone(), (options.tokens, options.hidden, options.vocab)
+    where, started = machine(torch.device(options.device)), now.isoformat(timespec="seconds")
+    setup = Setup(where, started, options.dtype, *shape, options.repeats, contest.name)
     cases = [case for case in contest.cases if not options.cases or case.name in options.cases]
     peers = [peer for peer in contest.peers if not options.providers or peer.name in options.providers]
-    x = make_inputs(*shape, getattr(torch, options.dtype), device)
+    return setup, cases, peers, options.output or RESULTS / file_name(setup, now)
+
+
+def main(contest: Contest, argv: Sequence[str] | None = None) -> int:
+    options = parse(contest, argv)
+    setup, cases, peers, output = opened(contest, options)
+    dtype, device = getattr(torch, setup.dtype), torch.device(options.device)
+    x = make_inputs(setup.tokens, setup.hidden, setup.vocab, dtype, device)
     try:
-        checked = check_all(x, cases, peers)
+        measurements = measure(x, cases, peers, setup)
     except ArithmeticError as error:
         _say(f"fastpost is wrong, so nothing was timed\n{error}")
         return 1
-    measurements = [m for case in cases for m in time_case(case, checked[case], x, setup)]
-    output = options.output or RESULTS / file_name(setup, now)
     append(output, measurements)
     show(measurements)
     print(f"written to {output}")

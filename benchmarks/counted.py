@@ -50,12 +50,20 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
+    """Of one thing after another: what they do adds up, and the workspace is that of the greediest."""
+
     flop: int = 0
     fetched: int = 0  # bytes
     touched: int = 0  # bytes
+    workspace: int = 0  # bytes of tiles, of operands that had to be widened, and of accumulators
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flop + other.flop, self.fetched + other.fetched, self.touched + other.touched)
+        return Cost(
+            self.flop + other.flop,
+            self.fetched + other.fetched,
+            self.touched + other.touched,
+            max(self.workspace, other.workspace),
+        )
 
     def bound(self, flop_rate: float, bandwidth: float) -> float:
         """The fewest seconds, at so many flop and bytes a second."""
@@ -102,8 +110,8 @@ class Pass:
 
     def fold(self, *, sums: bool = False) -> Cost:
         """Statistics; and the sums of the frozen schedule, whose left operand the kernel writes."""
-        x = self.work
-        cost = self.operands(x.D) + self.operands(x.D_q) + self.logits() + self.kernel(writes=sums)
+        x, cost = self.work, self.workspace(sums=sums)
+        cost += self.operands(x.D) + self.operands(x.D_q) + self.logits() + self.kernel(writes=sums)
         if x.jsd:
             cost += self.kernel(writes=False)
         if sums:
@@ -114,8 +122,8 @@ class Pass:
 
     def grads(self) -> Cost:
         """Gradients, from tiles that are held, or made again."""
-        x = self.work
-        cost = self.operands(x.D, opened=self.held) + self.kernel(writes=True)
+        x, cost = self.work, self.workspace(grads=True)
+        cost += self.operands(x.D, opened=self.held) + self.kernel(writes=True)
         if not self.held:
             cost += self.operands(x.D_q) + self.logits()
         if "hidden" in x.trains:
@@ -128,8 +136,7 @@ class Pass:
             cost += self.product(x.r, "columns", x.wide)
         return cost
 
-    def workspace(self, *, sums: bool = False, grads: bool = False) -> int:
-        """Bytes of tiles, of operands that had to be widened, and of accumulators."""
+    def workspace(self, *, sums: bool = False, grads: bool = False) -> Cost:
         x, R, B = self.work, min(self.R, self.work.T), min(self.B, self.work.V)
         tiles = (R * (x.V if self.held else B)) * x.wide * (2 if x.D_q else 1)
         if sums and self.held:
@@ -139,7 +146,7 @@ class Pass:
         widened = (R + B) * (x.D + x.D_q) * x.multiplied if x.multiplied != x.stored else 0
         rows = R * x.D if sums or (grads and "hidden" in x.trains) else 0
         columns = x.V * x.D if grads and "weight" in x.trains else 0
-        return tiles + widened + (rows + columns) * x.wide
+        return Cost(workspace=tiles + widened + (rows + columns) * x.wide)
 
 
 def low_rank(x: Work, *, backward: bool) -> Cost:
@@ -151,17 +158,9 @@ def low_rank(x: Work, *, backward: bool) -> Cost:
 def cost(schedule: Schedule, there: Pass, back: Pass) -> Cost:
     """Of a call and its backward pass. Lazy makes the gradients in a sweep of its own, `back`."""
     own = low_rank(there.work, backward=schedule != "statistics")
-    if schedule == "statistics":
-        return own + there.fold()
-    if schedule == "frozen":
-        return own + there.fold(sums=True)
+    if schedule in ("statistics", "frozen"):
+        return own + there.fold(sums=schedule == "frozen")
     return own + there.fold() + (there if schedule == "eager" else back).grads()
-
-
-def workspace(schedule: Schedule, there: Pass, back: Pass) -> int:
-    if schedule == "lazy":
-        return max(there.workspace(), back.workspace(grads=True))
-    return there.workspace(sums=schedule == "frozen", grads=schedule == "eager")
 
 
 def backward_work(x: Work) -> Work:

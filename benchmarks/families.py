@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from cases import JSD_BETA, Case, Inputs
 from contest import Contest, main
+from expected import expected
 from peers import Found, Peer, fastpost_loss, liger_policy, liger_sft, naive, trl_divergence, trl_logp
 from torch import Tensor
 
@@ -106,6 +107,7 @@ PEERS = (
         package="fastpost",
         module="fastpost",
         ours=True,
+        expected=partial(expected, fused=True),
     ),
     Peer("naive torch", "logits in the inputs' dtype, then fp32", {case.name: naive for case in CASES}),
     Peer(

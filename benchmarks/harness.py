@@ -2,6 +2,7 @@
 
 seconds   the median of several; contestants take turns, so that a slow moment of the machine falls on all of them.
           CUDA: between events, after a write that empties the L2 cache
+bandwidth bytes read and written a second by a copy that no cache holds, once a run
 memory    the peak above what was allocated before, less what was returned. CUDA: of the allocator. Linux: of resident
           memory after the heap was trimmed, libraries' own scratch included. Elsewhere it is not measured
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 L2_FLUSH_BYTES = 256 << 20
+COPIED_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 PACKAGES = ("fastpost", "torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl")
 PROCESS = Path("/proc/self")
 
@@ -64,6 +66,14 @@ def plain_product(hidden: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     a, b = hidden.detach(), weight.detach().T
     out = a.new_empty(len(a), b.shape[1])
     return lambda: torch.mm(a, b, out=out)
+
+
+def bandwidth(repeats: int, device: torch.device) -> float:
+    """Bytes a second."""
+    source = torch.ones(COPIED_BYTES[device.type], dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    (seconds,) = interleaved({"copy": lambda: target.copy_(source)}, repeats, device).values()
+    return 2 * source.numel() / seconds
 
 
 # ---- memory ----

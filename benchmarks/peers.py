@@ -15,6 +15,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from cases import CASES, JSD_BETA, Case, Inputs
+from counted import Cost
+from expected import expected
 from torch import Tensor
 from truth import Outcome, statistics
 
@@ -40,6 +42,7 @@ class Peer:
     module: str = "torch"  # as it is imported
     needs_cuda: bool = False
     ours: bool = False
+    expected: Callable[[Case, Inputs], Cost] | None = None  # what it should cost, if that is known
 
     def absent(self, device: torch.device) -> str | None:
         """Why it cannot run here, or None."""
@@ -218,6 +221,7 @@ PEERS = (
         package="fastpost",
         module="fastpost",
         ours=True,
+        expected=partial(expected, fused=False),
     ),
     Peer(
         "fastpost fused_loss",
@@ -226,6 +230,7 @@ PEERS = (
         package="fastpost",
         module="fastpost",
         ours=True,
+        expected=partial(expected, fused=True),
     ),
     Peer(
         "naive torch",

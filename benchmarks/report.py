@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from measurement import Measurement
 
 ERRORS = {"logp": "logp err", "loss": "loss err", "dhidden": "dX err", "dweight": "dW err"}
-COLUMNS = ("case", "provider", "ms", "x floor", "x naive", "TFLOP/s", "peak MB", *ERRORS.values())
+COLUMNS = ("case", "provider", "ms", "x floor", "x bound", "x naive", "TFLOP/s", "flop/B", "peak MB", *ERRORS.values())
 
 
 def show(measurements: Sequence[Measurement]) -> None:
     """One table, what each contestant is, and a line for each result that has no speed."""
-    _table(measurements[0].setup.title, [row(m) for m in measurements if m.status != "absent"])
+    _table(measurements[0].setup.title, COLUMNS, [row(m) for m in measurements if m.status != "absent"])
     for m in {m.provider: m for m in measurements}.values():
         about = f"absent, {m.reason}" if m.status == "absent" else f"{m.package} {m.version}; {m.settings}"
         print(f"{m.provider}: {about}")
@@ -23,7 +23,8 @@ def show(measurements: Sequence[Measurement]) -> None:
 
 def row(m: Measurement) -> list[str]:
     milliseconds = _number(m.seconds, ".1f", 1e3) if m.status == "ok" else m.status
-    ratios = [_number(m.over_floor, ".2f"), _number(m.over_naive, ".2f"), _number(m.tflops, ".2f")]
+    ratios = [_number(value, ".2f") for value in (m.over_floor, m.over_bound, m.over_naive, m.tflops)]
+    ratios.append(_number(m.intensity, ".0f"))
     wrong = [_number(m.errors.get(name), ".0e") for name in ERRORS]
     return [m.case, m.provider, milliseconds, *ratios, _number(m.peak_bytes, ".0f", 1e-6), *wrong]
 
@@ -32,19 +33,19 @@ def _number(value: float | None, form: str, scale: float = 1.0) -> str:
     return "-" if value is None else format(value * scale, form)
 
 
-def _table(title: str, rows: Sequence[Sequence[str]]) -> None:
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
         print(title)
-        for line in (COLUMNS, *rows):
+        for line in (columns, *rows):
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
         return
     table = Table(title=title)
-    for name in COLUMNS:
-        table.add_column(name, no_wrap=True, justify="left" if name in COLUMNS[:2] else "right")
+    for name in columns:
+        table.add_column(name, no_wrap=True, justify="left" if name in columns[:2] else "right")
     for line, following in zip(rows, [*rows[1:], None], strict=True):
         table.add_row(*line, end_section=following is None or following[0] != line[0])
     wide = Console(width=1000)  # a narrow terminal may wrap the lines; numbers are never cut

@@ -16,6 +16,10 @@ from pathlib import Path
 from measurement import Measurement, last_run
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+COUNTED = (
+    " Counted: the least that the flop and bytes of its schedule take at this run's rates of a product and of a copy, "
+    "and the flop a byte from memory."
+)
 OVER_FLOOR = "Time over the floor, which is as many plain products as the head of the {} says, and peak memory"
 
 
@@ -35,7 +39,17 @@ def by_contestant(measurements: Sequence[Measurement]) -> list[str]:
         cells = [_cell(at.get((provider, case))) for case in cases]
         logp = [m.errors["logp"] for m in measurements if m.provider == provider and "logp" in m.errors]
         lines.append(f"| {' | '.join([_bold(provider), *cells])} | {f'{max(logp):.0e}' if logp else ''} |")
-    return [OVER_FLOOR.format("column") + ".", *lines]
+    counted = dict.fromkeys(m.provider for m in measurements if m.bound_seconds)
+    for provider in counted:
+        cells = [_bound(at.get((provider, case))) for case in cases]
+        lines.append(f"| {' | '.join([f'{provider}, counted', *cells])} | |")
+    return [OVER_FLOOR.format("column") + f".{COUNTED if counted else ''}", *lines]
+
+
+def _bound(m: Measurement | None) -> str:
+    if m is None or m.bound_over_floor is None:
+        return ""
+    return f"{m.bound_over_floor:.2f}, {m.intensity:.0f} flop/B"
 
 
 def by_case(measurements: Sequence[Measurement]) -> list[str]:

@@ -16,6 +16,11 @@ TINY = ["--device", "cpu", "--tokens", "16", "--hidden", "24", "--vocab", "301",
 NO_LIBRARY = ["fastpost token_stats", "fastpost fused_loss", "naive torch", "torch linear_cross_entropy", "quack"]
 
 
+@pytest.fixture(autouse=True)
+def a_small_copy(monkeypatch):
+    monkeypatch.setattr("harness.COPIED_BYTES", {"cpu": 1 << 20})
+
+
 @pytest.fixture
 def judged():
     """A case by its title, inputs, and its judge."""
@@ -58,7 +63,11 @@ def test_every_case_is_measured_and_written(tmp_path, capsys):
     assert ours.setup.machine.versions["torch"] == torch.__version__ and ours.setup.machine.threads >= 1
     assert ours.errors["logp"] < 1e-5 < naive.errors["logp"]
     assert ours.over_floor == pytest.approx(ours.seconds / (2 * ours.product_seconds))
-    assert naive.over_naive == 1
+    assert naive.over_naive == 1 and naive.counted is None and naive.bound_seconds is None
+    product = 2 * 16 * 24 * 301
+    assert ours.counted.flop == 2 * product
+    seconds = ours.counted.flop / product * ours.product_seconds, ours.counted.fetched / ours.bytes_per_second
+    assert ours.bound_seconds == pytest.approx(max(seconds)) and ours.over_bound > 1
     printed = capsys.readouterr().out
     assert "quack: absent, " in printed and "fastpost token_stats" in printed
 
@@ -84,7 +93,7 @@ def test_a_peer_that_is_wrong_has_no_speed(judged, title):
     assert "logp" in checked[1].reason and "dhidden" in checked[1].reason
     assert ("dweight" in checked[1].reason) == case.trained
     setup = contest.Setup(contest.machine(x.hidden.device), "2026-01-01", "bfloat16", 16, 24, 301, repeats=1)
-    timed = contest.time_case(case, checked, x, setup)
+    timed = contest.time_case(case, checked, x, setup, 1e10)
     assert timed[0].seconds > 0 and timed[1].seconds is None and timed[1].over_floor is None
 
 
@@ -209,7 +218,7 @@ def test_a_peer_that_forgets_the_reference_has_no_speed(judged):
     checked = contest.check(case, wrong, judge, x)
     assert checked.status == "WRONG" and "loss" in checked.reason and "logp" not in checked.reason
     setup = contest.Setup(contest.machine(x.hidden.device), "2026-01-01", "bfloat16", 16, 24, 301, 1, "families")
-    (timed,) = contest.time_case(case, [checked], x, setup)
+    (timed,) = contest.time_case(case, [checked], x, setup, 1e10)
     assert timed.seconds is None and timed.over_floor is None
 
 
@@ -253,6 +262,8 @@ def test_the_tables_of_a_readme_come_from_the_file(tmp_path):
     assert "old 1.23" not in text and "T 16, D 24, V 301, bfloat16" in text
     assert "| | logp, W frozen (2 G) | logp, W trained (3 G) | worst logp error |" in text
     assert "| **fastpost token_stats** | " in text and "quack" not in text
+    (counted,) = (line for line in text.splitlines() if line.startswith("| fastpost token_stats, counted |"))
+    assert len(re.findall(r" \d+\.\d\d, \d+ flop/B \|", counted)) == 2
     assert tables.main([str(output), "--readme", str(readme)]) == 0 and readme.read_text() == text
     readme.write_text("no marks")
     assert tables.main([str(output), "--readme", str(readme)]) == 2

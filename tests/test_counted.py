@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import cases
 import counted
+import families
+import peers
 import pytest
 import torch
 from counted import Pass, Work, backward_work
+from expected import expected
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -198,8 +202,7 @@ def test_what_is_counted_is_what_runs(seen, schedule, loss, work, dtype):
     there = Pass(work, R, B, held=work.jsd or schedule == "eager")
     back = Pass(backward_work(work), R, B, held=False)
     want = counted.cost(schedule, there, back)
-    assert (counter.get_total_flops(), seen.fetched, seen.touched) == (want.flop, want.fetched, want.touched)
-    assert seen.workspace == counted.workspace(schedule, there, back)
+    assert counted.Cost(counter.get_total_flops(), seen.fetched, seen.touched, seen.workspace) == want
 
 
 SCHEDULES = ("statistics", "frozen", "eager", "lazy")
@@ -222,3 +225,21 @@ def test_the_bound_is_the_slower_of_the_two():
     cost = counted.Cost(flop=600, fetched=100)
     assert cost.bound(flop_rate=200, bandwidth=100) == 3
     assert cost.bound(flop_rate=200, bandwidth=10) == 10
+
+
+@pytest.mark.parametrize("rows", [4, 16], ids=["units do not fit", "units fit"])
+@pytest.mark.parametrize("name", ["logp", "sft", "logp + reverse_kl", "grpo", "dpo", "gspo", "gkd"])
+def test_the_benchmarks_expect_of_a_case_what_it_does(seen, monkeypatch, name, rows):
+    """Which schedule the head takes, how it cuts the inputs, and what the reference costs beside it."""
+    small_tiles(monkeypatch, columns=B, rows=rows)
+    found = next(case for case in (*cases.CASES, *families.CASES) if case.name == name)
+    for trained, fused in ((False, False), (False, True), (True, False), (True, True)):
+        case = replace(found, trained=trained)
+        x = cases.make_inputs(40, D, V, torch.bfloat16, torch.device("cpu")).trained(trained)
+        if case.scores_reference and not fused:
+            continue
+        want = expected(case, x, fused)
+        seen.fetched = seen.touched = 0
+        with FlopCounterMode(display=False) as counter:
+            peers.run(case, peers.fastpost_loss if fused else peers.fastpost_stats, x)
+        assert (counter.get_total_flops(), seen.fetched, seen.touched) == (want.flop, want.fetched, want.touched)

@@ -1,0 +1,71 @@
+"""What a case should cost fastpost, by counted.py: the schedule that the head picks for it, and how its sweeps cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from cases import JSD_BETA, Case, Inputs
+from counted import Cost, Pass, Schedule, Work, backward_work, cost
+
+from fastpost.door import Door, open_door
+from fastpost.sweep import Sweep
+from fastpost.types import IGNORE, NEEDS_REFERENCE
+
+
+def expected(case: Case, x: Inputs, fused: bool) -> Cost:
+    """Of `fused_loss`, or of `token_stats` and the loss of its statistics."""
+    head = _of_call(_open(x, case), case.loss.differentiates, _rows_of_unit(case, x) if fused else None)
+    if not case.scores_reference:
+        return head
+    with torch.no_grad():
+        return head + _of_call(_open(replace(x, hidden=x.hidden_q, weight=x.weight_q), None), (), None)
+
+
+def _open(x: Inputs, case: Case | None) -> Door:
+    reads, reference = ("logp",) if case is None else case.loss.reads, None
+    if case is not None and case.compares:
+        reference = (x.hidden_q, x.weight_q)
+    return open_door(x.hidden, x.weight, x.batch.target, reads, reference, 1.0, JSD_BETA, IGNORE)
+
+
+def _rows_of_unit(case: Case, x: Inputs) -> int:
+    T, S = x.batch.target.numel(), x.batch.lengths.numel()
+    return {"token": 1, "sequence": T // S, "pair": 2 * T // S, "batch": T}[case.loss.unit]
+
+
+def _of_call(door: Door, carrying: tuple[str, ...], unit: int | None) -> Cost:
+    """`unit`: how many rows must be seen together; None: the statistics are tensors of the caller's."""
+    p, operands = door.problem, door.operands
+    held = Sweep(p, operands, held=True)
+    schedule: Schedule = "lazy"
+    if not carrying or not (door.needs_rows or door.needs_head):
+        schedule = "statistics"
+    elif not door.needs_head and set(carrying) == {"logp"}:
+        schedule = "frozen"
+    elif unit is not None and unit <= held.rows_each:
+        schedule = "eager"
+
+    leaves = {"hidden": operands.hidden, "weight": operands.weight}
+    work = Work(
+        len(p),
+        held.D,
+        held.V,
+        D_q=p.dense.operands.hidden.shape[1] if p.dense else 0,
+        jsd="jsd" in p.row_wants,
+        compares=bool(set(carrying) & NEEDS_REFERENCE),
+        trains=frozenset(name for name, leaf in leaves.items() if leaf.requires_grad),
+        stored=p.dtype.itemsize,
+        multiplied=held.gemm.tile_dtype.itemsize,
+        wide=held.wide.itemsize,
+    )
+    back_work = backward_work(work)
+    back_sweep = Sweep(p if back_work.D_q else replace(p, reference=None), operands, held=False)
+    back = Pass(back_work, back_sweep.rows_each, back_sweep.columns_each, held=False)
+    if schedule == "eager":
+        assert unit is not None
+        there = Pass(work, held.rows_each // unit * unit, held.columns_each, held=True)
+    else:
+        sweep = held if work.jsd else Sweep(p, operands, held=False)
+        there = Pass(work, sweep.rows_each, sweep.columns_each, held=work.jsd)
+    return cost(schedule, there, back)
