@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from growth import Growth
 from measurement import Measurement
 
 ERRORS = {"logp": "logp err", "loss": "loss err", "dhidden": "dX err", "dweight": "dW err"}
+GROWTH = ("case", "provider", "along", "us each", "ms at 0", "R2", "worst", "first MB", "last MB", "counted MB")
 COLUMNS = ("case", "provider", "ms", "x floor", "x bound", "x naive", "TFLOP/s", "flop/B", "peak MB", *ERRORS.values())
 
 
@@ -19,6 +21,20 @@ def show(measurements: Sequence[Measurement]) -> None:
     for m in measurements:
         if m.status not in ("ok", "absent"):
             print(f"{m.status}: {m.provider}, {m.case}: {m.reason}")
+
+
+def show_growth(growths: Sequence[Growth]) -> None:
+    """The straight lines through seconds; peak memory at both ends, and what is counted at the last."""
+    _table("growth", GROWTH, [growth_row(growth) for growth in growths])
+
+
+def growth_row(growth: Growth) -> list[str]:
+    line, first, last = growth.line, growth.measurements[0], growth.measurements[-1]
+    sizes = f"{growth.axis} {growth.sizes[0]} to {growth.sizes[-1]}"
+    straight = [f"{line.slope * 1e6:.3f}", f"{line.intercept * 1e3:.1f}", f"{line.r_squared:.4f}", f"{line.worst:.0%}"]
+    memory = [_number(m.peak_bytes, ".0f", 1e-6) for m in (first, last)]
+    counted = _number(last.counted.workspace if last.counted else None, ".0f", 1e-6)
+    return [growth.case, growth.provider, sizes, *straight, *memory, counted]
 
 
 def row(m: Measurement) -> list[str]:
