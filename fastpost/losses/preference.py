@@ -236,7 +236,9 @@ def sigmoid_norm(chosen: Tensor, rejected: Tensor, *, beta: Positive = 0.1) -> T
 # ---- of the whole batch: quantile against quantile ----
 
 
-def _sorted_loss(above: Tensor, below: Tensor, beta: float, label_smoothing: float) -> Tensor:  # (P,), (P,) -> (1,)
+def _sorted_loss(
+    above: Tensor, below: Tensor, *, beta: Positive = 0.1, label_smoothing: BelowHalf = 0.0
+) -> Tensor:  # (P,), (P,) -> (1,)
     margin = beta * (above.sort().values - below.sort().values)
     return _logistic(margin, label_smoothing).mean(0, keepdim=True)
 
@@ -247,15 +249,20 @@ def _present(batch: Batch, above: Tensor, below: Tensor) -> tuple[Tensor, Tensor
     return above.index_select(0, there), below.index_select(0, there)
 
 
-@loss(unit="batch")
-def aot(
-    stats: Stats,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    label_smoothing: BelowHalf = 0.0,
-    ld_alpha: Fraction | None = None,
-) -> Tensor:
+def _of_quantiles(samples: Callable[..., tuple[Tensor, Tensor]]) -> Loss:
+    """Declares a loss of two samples, of which the first should be above the second at each quantile."""
+
+    @functools.wraps(samples)
+    def of_batch(stats: Stats, batch: Batch, **knobs) -> Tensor:
+        above, below = _present(batch, *samples(stats, batch, **picked(samples, knobs)))
+        return _sorted_loss(above, below, **picked(_sorted_loss, knobs))
+
+    of_batch.__signature__ = shared_signature(_sorted_loss, samples)  # pyright: ignore[reportAttributeAccessIssue]
+    return loss(unit="batch")(of_batch)
+
+
+@_of_quantiles
+def aot(stats: Stats, batch: Batch, *, ld_alpha: Fraction | None = None) -> tuple[Tensor, Tensor]:
     """mean_i of DPO on x_(i) - y_(i), x = l_w - l_r, y = l_ref_w - l_ref_r, each sorted. arXiv:2406.05882.
 
     First-order stochastic dominance of the policy's margins over the reference's. What weighs a pair has no place here:
@@ -263,22 +270,13 @@ def aot(
     """
     chosen, rejected = _sums(stats.logp, batch, ld_alpha)
     ref_chosen, ref_rejected = _sums(batch.ref_logp, batch, ld_alpha)
-    above, below = _present(batch, chosen - rejected, ref_chosen - ref_rejected)
-    return _sorted_loss(above, below, beta, label_smoothing)
+    return chosen - rejected, ref_chosen - ref_rejected
 
 
-@loss(unit="batch")
-def aot_unpaired(
-    stats: Stats,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    label_smoothing: BelowHalf = 0.0,
-    ld_alpha: Fraction | None = None,
-) -> Tensor:
+@_of_quantiles
+def aot_unpaired(stats: Stats, batch: Batch, *, ld_alpha: Fraction | None = None) -> tuple[Tensor, Tensor]:
     """mean_i of DPO on x_(i) - y_(i), x = d_w, y = d_r, each sorted. arXiv:2406.05882."""
-    above, below = _present(batch, *_log_ratios(stats, batch, ld_alpha=ld_alpha))
-    return _sorted_loss(above, below, beta, label_smoothing)
+    return _log_ratios(stats, batch, ld_alpha=ld_alpha)
 
 
 # ---- without a reference ----
@@ -342,37 +340,39 @@ def _log_odds(logp: Tensor) -> Tensor:
 # ---- one labelled sequence ----
 
 
-@loss(unit="sequence")
-def kto(
-    stats: Stats,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    desirable_weight: NonNegative = 1.0,
-    undesirable_weight: NonNegative = 1.0,
-) -> Tensor:
+def _judged(
+    gain: Tensor, label: Tensor, *, desirable_weight: NonNegative = 1.0, undesirable_weight: NonNegative = 1.0
+) -> Tensor:  # (S,), (S,) -> (S,)
+    """desirable_weight s(-gain) where the label says so, undesirable_weight s(gain) elsewhere."""
+    desirable, undesirable = torch.sigmoid(-gain), torch.sigmoid(gain)
+    return torch.where(label, desirable_weight * desirable, undesirable_weight * undesirable)
+
+
+def _of_labels(gain: Callable[..., Tensor]) -> Loss:
+    """Declares a loss of what a sequence has gained on the reference."""
+
+    @functools.wraps(gain)
+    def of_sequences(stats: Stats, batch: Batch, **knobs) -> Tensor:
+        gained = batch.per_sequence(stats.logp - batch.ref_logp)
+        return _judged(gain(gained, batch, **picked(gain, knobs)), batch.label, **picked(_judged, knobs))
+
+    of_sequences.__signature__ = shared_signature(gain, _judged)  # pyright: ignore[reportAttributeAccessIssue]
+    return loss(unit="sequence")(of_sequences)
+
+
+@_of_labels
+def kto(gained: Tensor, batch: Batch, *, beta: Positive = 0.1) -> Tensor:
     """desirable_weight s(beta (kl - d)) if batch.label, else undesirable_weight s(beta (d - kl)). arXiv:2402.01306.
 
     d = l - l_ref; kl = batch.kl, the baseline of `fastpost.losses.kl.kto_baseline`, a constant.
     """
-    gain = beta * (batch.per_sequence(stats.logp - batch.ref_logp) - batch.kl)
-    desirable, undesirable = torch.sigmoid(-gain), torch.sigmoid(gain)
-    return torch.where(batch.label, desirable_weight * desirable, undesirable_weight * undesirable)
+    return beta * (gained - batch.kl)
 
 
-@loss(unit="sequence")
-def apo_zero_unpaired(
-    stats: Stats,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    desirable_weight: NonNegative = 1.0,
-    undesirable_weight: NonNegative = 1.0,
-) -> Tensor:
+@_of_labels
+def apo_zero_unpaired(gained: Tensor, batch: Batch, *, beta: Positive = 0.1) -> Tensor:
     """desirable_weight s(-beta d) if batch.label, else undesirable_weight s(beta d). arXiv:2408.06266.
 
     apo_zero of sequences that have no mate: KTO with the baseline 0.
     """
-    gain = beta * batch.per_sequence(stats.logp - batch.ref_logp)
-    desirable, undesirable = torch.sigmoid(-gain), torch.sigmoid(gain)
-    return torch.where(batch.label, desirable_weight * desirable, undesirable_weight * undesirable)
+    return beta * gained
