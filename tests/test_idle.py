@@ -20,7 +20,7 @@ ADDED = (*catalogue.PENALTY, "kl_estimator")  # what moves a token of advantage 
 POLICY = {
     case: (loss, {name: knob for name, knob in knobs.items() if name not in ADDED})
     for case, (loss, knobs) in CASES.items()
-    if loss.idle is not None
+    if loss in vars(policy).values()
 }
 LEVEL = torch.tensor([2, 5])  # sequences of groups without variance
 SCHEDULES = ("FrozenLogp", "EagerLoss", "LazyStats")
@@ -49,8 +49,8 @@ def rows_of(schedule: str) -> int:
 
 
 def test_every_policy_loss_says_where_it_is_idle():
-    declared = {name for name, x in vars(policy).items() if isinstance(x, fp.Loss)}
-    assert {loss.name for loss, _ in POLICY.values()} == declared
+    assert {loss for loss, _ in POLICY.values()} == {x for x in vars(policy).values() if isinstance(x, fp.Loss)}
+    assert all(loss.idle is not None for loss, _ in POLICY.values())
 
 
 @pytest.mark.parametrize("case", POLICY)
@@ -95,6 +95,18 @@ def test_units_of_weight_zero_change_no_number(case, train_head, monkeypatch):
     assert_loss_exact(total, loss, p, batch, case, **knobs)
     gradient = gradients(total, torch.ones(()), p)["hidden"]
     assert not gradient[where.get(loss.unit, slice(None))].any()
+
+
+@pytest.mark.parametrize("weight", ["desirable_weight", "undesirable_weight"])
+@pytest.mark.parametrize("loss", [losses.kto, losses.apo_zero_unpaired])
+def test_a_label_may_count_for_nothing(loss, weight):
+    p, batch = setting(loss)
+    ignored = batch.spread(batch.label if weight == "desirable_weight" else ~batch.label)
+    loud = replace(batch, ref_logp=batch.ref_logp.masked_fill(ignored, torch.nan))
+    total = fused(loss, p, loud, **{weight: 0.0})
+    assert_loss_exact(fused(loss, p, batch, **{weight: 0.0}), loss, p, batch, **{weight: 0.0})
+    assert torch.equal(total, fused(loss, p, batch, **{weight: 0.0}))
+    assert not gradients(total, torch.ones(()), p)["hidden"][ignored].any()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

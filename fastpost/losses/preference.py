@@ -16,8 +16,8 @@ family adds these knobs:
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -348,6 +348,12 @@ def _judged(
     return torch.where(label, desirable_weight * desirable, undesirable_weight * undesirable)
 
 
+def _without_weight(batch: Batch, knobs: Mapping[str, Any]) -> Tensor | None:  # (T,) bool
+    """Tokens of sequences whose label counts for nothing."""
+    desirable, undesirable = (knobs[name] == 0 for name in ("desirable_weight", "undesirable_weight"))
+    return batch.spread(torch.where(batch.label, desirable, undesirable)) if desirable or undesirable else None
+
+
 def _of_labels(gain: Callable[..., Tensor]) -> Loss:
     """Declares a loss of what a sequence has gained on the reference."""
 
@@ -357,7 +363,7 @@ def _of_labels(gain: Callable[..., Tensor]) -> Loss:
         return _judged(gain(gained, batch, **picked(gain, knobs)), batch.label, **picked(_judged, knobs))
 
     of_sequences.__signature__ = shared_signature(gain, _judged)  # pyright: ignore[reportAttributeAccessIssue]
-    return loss(unit="sequence")(of_sequences)
+    return loss(unit="sequence", idle=_without_weight)(of_sequences)
 
 
 @_of_labels
