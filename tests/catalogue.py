@@ -58,4 +58,6 @@ CASES: dict[str, tuple[fp.Loss, dict[str, Any]]] = {
     "reverse_kl": (losses.reverse_kl, {}),
     "gkd": (losses.gkd, {}),
     "kd": (losses.kd, {"alpha": 0.3}),
+    "kd, hard": (losses.kd, {"alpha": 1.0}),
+    "kd, soft": (losses.kd, {"alpha": 0.0}),
 }

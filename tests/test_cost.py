@@ -119,6 +119,14 @@ def test_grpo_that_logs_entropy_and_kl_stays_on_the_frozen_schedule():
         assert products(lambda call=call: call()[0]) == flop
 
 
+def test_a_term_of_weight_zero_is_not_computed():
+    h, w, batch, reference = workload()
+    assert products(lambda: fp.fused_loss(losses.kd, h, w, batch, alpha=0.5, **reference)) == 3 * G + G_Q
+    assert products(lambda: fp.fused_loss(losses.kd, h, w, batch, alpha=1.0)) == 3 * G
+    _, stats = fp.fused_loss(losses.kd, h, w, batch, alpha=0.0, return_stats=True, **reference)
+    assert stats.logp_at_1 is None and stats.forward_kl is not None
+
+
 @pytest.mark.parametrize("kept", [0, 8])
 @pytest.mark.parametrize("weight", [True, False], ids=["trained", "frozen"])
 def test_ignored_rows_cost_nothing(weight, kept):

@@ -32,10 +32,13 @@ def gkd(stats: Stats, batch: Batch) -> Tensor:
     return stats.jsd
 
 
-@loss(unit="token", reads=("logp@1", "forward_kl"))
+@loss(unit="token", reads=(), also={"logp@1": lambda k: k["alpha"] > 0, "forward_kl": lambda k: k["alpha"] < 1})
 def kd(stats: Stats, batch: Batch, *, alpha: Fraction = 0.5, temperature: Positive = 1.0) -> Tensor:
     """-alpha log p_1[y] + (1 - alpha) tau^2 KL(q || p), p_1 at temperature 1, tau = temperature. arXiv:1503.02531.
 
-    `fused_loss` passes its own temperature on.
+    `fused_loss` passes its own temperature on. At alpha 1 there need be no teacher.
     """
-    return -alpha * stats.logp_at_1 + (1 - alpha) * temperature**2 * stats.forward_kl
+    if alpha == 0:
+        return temperature**2 * stats.forward_kl
+    nll = -alpha * stats.logp_at_1
+    return nll if alpha == 1 else nll + (1 - alpha) * temperature**2 * stats.forward_kl
