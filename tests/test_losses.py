@@ -1,4 +1,4 @@
-"""The losses themselves: their equations by hand, their declarations, and the same numbers as TRL's and Liger's own."""
+"""The losses themselves: equations by hand, and declarations. `test_parity*.py` has what others say of them."""
 
 from __future__ import annotations
 
@@ -191,72 +191,3 @@ DECLARATIONS = [
 def test_a_wrong_declaration_is_refused(declaration, message):
     with pytest.raises(ValueError, match=message):
         fp.loss(**declaration)
-
-
-# ---- parity: Liger states that these follow TRL's trainers line by line, and they are functions ----
-
-MASK = padded(KEPT.double())
-ADVANTAGE = torch.tensor([1.0, -0.5, 0.25, -2.0], dtype=torch.float64)
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.04])
-@pytest.mark.parametrize(("loss", "level"), [(losses.grpo, "token"), (losses.gspo, "sequence")])
-def test_grpo_and_gspo_are_ligers(loss, level, beta):
-    module = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss")
-    stats, batch = setting()
-    want, _ = module.LigerFusedLinearGRPOFunction.ppo_loss_fn(
-        padded(stats.logp),
-        MASK,
-        ADVANTAGE,
-        MASK,
-        ref_per_token_logps=padded(batch.ref_logp),
-        old_per_token_logps=padded(batch.old_logp),
-        epsilon_low=0.1,
-        epsilon_high=0.2,
-        beta=beta,
-        loss_type="grpo",
-        importance_sampling_level=level,
-    )
-    units = loss(stats, batch, epsilon=0.1, epsilon_high=0.2, beta=beta)
-    tokens_each = batch.spread(LENGTHS - 1.0)
-    got = (units / tokens_each).sum() / 4 if loss.unit == "token" else units.mean()
-    torch.testing.assert_close(got, want)
-    grads = (torch.autograd.grad(x, stats.logp)[0] for x in (got, want))
-    torch.testing.assert_close(*grads)
-
-
-def test_k3_is_ligers():
-    module = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss")
-    stats, batch = setting()
-    torch.testing.assert_close(kl.k3(stats.logp, batch.ref_logp), module.k3_loss_fn(batch.ref_logp, stats.logp))
-
-
-def test_dpo_is_ligers():
-    module = pytest.importorskip("liger_kernel.chunked_loss.dpo_loss")
-    stats, batch = setting()
-    logp, ref = padded(stats.logp).sum(1), padded(batch.ref_logp).sum(1)
-    want, *_ = module.LigerFusedLinearDPOFunction.preference_loss_fn(
-        logp[0::2], logp[1::2], torch.zeros(4, 4), ref[0::2], ref[1::2], beta=0.3
-    )
-    got = losses.dpo(stats, batch, beta=0.3).mean()
-    torch.testing.assert_close(got, want)
-    grads = (torch.autograd.grad(x, stats.logp)[0] for x in (got, want))
-    torch.testing.assert_close(*grads)
-
-
-def test_logp_and_entropy_are_trls():
-    utils = pytest.importorskip("trl.trainer.utils")
-    logits, target = torch.randn(1, 12, 40), torch.randint(0, 40, (1, 12))
-    stats = fp.token_stats(logits, torch.eye(40), target, outputs=("logp", "entropy"))
-    torch.testing.assert_close(stats.logp, utils.selective_log_softmax(logits, target))
-    torch.testing.assert_close(stats.entropy, utils.entropy_from_logits(logits))
-
-
-def test_sft_is_torchs_cross_entropy():
-    hidden, weight = torch.randn(T, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
-    target = torch.where(KEPT, torch.randint(0, 30, (T,)), -100)
-    total = fp.fused_loss(losses.sft, hidden, weight, fp.Batch(target, LENGTHS))
-    want = F.cross_entropy(F.linear(hidden, weight), target)
-    torch.testing.assert_close(total, want)
-    grads = (torch.autograd.grad(x, (hidden, weight)) for x in (total, want))
-    torch.testing.assert_close(*grads)

@@ -167,3 +167,11 @@ def test_same_loss_and_gradients_in_the_hidden_states_and_the_head(line):
     leaves = p.hidden, p.weight
     ours, theirs = torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_logp_and_entropy_are_trls():
+    utils = pytest.importorskip("trl.trainer.utils")
+    logits, target = torch.randn(1, 12, 40), torch.randint(0, 40, (1, 12))
+    stats = fp.token_stats(logits, torch.eye(40), target, outputs=("logp", "entropy"))
+    torch.testing.assert_close(stats.logp, utils.selective_log_softmax(logits, target))
+    torch.testing.assert_close(stats.entropy, utils.entropy_from_logits(logits))
