@@ -14,7 +14,6 @@ ways, and refuses a model whose own loss is another one.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -28,12 +27,10 @@ from transformers.utils.generic import ModelOutput
 from fastpost.door import eager_only
 from fastpost.equation import Loss
 from fastpost.head import fused_loss, token_stats
+from fastpost.integrations.routers import router_coefficient, router_loss
 from fastpost.losses import sft
 from fastpost.models.heads import unwrapped
 from fastpost.types import IGNORE, NEEDS_REFERENCE, OUTPUTS, Batch, Head, nearest
-
-ROUTER_LOSS_TAKES = ["gate_logits", "num_experts", "top_k", "attention_mask"]
-COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 @dataclass
@@ -175,8 +172,8 @@ def _fused(lm: Any, given: dict[str, Any], options: Options) -> FusedOutput:
     loss, found = _scored(lm, outputs.last_hidden_state, target, items, options)
     aux_loss = None
     if given.get("output_router_logits"):
-        aux_loss, coefficient = _router_loss(lm, outputs.router_logits, given.get("attention_mask"))
-        loss = loss + coefficient * aux_loss.to(loss.device)
+        aux_loss = router_loss(lm, outputs.router_logits, given.get("attention_mask"))
+        loss = loss + router_coefficient(lm) * aux_loss.to(loss.device)
     also = ("past_key_values", "hidden_states", "attentions", "router_logits")
     return FusedOutput(loss=loss, **found, aux_loss=aux_loss, **{name: getattr(outputs, name, None) for name in also})
 
@@ -208,23 +205,6 @@ def _scored(
         same = {"temperature": temperature, "outputs": outputs, "return_stats": True}
         total, stats = fused_loss(loss, flat, head, batch, **same)
     return total, {OUTPUTS[name]: getattr(stats, OUTPUTS[name]).view(target.shape) for name in outputs}
-
-
-def _router_loss(
-    lm: Any, router_logits: Any, attention_mask: Tensor | None
-) -> tuple[Tensor, float]:  # the loss, and its coefficient
-    """What keeps a mixture's experts equally busy, by the function in the model's own file."""
-    files = (sys.modules.get(kind.__module__) for kind in type(lm).__mro__)
-    compute = next((f for file in files if (f := getattr(file, "load_balancing_loss_func", None))), None)
-    places = [(where, name) for where in (lm, lm.config.get_text_config()) for name in COEFFICIENTS]
-    coefficient = next((c for where, name in places if (c := getattr(where, name, None)) is not None), None)
-    takes = [] if compute is None else list(inspect.signature(compute).parameters)
-    if compute is None or takes != ROUTER_LOSS_TAKES or coefficient is None or not hasattr(lm, "num_experts"):
-        raise ValueError(
-            f"fuse_head does not know how {type(lm).__name__} computes the loss of its routers: "
-            "set model.config.output_router_logits = False"
-        )
-    return compute(router_logits, lm.num_experts, lm.num_experts_per_tok, attention_mask), coefficient
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from fastpost import losses
 from fastpost.head import fused_loss, token_stats
+from fastpost.integrations.routers import router_loss
 from fastpost.types import IGNORE, Batch, Head, Stats
 
 # TRL's name of a per-token field -> the statistics it is made of, and how.
@@ -99,7 +100,7 @@ def _fused(lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any], asked: Asked)
         target, fields = target[:, :-1], {name: x[:, :-1] for name, x in fields.items()}
     aux_loss = None
     if kwargs.get("output_router_logits"):
-        aux_loss = _balance(lm, trunk.router_logits, kwargs.get("attention_mask"))
+        aux_loss = router_loss(lm, trunk.router_logits, kwargs.get("attention_mask"))
     return _output(lm, fields, target != IGNORE, items, aux_loss)
 
 
@@ -138,14 +139,6 @@ class _LookedAt(torch.autograd.Function):
             "this entropy is for looking at: for a loss on it call, once the trainer is built, fastpost.integrations."
             "trl_heads.fuse(model, Asked(..., differentiable_entropy=True))"
         )
-
-
-def _balance(lm: Any, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
-    """The load-balancing loss of a mixture of experts."""
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    config = lm.config.get_text_config()
-    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)  # type: ignore[return-value]
 
 
 def _output(
