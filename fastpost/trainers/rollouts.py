@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpost import metrics
 from fastpost.data import Prompt
 from fastpost.rewards import Reward, Scores, score
 from fastpost.rollout import Completion, Sampling, generate
@@ -85,23 +85,14 @@ def greedy_reward(model: Any, tokenizer: Any, prompts: Sequence[Prompt], task: T
 def rollout_metrics(rollouts: Rollouts, num_generations: int) -> dict[str, float]:
     """Rewards, lengths and times, by TRL's names. All completions count here, those without an advantage too."""
     groups = rollouts.scores.rewards.view(-1, num_generations)
-    lengths = torch.tensor([float(len(completion.ids)) for completion in rollouts.completions])
-    unfinished = sum(not completion.finished for completion in rollouts.completions)
+    lengths = torch.tensor([len(completion.ids) for completion in rollouts.completions])
+    finished = torch.tensor([completion.finished for completion in rollouts.completions])
     values = {
         "reward": groups.nanmean(),
         "reward_std": torch.stack([_std(group) for group in groups]).nanmean(),
         "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean(),
-        "completions/mean_length": lengths.mean(),
-        "completions/min_length": lengths.min(),
-        "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": unfinished / len(lengths),
     }
-    ended = [float(len(completion.ids)) for completion in rollouts.completions if completion.finished] or [math.nan]
-    values |= {
-        "completions/mean_terminated_length": sum(ended) / len(ended),
-        "completions/min_terminated_length": min(ended),
-        "completions/max_terminated_length": max(ended),
-    }
+    values |= metrics.floats(metrics.completions(lengths, finished))
     for name, each in rollouts.scores.by_function.items():
         values |= {f"rewards/{name}/mean": each.nanmean(), f"rewards/{name}/std": _std(each)}
     return {name: float(value) for name, value in (values | rollouts.scores.metrics | rollouts.seconds).items()}
