@@ -206,6 +206,13 @@ def quack_sft(case: Case, x: Inputs) -> Found:
     return Found(loss=chunked_linear_cross_entropy(x.hidden, x.weight, x.batch.target, chunk_size=4096))
 
 
+def quack_logp(case: Case, x: Inputs) -> Found:
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    settings = {"bias": None, "reduction": "none", "inplace_backward": True}
+    return Found(fp.Stats(logp=-linear_cross_entropy_func(x.hidden, x.weight, target=x.batch.target, **settings)))
+
+
 def verl_logp(case: Case, x: Inputs) -> Found:
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
@@ -268,7 +275,7 @@ PEERS = (
     Peer(
         "Liger fused scaled cross entropy",
         "the sm90 kernel on Hopper, else its torch fallback",
-        dict.fromkeys(("logp", "grpo", "logp + entropy"), liger_scaled),
+        dict.fromkeys(("logp", "sft", "grpo", "logp + entropy"), liger_scaled),
         package="liger-kernel",
         module="liger_kernel.ops.fused_linear_scaled_cross_entropy",
     ),
@@ -282,8 +289,8 @@ PEERS = (
     ),
     Peer(
         "quack",
-        "chunk_size=4096, tuned",
-        {"sft": quack_sft},
+        "chunk_size=4096, tuned; per token: the logits, and its cross entropy overwriting them",
+        {"sft": quack_sft, "logp": quack_logp, "grpo": quack_logp},
         package="quack-kernels",
         module="quack.linear_cross_entropy",
         needs_cuda=True,
@@ -291,7 +298,7 @@ PEERS = (
     Peer(
         "verl",
         "Triton kernel, reduction='none'",
-        dict.fromkeys(("logp", "grpo", "logp + entropy"), verl_logp),
+        dict.fromkeys(("logp", "sft", "grpo", "logp + entropy"), verl_logp),
         package="verl",
         module="verl.utils.kernel.linear_cross_entropy",
         needs_cuda=True,

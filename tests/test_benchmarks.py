@@ -140,6 +140,25 @@ def test_a_peer_that_raises_is_listed_and_ours_is_not_forgiven(judged):
         contest.check(case, replace(peer, ours=True), judge, x)
 
 
+def test_every_peer_is_entered_and_one_that_is_not_here_says_why(monkeypatch):
+    import peers
+
+    entered = {peer.module.partition(".")[0] for peer in peers.PEERS}
+    assert entered == {"fastpost", "torch", "trl", "liger_kernel", "cut_cross_entropy", "quack", "verl"}
+    monkeypatch.setattr(peers.importlib, "import_module", lambda name: None)
+    on_gpu = {peer.name for peer in peers.PEERS if peer.absent(torch.device("cpu")) == "needs CUDA"}
+    assert on_gpu == {"Liger fused linear cross entropy", "cut-cross-entropy", "quack", "verl"}
+    assert all(peer.absent(torch.device("cuda")) is None for peer in peers.PEERS)
+
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}\nmore")
+
+    monkeypatch.setattr(peers.importlib, "import_module", missing)
+    assert peers.PEERS[-1].absent(torch.device("cuda")) == (
+        "ModuleNotFoundError: No module named 'verl.utils.kernel.linear_cross_entropy'"
+    )
+
+
 # ---- families ----
 
 
