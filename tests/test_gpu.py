@@ -122,6 +122,28 @@ def test_the_workspace_is_bounded(schedule):
     assert peak <= returned + kept + accumulator + (512 << 20), f"{peak / 2**20:.0f} MiB"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("name", ["token_stats", *LOSSES])
+def test_two_runs_give_the_same_bits_at_a_real_size(name, frozen, dtype):
+    """Where a product may be split over its sum, and many programs write: tests/test_determinism.py has small tiles."""
+    T, D, V = 2048, 1024, 50_257
+    hidden = torch.randn(T, D, device="cuda", dtype=dtype).requires_grad_()
+    weight = torch.randn(V, D, device="cuda", dtype=dtype).div_(D**0.5).requires_grad_(not frozen)
+    leaves, batch = [x for x in (hidden, weight) if x.requires_grad], packed_batch(4, T // 4, V)
+
+    def run():
+        if name == "token_stats":
+            stats = fp.token_stats(hidden, weight, batch.target, outputs=("logp", "entropy"))
+            total = (stats.logp + stats.entropy).sum()
+        else:
+            total = fp.fused_loss(getattr(fp.losses, name), hidden, weight, batch)
+        return [total.detach(), *torch.autograd.grad(total, leaves)]
+
+    for once, again in zip(run(), run(), strict=True):
+        assert torch.equal(once, again)
+
+
 def test_triton_and_torch_give_the_same_numbers(monkeypatch):
     T, D, V = 129, 96, 5003
     hidden, weight = torch.randn(T, D, device="cuda"), torch.randn(V, D, device="cuda") / D**0.5
