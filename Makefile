@@ -1,10 +1,12 @@
 # Each target sets up what it needs: a fresh clone wants Python >= 3.11, git and make, and a second run installs nothing.
-#   make demo ARGS="--seed 1"      make test PYTHON=python3.13      make gpu      make bench BENCH=families
+#   make demo ARGS="--seed 1"      make test PYTHON=python3.13      make gpu      make bench BENCH=sweep
 # PYTHON makes .venv; `make gpu` runs in it directly where it has torch with a GPU.
 
 PYTHON ?= python3
 ARGS ?=
 BENCH ?= head families
+# What `make gpu` sweeps: two cases on a grid a quarter as large, in a minute or two.
+SHORT := --tokens 4096 --hidden 2048 --vocab 65536 --cases logp grpo --repeats 5
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Two workers of one thread each: most tests are many small ops, which a second thread does not help.
@@ -37,7 +39,9 @@ gpu:
 .PHONY: .gpu-run
 .gpu-run:
 	$(RUN) -m pytest -m gpu $(ARGS)
+	$(RUN) tests/sanitize.py
 	$(RUN) benchmarks/head.py
+	$(RUN) benchmarks/sweep.py $(SHORT)
 
 lint: .venv/.dev
 	$(BIN)/ruff check

@@ -1,0 +1,85 @@
+"""Every Triton kernel under NVIDIA's compute-sanitizer: `python tests/sanitize.py`, on a GPU.
+
+memcheck finds accesses out of bounds, racecheck hazards in shared memory. Only the kernels of kernels/triton are
+watched, launched by `launch` on small, odd shapes. An error is a failure; that the tool is not there is said, and is
+none.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import fastpost as fp
+from fastpost.types import OUTPUTS
+
+SOURCES = Path(__file__).resolve().parent.parent / "kernels" / "triton"
+TOOLS = ("memcheck", "racecheck")
+T, D, D_Q, V = 13, 24, 10, 301
+STATISTICS = tuple(name for name in OUTPUTS if name != "top1")
+
+
+def kernel_names() -> list[str]:
+    """Those that are launched: by their names, which other functions of Triton do not have."""
+    trees = [ast.parse(path.read_text()) for path in sorted(SOURCES.glob("*.py"))]
+    functions = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return [f.name for f in functions if f.name.endswith("_kernel") and f.decorator_list]
+
+
+def launch(device: torch.device) -> None:
+    """Each schedule, in fp32 and bf16, with plain logits and with all that shapes them."""
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight, hidden_q, weight_q = (
+            torch.randn(shape, device=device, dtype=dtype) for shape in ((T, D), (V, D), (T, D_Q), (V, D_Q))
+        )
+        target, bias = torch.randint(V, (T,), device=device), torch.randn(V, device=device, dtype=dtype)
+        batch = fp.Batch(target, torch.tensor([T]), advantage=torch.ones(T, device=device))
+        for shape in ({}, {"bias": bias, "softcap": 5.0, "scale": 0.5}):
+            options = {"temperature": 0.7} if shape else {}
+            q = hidden_q, fp.Head(weight_q, **shape)
+            leaf, trained = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            stats = fp.token_stats(leaf, fp.Head(trained, **shape), target, outputs=STATISTICS, reference=q, **options)
+            sum(getattr(stats, OUTPUTS[name]).sum() for name in STATISTICS).backward()  # lazy
+            for head in (trained, weight):  # eager, frozen
+                fp.fused_loss(fp.losses.grpo, leaf, fp.Head(head, **shape), batch, **options).backward()
+
+
+def find() -> str | None:
+    beside = [os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(beside))
+
+
+def command(sanitizer: str, tool: str) -> list[str]:
+    watched = [word for name in kernel_names() for word in ("--kernel-name", f"kns={name}")]
+    return [sanitizer, "--tool", tool, "--error-exitcode", "1", *watched, sys.executable, __file__, "--launch"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    if "--launch" in (sys.argv[1:] if argv is None else argv):
+        launch(torch.device("cuda"))
+        torch.cuda.synchronize()
+        return 0
+    sanitizer = find()
+    if sanitizer is None:
+        print("compute-sanitizer: not found, skipped")
+        return 0
+    launch(torch.device("cuda"))  # compiles, so that the tools below find the kernels in Triton's cache
+    # An allocation of its own for each tensor: in torch's pool one that runs over its end meets the next.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for tool in TOOLS:
+        print(f"compute-sanitizer, {tool}", flush=True)
+        if code := subprocess.run(command(sanitizer, tool), env=environment).returncode:
+            print(f"compute-sanitizer, {tool}: failed with exit code {code}")
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
