@@ -1,26 +1,69 @@
-"""csrc/rows.cpp. It may be missing: only fastpost/native.py imports it."""
+"""csrc/. It may be missing: only fastpost/native.py imports it. Tensors are on the CPU and have contiguous rows."""
 
 from torch import Tensor
 
+from fastpost.rows import Shape
+
 LAYOUT: int
 
+def multiplies_bf16() -> bool: ...  # whether this CPU has the instructions of what follows `grads`
 def fold(
     state: Tensor,  # (STATE_ROWS, R) fp32, updated
     tile: Tensor,  # (R, B) fp32
     target: Tensor,  # (R,) int64
     start: int,
+    shape: Shape,
     inverse_temperature: Tensor | None,  # (R,) fp32
     at_1: bool,  # the sums of "logp@1" too
     tile_q: Tensor | None,  # (R, B)
-    out: Tensor | None,  # (R, B)
+    shape_q: Shape | None,
+    out: Tensor | None,  # (R, B) fp32 or bf16
 ) -> None: ...
 def grads(
     tile: Tensor,  # (R, B) fp32
     target: Tensor,  # (R,) int64
     start: int,
+    shape: Shape,
     inverse_temperature: Tensor | None,  # (R,) fp32
-    c: Tensor,  # (COEFFICIENT_ROWS, R) fp32
+    c: Tensor,  # (COEFFICIENT_ROWS, R)
     at_1: bool,  # "logp@1" has a gradient
-    out: Tensor,  # (R, B), may be the tile
+    out: Tensor,  # (R, B) fp32 or bf16, may be the tile
     tile_q: Tensor | None,  # (R, B)
+    shape_q: Shape | None,
+) -> None: ...
+def product(
+    left: Tensor,  # (M, K) bf16, one stride 1
+    right: Tensor,  # (K, N) bf16, one stride 1
+    out: Tensor,  # (M, N) fp32
+    accumulate: bool,
+) -> None: ...
+def pack(hidden: Tensor) -> Tensor: ...  # (R, D) bf16 -> what the steps below take
+def fold_block(
+    state: Tensor,  # (STATE_ROWS, R) fp32, updated
+    target: Tensor,  # (R,) int64
+    start: int,
+    shape: Shape,
+    inverse_temperature: Tensor | None,  # (R,) fp32
+    at_1: bool,
+    p: tuple[Tensor, Tensor, Tensor | None],  # packed hidden states, the block's weight (B, D) bf16, held tile (R, B)
+    q: tuple[Tensor, Tensor, Tensor | None] | None,
+    shape_q: Shape | None,
+    total: Tensor | None,  # (R, D) fp32, rescaled and added to
+) -> None: ...
+def grads_block(
+    target: Tensor,  # (R,) int64
+    start: int,
+    shape: Shape,
+    inverse_temperature: Tensor | None,  # (R,) fp32
+    c: Tensor,  # (COEFFICIENT_ROWS, R)
+    at_1: bool,
+    p: tuple[Tensor, Tensor, Tensor | None],
+    q: tuple[Tensor, Tensor, Tensor | None] | None,
+    shape_q: Shape | None,
+    made: bool,  # the held tiles have their products already
+    dlogits: Tensor,  # (R, B) bf16, written
+    dhidden: Tensor | None,  # (R, D) fp32, added to
+    hidden: Tensor | None,  # (R, D) bf16, for dweight
+    dweight: Tensor | None,  # (B, D) fp32, added to
+    fresh: bool,  # dweight is written instead
 ) -> None: ...

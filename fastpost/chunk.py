@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpost import fused, topk
 from fastpost import rows as row_math
-from fastpost import topk
 from fastpost.rows import C_P, LOWEST, MAX, P_M, Q_M, SUM, TARGET
 from fastpost.shard import add_up, join
 from fastpost.sweep import Chunk, Columns, Sweep
@@ -77,24 +77,16 @@ class Picks:
 
 def fold_chunk(s: Sweep, chunk: Chunk, u: Tensor | None = None, u_low: Tensor | None = None) -> dict[str, Tensor]:
     """The statistics of these rows from all their tiles; and, into u (R, D) and u_low (R, r), their
-    sum_v p_v dz_v/dlogit_v W_v and the same sum of B_v."""
+    sum_v p_v dz_v/dlogit_v W_v and the same sum of B_v, over all v but the target."""
     p, inverse = s.p, chunk.inverse_temperature
     state = row_math.new_state(len(chunk.target), s.device, s.wide)
     picks = None if p.teacher is None else Picks(p.teacher.ids[chunk.rows], s)
     wants = p.row_wants
     for block in s.columns():
-        tile, tile_q = s.tiles(chunk, block)
-        if picks is not None:
-            picks.fold(s, tile, block, chunk)
-        before = state[MAX].clone()
-        left = None if u is None else s.left_operand(tile if not s.held else s.scratch(tile))
-        s.kernels.fold(
-            state, tile, chunk.target, block.span.start, block.shape, inverse, wants, tile_q, block.shape_q, left
-        )
-        for total, factor in ((u, block.weight), (u_low, block.b)):
-            if total is not None and factor is not None and left is not None:
-                total.mul_((before - state[MAX]).exp_()[:, None])
-                s.gemm.add_product(total, left, factor)
+        if s.fused is not None:
+            fused.fold(s, chunk, block, state, wants, u)
+        else:
+            _fold_tile(s, chunk, block, state, picks, u, u_low)
     if p.shard is not None:
         decay = join(state, chunk.target, p.shard)
         for total in (u, u_low):
@@ -111,6 +103,29 @@ def fold_chunk(s: Sweep, chunk: Chunk, u: Tensor | None = None, u_low: Tensor | 
             total.div_(state[SUM, :, None])
             stats["logit"] = state[TARGET]
     return stats
+
+
+def _fold_tile(
+    s: Sweep,
+    chunk: Chunk,
+    block: Columns,
+    state: Tensor,
+    picks: Picks | None,
+    u: Tensor | None,
+    u_low: Tensor | None,
+) -> None:
+    tile, tile_q = s.tiles(chunk, block)
+    if picks is not None:
+        picks.fold(s, tile, block, chunk)
+    before, inverse = state[MAX].clone(), chunk.inverse_temperature
+    left = None if u is None else s.left_operand(tile if not s.held else s.scratch(tile))
+    s.kernels.fold(
+        state, tile, chunk.target, block.span.start, block.shape, inverse, s.p.row_wants, tile_q, block.shape_q, left
+    )
+    for total, factor in ((u, block.weight), (u_low, block.b)):
+        if total is not None and factor is not None and left is not None:
+            total.mul_((before - state[MAX]).exp_()[:, None])
+            s.gemm.add_product(total, left, factor)
 
 
 def _mixture(s: Sweep, chunk: Chunk, state: Tensor) -> dict[str, Tensor]:
@@ -142,42 +157,44 @@ def grad_chunk(
     totals: Totals,
 ) -> None:
     """dL/dhidden of these rows, and what they add to the totals."""
-    p, inverse = s.p, chunk.inverse_temperature
+    p = s.p
     on_rows = {n: g for n, g in d.items() if p.teacher is None or n not in NEEDS_REFERENCE}
     on_teacher = {n: g for n, g in d.items() if n not in on_rows}
     c = row_math.coefficients(stats, on_rows, s.vocabulary, p.jsd_beta)
     named = None if not on_teacher else Named(s, chunk, stats, on_teacher, c, on_rows.keys())
     for block in s.columns(again=s.held):
-        tile, tile_q = s.tiles(chunk, block, again=s.held)
-        left = s.left_operand(tile)
-        found = None if named is None else named.values(tile, block)
-        s.kernels.grads(
-            tile,
-            chunk.target,
-            block.span.start,
-            block.shape,
-            inverse,
-            c,
-            on_rows.keys(),
-            left,
-            tile_q,
-            block.shape_q,
-            p.jsd_beta,
-        )
-        if named is not None and found is not None:
-            named.picks.put(left, block, found)
-        if dhidden is not None:
-            s.gemm.add_product(dhidden, left, block.weight)
+        if s.fused is not None and "jsd" not in on_rows:
+            dweight = None if totals.weight is None else totals.weight[block.span]
+            left = fused.grads(s, chunk, block, c, on_rows.keys(), dhidden, dweight)
+        else:
+            left = _grad_tile(s, chunk, block, c, on_rows.keys(), named)
+            if dhidden is not None:
+                s.gemm.add_product(dhidden, left, block.weight)
+            if totals.weight is not None:
+                s.gemm.add_product(totals.weight[block.span], left.T, chunk.hidden)
         if totals.low is not None and block.b is not None:
             s.gemm.add_product(totals.low[chunk.rows], left, block.b)
-        if totals.weight is not None:
-            s.gemm.add_product(totals.weight[block.span], left.T, chunk.hidden)
         if totals.b is not None and chunk.low is not None:
             s.gemm.add_product(totals.b[block.span], left.T, chunk.low)
         if totals.bias is not None:
             totals.bias[block.span] += left.sum(0, dtype=totals.bias.dtype)
     add_up(dhidden, p.shard)
     add_up(None if totals.low is None else totals.low[chunk.rows], p.shard)
+
+
+def _grad_tile(
+    s: Sweep, chunk: Chunk, block: Columns, c: Tensor, wants: AbstractSet[str], named: Named | None
+) -> Tensor:  # (R, B)
+    """dL/dtile, as the products take it."""
+    tile, tile_q = s.tiles(chunk, block, again=s.held)
+    left, inverse = s.left_operand(tile), chunk.inverse_temperature
+    found = None if named is None else named.values(tile, block)
+    s.kernels.grads(
+        tile, chunk.target, block.span.start, block.shape, inverse, c, wants, left, tile_q, block.shape_q, s.p.jsd_beta
+    )
+    if named is not None and found is not None:
+        named.picks.put(left, block, found)
+    return left
 
 
 class Named:

@@ -1,8 +1,8 @@
 """Matrix products with fp32 results, from operands of any dtype: the only place that knows what a device multiplies.
 
 A product rounded to bf16 costs 2e-2 in a log-probability; the same operands accumulated and kept in fp32, 1e-5 or less.
-  CPU   there is no bf16 x bf16 -> fp32 product, so operands are widened, a block at a time, into a buffer that is
-        reused
+  CPU   the C++ extension, where the CPU multiplies pairs of bf16. torch has no bf16 x bf16 -> fp32 product there, so
+        elsewhere operands are widened, a block at a time, into a buffer that is reused
   CUDA  torch.mm(..., out_dtype=torch.float32): tensor cores on bf16 operands, the fp32 accumulator written out
 fp32 operands are multiplied in IEEE fp32 (no TF32, no bf16 splitting), whatever the process has set; float64 in
 float64.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -38,18 +39,32 @@ def exact_products(device: torch.device) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
+def native_products(dtype: torch.dtype, device: torch.device) -> ModuleType | None:
+    """The C++ extension, where it multiplies operands of this dtype."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return None
+    try:
+        from fastpost import native
+    except ImportError:
+        return None
+    return native if native.multiplies_bf16() else None
+
+
 class Gemm:
     """Products of operands rounded to `dtype`. Holds the buffers in which a CPU widens them."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.wide = dtype, wide(dtype)
-        self._widens = device.type != "cuda" and dtype != self.wide
+        self.native = native_products(dtype, device)
+        self._widens = device.type != "cuda" and dtype != self.wide and self.native is None
         # What the left operand of `add_product` must be written in.
         self.tile_dtype = self.wide if self._widens else dtype
         self._buffers: dict[str, Tensor] = {}
 
     def operand(self, x: Tensor, buffer: str) -> Tensor:
         """x as it is multiplied. What an earlier call with the same `buffer` returned is overwritten."""
+        if self.native is not None:
+            return x.to(self.dtype).contiguous()
         if not self._widens:
             return x.to(self.dtype)
         held = self._buffers.get(buffer)
@@ -61,6 +76,9 @@ class Gemm:
         """out = a @ b.T"""
         if a.dtype == out.dtype:
             return torch.mm(a, b.T, out=out)
+        if self.native is not None:
+            self.native.product(a, b.T, out, False)
+            return out
         return torch.mm(a, b.T, out_dtype=out.dtype, out=out)
 
     def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:  # (M, N) += (M, K) @ (K, N)
@@ -68,5 +86,7 @@ class Gemm:
         b = b.to(a.dtype)
         if a.dtype == total.dtype:
             torch.addmm(total, a, b, out=total)
+        elif self.native is not None:
+            self.native.product(a, b, total, True)
         else:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)

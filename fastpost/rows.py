@@ -40,7 +40,7 @@ C_TARGET, C_P, C_PLOGP, C_APART_Q, C_Q, C_PSQ, C_ONE, C_APART_M, C_AT_1 = range(
 C_MAX, C_LOG_SUM, C_MAX_Q, C_LOG_SUM_Q, C_MAX_1, C_LOG_SUM_1, C_LOG_SUM_SQ = range(9, 16)
 COEFFICIENT_ROWS = 16
 
-LAYOUT = 2  # of the two lists above: a native extension compiled for another one is not used
+LAYOUT = 3  # of the two lists above and of what is written: a native extension compiled for another is not used
 
 
 class Shape(NamedTuple):
@@ -107,7 +107,7 @@ class TorchRows:
         wants: AbstractSet[str],
         tile_q: Tensor | None = None,  # (R, B) the reference's raw products
         shape_q: Shape | None = None,
-        out: Tensor | None = None,  # (R, B) receives e^(z - max) dz/dlogits, to be multiplied with the weight
+        out: Tensor | None = None,  # (R, B) receives e^(z - max) dz/dlogit, 0 at the target, for a product
     ) -> None:
         at_1, z = self._tempered("z", tile, shape, inverse_temperature)
         column = (target - start).clamp(0, tile.shape[1] - 1)
@@ -142,9 +142,9 @@ class TorchRows:
             state[SUM_Q] = state[SUM_Q] * decay_q + eq.sum(1)
         state[SUM] = state[SUM] * decay + e.sum(1)
         if out is not None:
-            out.copy_(
-                e if shape.softcap is None else torch.mul(e, _cap_slope(at_1, shape.softcap, product), out=product)
-            )
+            # The target's own share is added outside, in fp32: rounded to bf16 it would lose what 1 - p has left.
+            x = e if shape.softcap is None else torch.mul(e, _cap_slope(at_1, shape.softcap, product), out=product)
+            out.copy_(x.scatter_reduce_(1, column[:, None], torch.where(here, 0, torch.inf).to(x)[:, None], "amin"))
 
     def mixture(
         self,

@@ -74,11 +74,13 @@ def statistics(p: Problem, operands: Operands) -> dict[str, Tensor]:
         return _join([fold_chunk(s, s.open(rows)) for rows in s.chunks()], s)
 
 
-def _dlogp(s: Sweep, chunk: Chunk, logit: Tensor, of_target: Tensor, mean: Tensor) -> Tensor:  # (R, K)
-    """dlogp/dx = dz_y/dlogit_y Y_y - sum_v p_v dz_v/dlogit_v Y_v, where x @ Y.T is in the logits."""
-    out, inverse = of_target.to(s.wide, copy=True), chunk.inverse_temperature
-    if s.p.softcap is not None:  # z_y's own slope; the other columns had theirs in the sum
-        out *= (1 - (logit / s.p.softcap).square())[:, None]
+def _dlogp(s: Sweep, chunk: Chunk, stats: Mapping[str, Tensor], of_target: Tensor, mean: Tensor) -> Tensor:  # (R, K)
+    """dlogp/dx = (1 - p_y) dz_y/dlogit_y Y_y - sum over v != y of p_v dz_v/dlogit_v Y_v, where x @ Y.T is in the
+    logits."""
+    slope, inverse = -torch.expm1(stats["logp"]), chunk.inverse_temperature
+    if s.p.softcap is not None:  # z_y's own; the other columns had theirs in the sum
+        slope *= 1 - (stats["logit"] / s.p.softcap).square()
+    out = of_target.to(s.wide, copy=True).mul_(slope[:, None])
     out.sub_(mean).mul_(s.p.scale if inverse is None else (s.p.scale * inverse)[:, None])
     add_up(out, s.p.shard)
     return out
@@ -102,10 +104,10 @@ class FrozenLogp(torch.autograd.Function):
                 mean_low = None if chunk.low is None else torch.zeros_like(chunk.low)
                 stats = fold_chunk(s, chunk, mean, mean_low)
                 of_target = target_rows(weight, chunk.target, p.shard).to(p.dtype)
-                U[rows] = _dlogp(s, chunk, stats["logit"], of_target, mean)
+                U[rows] = _dlogp(s, chunk, stats, of_target, mean)
                 if U_low is not None and mean_low is not None and b is not None:
                     of_target = target_rows(b, chunk.target, p.shard)
-                    U_low[rows] = _dlogp(s, chunk, stats["logit"], of_target, mean_low)
+                    U_low[rows] = _dlogp(s, chunk, stats, of_target, mean_low)
                 parts.append(stats)
         values = _join(parts, s)
         ctx.save_for_backward(U, U_low)

@@ -24,7 +24,7 @@ from fastpost.types import NEEDS_REFERENCE, Shard, TopK
 # Bytes of tiles, blocks and accumulators that a sweep may hold, and the columns of a tile: on a CPU its scratch stays
 # near the caches.
 WORKSPACE = {"cpu": 56 << 20, "cuda": 384 << 20}
-COLUMNS = {"cpu": 1024, "cuda": 8192}
+COLUMNS = {"cpu": 960, "cuda": 8192}  # 960: whole panels of 12 and of 32, see csrc/gemm.h
 MOST_ROWS = 4096
 
 
@@ -135,8 +135,10 @@ class Chunk(NamedTuple):
 
     rows: slice  # of the N kept
     hidden: Tensor  # (R, D)
+    packed: Tensor | None  # the same, as fused steps take it
     low: Tensor | None  # (R, r)
     hidden_q: Tensor | None  # (R, D_q)
+    packed_q: Tensor | None
     low_q: Tensor | None  # (R, r_q)
     target: Tensor  # (R,)
     inverse_temperature: Tensor | None  # (R,)
@@ -159,6 +161,10 @@ class Sweep:
         self.wide = wide(p.dtype)
         self.gemm = Gemm(p.dtype, self.device)
         self.kernels = row_kernels(self.device, self.wide)
+        # The C++ extension, where it takes products and row kernels of a block in one step.
+        sides = [operands] if p.dense is None else [operands, p.dense.operands]
+        plain = p.teacher is None and all(x.low is None for x in sides)
+        self.fused = self.gemm.native if plain else None
         self._buffers: dict[str, Tensor] = {}
         self.columns_each, self.rows_each = self._plan()
 
@@ -195,8 +201,10 @@ class Sweep:
         return Chunk(
             rows,
             hidden,
+            self._packed(hidden),
             low,
             hidden_q,
+            self._packed(hidden_q),
             low_q,
             p.target[rows],
             None if p.inverse_temperature is None else p.inverse_temperature[rows],
@@ -207,6 +215,9 @@ class Sweep:
     def _left(self, x: Operands, rows: slice, buffer: str) -> tuple[Tensor, Tensor | None]:  # (R, D), (R, r)
         hidden = self.gemm.operand(cut(x.hidden, self.p.index, rows), buffer)
         return hidden, None if x.low is None else x.low[rows]
+
+    def _packed(self, hidden: Tensor | None) -> Tensor | None:
+        return self.fused.pack(hidden) if self.fused is not None and hidden is not None else None
 
     def columns(self, *, multiplied: bool = True, again: bool = False) -> Iterator[Columns]:
         """Blocks of the vocabulary; unless they are to be multiplied no weight is widened, and `again`, for tiles that
@@ -238,6 +249,10 @@ class Sweep:
             if not (again and self.held):
                 self._multiply(tile_q, chunk.hidden_q, block.weight_q, chunk.low_q, block.b_q)
         return tile, tile_q
+
+    def dlogits(self, chunk: Chunk, block: Columns) -> Tensor:  # (R, B)
+        """Where a fused step writes the gradient of a tile."""
+        return self._buffer("left operand", (len(chunk.target), block.span.stop - block.span.start), self.p.dtype)
 
     def _room(self, name: str, chunk: Chunk, block: Columns, held: Tensor | None) -> Tensor:  # (R, B)
         """Where a tile is, or is to be."""

@@ -111,6 +111,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Small tiles, by torch alone, and watched."""
     watched = Seen()
     small_tiles(monkeypatch, columns=B, rows=R)
+    monkeypatch.setattr("fastpost.gemm.native_products", lambda dtype, device: None)
     monkeypatch.setattr(sweep, "Gemm", lambda dtype, device: SeenGemm(watched, dtype, device))
     monkeypatch.setattr(sweep, "row_kernels", lambda device, dtype: SeenRows(watched))
     return watched

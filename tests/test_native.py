@@ -21,35 +21,50 @@ V, START = 211, 64  # the target's columns are those of a vocabulary cut in tile
 
 
 def walk(
-    kernels, z: Tensor, target: Tensor, wants: frozenset[str], inverse: Tensor | None, zq: Tensor | None, width: int
+    kernels,
+    z: Tensor,
+    target: Tensor,
+    wants: frozenset[str],
+    inverse: Tensor | None,
+    zq: Tensor | None,
+    width: int,
+    shape: Shape = PLAIN,
 ):
     """Statistics and dL/dtile of whole rows (R, V), tile by tile, in the dtype of z; L is a weighted sum."""
     inverse = None if inverse is None else inverse.to(z.dtype)
-    shape_q = None if zq is None else PLAIN
+    part = lambda span: shape._replace(bias=None if shape.bias is None else shape.bias[span])  # noqa: E731
     state = rows.new_state(len(z), z.device, z.dtype)
     spans = [slice(i, min(i + width, z.shape[1])) for i in range(0, z.shape[1], width)]
     for span in spans:
         tile_q = None if zq is None else zq[:, span]
-        kernels.fold(state, z[:, span], target, span.start, PLAIN, inverse, wants, tile_q, shape_q)
+        shape_q = None if zq is None else part(span)
+        kernels.fold(state, z[:, span], target, span.start, part(span), inverse, wants, tile_q, shape_q)
     stats = rows.finish(state, wants, z.shape[1], inverse)
     names = [name for name in ("logp", "lse", *sorted(wants)) if stats[name].is_floating_point()]
     d = {name: torch.linspace(-1, 1.5 + i, len(z), dtype=z.dtype) for i, name in enumerate(names)}
     c = rows.coefficients(stats, d, z.shape[1], 0.5)
     grad = torch.empty_like(z)
     for span in spans:
-        tile_q = None if zq is None else zq[:, span]
+        tile_q, shape_q = (None, None) if zq is None else (zq[:, span], part(span))
         kernels.grads(
-            z[:, span], target, span.start, PLAIN, inverse, c, frozenset(names), grad[:, span], tile_q, shape_q
+            z[:, span], target, span.start, part(span), inverse, c, frozenset(names), grad[:, span], tile_q, shape_q
         )
     return {name: stats[name] for name in ("logp", "lse", *sorted(wants))}, grad
 
 
-def compare(z: Tensor, target: Tensor, wants=OWN, inverse: Tensor | None = None, zq: Tensor | None = None, width=64):
-    exact, exact_grad = walk(
-        TorchRows(), z.double(), target, wants, inverse, None if zq is None else zq.double(), z.shape[1]
-    )
-    plain, plain_grad = walk(TorchRows(), z, target, wants, inverse, zq, width)
-    ours, our_grad = walk(NativeRows(), z, target, wants, inverse, zq, width)
+def compare(
+    z: Tensor,
+    target: Tensor,
+    wants=OWN,
+    inverse: Tensor | None = None,
+    zq: Tensor | None = None,
+    width=64,
+    shape: Shape = PLAIN,
+):
+    wide = None if zq is None else zq.double()
+    exact, exact_grad = walk(TorchRows(), z.double(), target, wants, inverse, wide, z.shape[1], shape)
+    plain, plain_grad = walk(TorchRows(), z, target, wants, inverse, zq, width, shape)
+    ours, our_grad = walk(NativeRows(), z, target, wants, inverse, zq, width, shape)
     for name in exact:
         assert_close_to_truth(ours[name].float(), plain[name].float(), exact[name].double(), name)
     assert_gradient_close_to_truth(our_grad, plain_grad, exact_grad)
@@ -63,6 +78,40 @@ def test_statistics_and_gradients(wants, tempered):
     z, zq = 3 * torch.randn(37, V), 3 * torch.randn(37, V)
     inverse = 0.5 + torch.rand(37) if tempered else None
     compare(z, torch.randint(V, (37,)), wants, inverse, zq if wants is BOTH else None)
+
+
+SHAPES = {
+    "bias": Shape(torch.linspace(-2, 2, V), 1.0, None),
+    "bf16 bias": Shape(torch.linspace(-2, 2, V).bfloat16(), 1.0, None),
+    "a banned token": Shape(torch.zeros(V).index_fill(0, torch.tensor([7]), -torch.inf), 1.0, None),
+    "scale": Shape(None, 0.5, None),
+    "softcap": Shape(None, 1.0, 5.0),
+    "all": Shape(torch.linspace(-2, 2, V), 0.7, 5.0),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("tempered", [False, True], ids=["temperature 1", "tempered"])
+def test_bias_scale_and_softcap(shape, tempered):
+    z, zq, inverse = 3 * torch.randn(37, V), 3 * torch.randn(37, V), 0.5 + torch.rand(37) if tempered else None
+    compare(z, torch.randint(8, V, (37,)), BOTH - {"mean_logp"}, inverse, zq, shape=shape)
+
+
+def test_near_zero_a_softcap_is_as_exact_as_torchs():
+    compare(torch.linspace(-3.2, 3.2, 64 * V).view(64, V), torch.randint(V, (64,)), shape=Shape(None, 1.0, 30.0))
+
+
+@pytest.mark.parametrize("shape", [PLAIN, SHAPES["all"]], ids=["plain", "all"])
+def test_the_left_operand_may_be_bf16(shape):
+    """What `fold` and `grads` write is rounded once."""
+    z, target, c = torch.randn(5, V), torch.randint(V, (5,)), torch.randn(rows.COEFFICIENT_ROWS, 5)
+    found = {dtype: torch.empty(2, 5, V, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    for out in found.values():
+        state = rows.new_state(5, z.device, z.dtype)
+        NativeRows().fold(state, z, target, 0, shape, None, OWN, out=out[0])
+        NativeRows().grads(z, target, 0, shape, None, c, OWN, out[1])
+    assert torch.equal(found[torch.float32].bfloat16(), found[torch.bfloat16])
+    assert not found[torch.float32][0].gather(1, target[:, None]).any()
 
 
 @pytest.mark.parametrize(("R", "columns", "width"), [(1, 1, 1), (1, 2, 1), (3, 7, 3), (2, 131, 131), (9, 1025, 1024)])
@@ -98,7 +147,7 @@ def test_the_exponential_is_within_an_ulp_or_so_and_never_subnormal():
     x = torch.cat([torch.zeros(1), torch.linspace(-87, 0, 200_001), torch.tensor([-87.5, -200.0, rows.LOWEST])])[None]
     out = torch.empty_like(x)
     state = rows.new_state(1, x.device, x.dtype)
-    NativeRows().fold(state, x, torch.zeros(1, dtype=torch.int64), 0, PLAIN, None, frozenset(), out=out)
+    NativeRows().fold(state, x, torch.tensor([-1]), 0, PLAIN, None, frozenset(), out=out)
     truth = x.double().exp()
     assert ((out - truth).abs() / truth)[0, :-3].max() < 1.5 * torch.finfo(torch.float32).eps
     assert out[0, -3:].tolist() == [0.0, 0.0, 0.0]
@@ -125,29 +174,14 @@ def test_the_number_of_threads_changes_no_bit():
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [
-        (Shape(torch.randn(V), 1.0, None), torch.float32),
-        (Shape(None, 0.5, None), torch.float32),
-        (Shape(None, 1.0, 30.0), torch.float32),
-        (PLAIN, torch.float64),
-    ],
-    ids=["bias", "scale", "softcap", "float64"],
-)
-def test_what_it_does_not_reach_is_torchs_to_the_bit(shape, dtype):
-    z, target, c = (
-        torch.randn(5, V, dtype=dtype),
-        torch.randint(V, (5,)),
-        torch.randn(rows.COEFFICIENT_ROWS, 5, dtype=dtype),
-    )
-    found = []
-    for kernels in (TorchRows(), NativeRows()):
-        state, grad = rows.new_state(5, z.device, dtype), torch.empty_like(z)
-        kernels.fold(state, z, target, 0, shape, None, OWN)
-        kernels.grads(z, target, 0, shape, None, c, OWN, grad)
-        found.append(torch.cat([state.flatten(), grad.flatten()]))
-    assert torch.equal(*found)
+def test_float64_and_the_jsd_are_torchs_to_the_bit():
+    target = torch.randint(V, (5,))
+    for dtype, wants in ((torch.float64, OWN), (torch.float32, frozenset({"jsd"}))):
+        z, c = torch.randn(5, V, dtype=dtype), torch.randn(rows.COEFFICIENT_ROWS, 5, dtype=dtype)
+        found = [torch.empty_like(z) for _ in range(2)]
+        for kernels, grad in zip((TorchRows(), NativeRows()), found, strict=True):
+            kernels.grads(z, target, 0, PLAIN, None, c, wants, grad, z, PLAIN)
+        assert torch.equal(*found)
 
 
 def test_a_tile_that_it_cannot_read_is_refused():
@@ -155,5 +189,7 @@ def test_a_tile_that_it_cannot_read_is_refused():
     state, target = rows.new_state(8, z.device, z.dtype), torch.zeros(8, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=r"tile must be .* got Float \[8, 4\] with strides \[1, 8\]"):
         NativeRows().fold(state, z.T, target, 0, PLAIN, None, OWN)
-    with pytest.raises(RuntimeError, match=r"target must be a contiguous int64 tensor of shape \[4\], got Long \[8\]"):
+    with pytest.raises(RuntimeError, match=r"state must be an fp32 tensor of shape \[14, 8\] .* got Float \[14, 4\]"):
         NativeRows().fold(state[:, :4].clone(), z, target, 0, PLAIN, None, OWN)
+    with pytest.raises(RuntimeError, match=r"target must be a contiguous int64 tensor, got Int \[4\]"):
+        NativeRows().fold(state[:, :4].clone(), z, target[:4].int(), 0, PLAIN, None, OWN)

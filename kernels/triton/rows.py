@@ -153,7 +153,7 @@ def _fold_kernel(
         if FORWARD:
             tl.store(p_state + APART_Q * R, b_apart_q)
 
-    # out = e * (1 - (at_1 / softcap)^2), at the maximum that all of the tile agrees on
+    # out = e * (1 - (at_1 / softcap)^2), at the maximum that all of the tile agrees on; 0 in the target's own column
     if WRITE:
         p_out = out + i_r * out_stride
         for v in range(0, B, BV):
@@ -163,6 +163,7 @@ def _fold_kernel(
             b_e = tl.exp(b_at_1 * b_inverse - b_max)
             if CAPPED:
                 b_e = b_e * (1.0 - (b_at_1 / softcap) * (b_at_1 / softcap))
+            b_e = tl.where(o_v == column, 0.0, b_e)
             tl.store(p_out + o_v, b_e.to(out.dtype.element_ty), mask=m_v)
 
 

@@ -1,0 +1,153 @@
+// See blocks.h.
+
+#include "blocks.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "gemm.h"
+#include "vectors.h"
+
+namespace fastpost {
+namespace {
+
+constexpr int64_t kPanelsTogether = 8;  // of rows, whose tile stays in the second-level cache
+
+const uint32_t* panels(const at::Tensor& packed) { return reinterpret_cast<const uint32_t*>(packed.const_data_ptr<int32_t>()); }
+
+at::Tensor floats(int64_t n) { return at::empty({n}, at::kFloat); }
+at::Tensor units(int64_t n) { return at::empty({n}, at::kInt); }
+uint32_t* data(at::Tensor& units) { return reinterpret_cast<uint32_t*>(units.data_ptr<int32_t>()); }
+
+Block block(const at::Tensor& x, int64_t row, int64_t rows) {
+  return {x.data_ptr<float>() + row * x.stride(0), x.stride(0), rows, x.size(1)};
+}
+
+EACH_CPU void shrink(float* row, int64_t n, float by) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) row[i] *= by;
+}
+
+// The raw products of one distribution, some rows at a time.
+class Products {
+ public:
+  Products(const Operands& x, int64_t rows, const at::Tensor* packed_weight, bool made)
+      : x_(x), depth_(x.weight.size(1)), columns_(x.weight.size(0)), made_(made) {
+    if (x.held) check(*x.held, "held", {rows, columns_});
+    if (!made) right_ = packed_weight ? *packed_weight : packed_right(matrix(x.weight));
+  }
+
+  const at::Tensor& packed_weight() const { return right_; }
+  int64_t scratch() const { return x_.held ? 0 : kPanelsTogether * kPanelRows * columns_; }
+
+  // Rows [row, row + rows), which begin a panel.
+  Block tile(int64_t row, int64_t rows, float* scratch) const {
+    const Block out = x_.held ? block(*x_.held, row, rows) : Block{scratch, columns_, rows, columns_};
+    if (!made_) multiply(panels(x_.left) + row * units_of(depth_), panels(right_), depth_, out, false);
+    return out;
+  }
+
+ private:
+  const Operands& x_;
+  int64_t depth_, columns_;
+  bool made_;
+  at::Tensor right_;
+};
+
+std::optional<Products> products_of(const std::optional<Operands>& q, const Operands& p, const Products& of_p,
+                                    int64_t rows, bool made) {
+  if (!q) return std::nullopt;
+  const bool same = q->weight.is_same(p.weight) || (q->weight.data_ptr() == p.weight.data_ptr() && q->weight.sizes() == p.weight.sizes());
+  return std::make_optional<Products>(*q, rows, same ? &of_p.packed_weight() : nullptr, made);
+}
+
+// body(first row, rows) for groups of whole panels, in parallel.
+template <typename Body>
+void each_group(int64_t rows, const Body& groups) {
+  at::parallel_for(0, panels_of(rows, kPanelRows), 1, [&](int64_t begin, int64_t end) {
+    groups([&](const auto& body) {
+      for (int64_t p = begin; p < end; p += kPanelsTogether) {
+        const int64_t row = p * kPanelRows;
+        body(row, std::min({kPanelsTogether * kPanelRows, (end - p) * kPanelRows, rows - row}));
+      }
+    });
+  });
+}
+
+}  // namespace
+
+void fold_block(const Fold& fold, const Operands& p, const std::optional<Operands>& q, const MaybeTensor& total) {
+  const int64_t R = fold.columns.rows, B = fold.columns.columns, D = p.weight.size(1);
+  const Products products(p, R, nullptr, false);
+  const std::optional<Products> products_q = products_of(q, p, products, R, false);
+  const at::Tensor right = total ? packed_right(matrix(p.weight).transposed()) : at::Tensor();
+  if (total) check(*total, "total", {R, D});
+
+  each_group(R, [&](const auto& each) {
+    constexpr int64_t kRows = kPanelsTogether * kPanelRows;
+    at::Tensor tiles = floats(products.scratch() + (products_q ? products_q->scratch() : 0));
+    at::Tensor scratch = floats(fold.columns.scratch() + B), rounded = at::empty({kRows, B}, at::kBFloat16);
+    at::Tensor left = units(kRows * units_of(B));
+    uint16_t* rows_out = static_cast<uint16_t*>(rounded.data_ptr());
+    float* e = scratch.data_ptr<float>() + fold.columns.scratch();
+    each([&](int64_t row, int64_t rows) {
+      const Block tile = products.tile(row, rows, tiles.data_ptr<float>());
+      const Block tile_q = products_q ? products_q->tile(row, rows, tiles.data_ptr<float>() + products.scratch()) : Block{};
+      for (int64_t i = 0; i < rows; ++i) {
+        const float* raw_q = products_q ? tile_q.data + i * tile_q.stride : nullptr;
+        const float decay = fold.row(row + i, tile.data + i * tile.stride, raw_q, e, scratch.data_ptr<float>());
+        if (!total) continue;
+        round_row(e, B, rows_out + i * B);
+        if (decay != 1.0f) shrink(block(*total, row + i, 1).data, D, decay);
+      }
+      if (!total) return;
+      pack_left({rows_out, rows, B, B, 1}, data(left));
+      multiply(data(left), panels(right), B, block(*total, row, rows), true);
+    });
+  });
+}
+
+void grads_block(const Grads& grads, const Operands& p, const std::optional<Operands>& q, bool made, const Wanted& wanted) {
+  const int64_t R = grads.columns.rows, B = grads.columns.columns, D = p.weight.size(1);
+  const Products products(p, R, nullptr, made);
+  const std::optional<Products> products_q = products_of(q, p, products, R, made);
+  const Matrix dlogits = matrix(wanted.dlogits);
+  const at::Tensor right = wanted.dhidden ? packed_right(matrix(p.weight).transposed()) : at::Tensor();
+  TORCH_CHECK(dlogits.rows == R && dlogits.depth == B && dlogits.depth_stride == 1, "dlogits must be [", R, ", ", B, "]");
+  if (wanted.dhidden) check(*wanted.dhidden, "dhidden", {R, D});
+  if (wanted.dweight) check(*wanted.dweight, "dweight", {B, D});
+
+  each_group(R, [&](const auto& each) {
+    at::Tensor tiles = floats(products.scratch() + (products_q ? products_q->scratch() : 0));
+    at::Tensor scratch = floats(grads.columns.scratch() + B);
+    at::Tensor left = units(kPanelsTogether * kPanelRows * units_of(B));
+    float* d = scratch.data_ptr<float>() + grads.columns.scratch();
+    each([&](int64_t row, int64_t rows) {
+      const Block tile = products.tile(row, rows, tiles.data_ptr<float>());
+      const Block tile_q = products_q ? products_q->tile(row, rows, tiles.data_ptr<float>() + products.scratch()) : Block{};
+      for (int64_t i = 0; i < rows; ++i) {
+        const float* raw_q = products_q ? tile_q.data + i * tile_q.stride : nullptr;
+        grads.row(row + i, tile.data + i * tile.stride, raw_q, d, scratch.data_ptr<float>());
+        round_row(d, B, const_cast<uint16_t*>(dlogits.data) + (row + i) * dlogits.row_stride);
+      }
+      if (!wanted.dhidden) return;
+      pack_left(dlogits.part(row, rows), data(left));
+      multiply(data(left), panels(right), B, block(*wanted.dhidden, row, rows), true);
+    });
+  });
+  if (!wanted.dweight) return;
+
+  TORCH_CHECK(wanted.hidden, "dweight wants the hidden states");
+  const at::Tensor hidden = packed_right(matrix(*wanted.hidden).transposed());
+  each_group(B, [&](const auto& each) {
+    at::Tensor left = units(kPanelsTogether * kPanelRows * units_of(R));
+    each([&](int64_t column, int64_t columns) {
+      pack_left(dlogits.transposed().part(column, columns), data(left));
+      multiply(data(left), panels(hidden), R, block(*wanted.dweight, column, columns), !wanted.fresh);
+    });
+  });
+}
+
+}  // namespace fastpost

@@ -1,0 +1,120 @@
+// What Python sees: fastpost/_native.pyi has the types, fastpost/native.py the use.
+
+#include <ATen/Parallel.h>
+#include <torch/extension.h>
+
+#include "blocks.h"
+#include "gemm.h"
+#include "rows.h"
+
+namespace fastpost {
+namespace {
+
+constexpr int kLayout = 3;  // of the state, of the coefficients and of what fold writes; LAYOUT in rows.py
+constexpr int64_t kRowsPerTask = 8;
+
+using PythonOperands = std::tuple<at::Tensor, at::Tensor, MaybeTensor>;
+using MaybeOperands = std::optional<PythonOperands>;
+
+Operands operands(const PythonOperands& x) { return {std::get<0>(x), std::get<1>(x), std::get<2>(x)}; }
+std::optional<Operands> operands(const MaybeOperands& x) {
+  return x ? std::make_optional(operands(*x)) : std::nullopt;
+}
+
+// The rows of an fp32 matrix.
+struct Rows {
+  explicit Rows(const at::Tensor& x) : data(x.data_ptr<float>()), stride(x.stride(0)) {}
+  float* operator[](int64_t r) const { return data + r * stride; }
+  float* data;
+  int64_t stride;
+};
+
+// work(r, written, scratch) for the rows of a tile that is in memory, and what it wrote into `out`, fp32 or bf16, if any.
+template <typename Work>
+void each_row(int64_t rows, int64_t columns, int64_t scratch, const MaybeTensor& out, const Work& work) {
+  const bool rounds = out && out->scalar_type() == at::kBFloat16;
+  if (out && !rounds) check(*out, "out", {rows, columns});
+  TORCH_CHECK(!rounds || (out->sizes() == at::IntArrayRef{rows, columns} && out->stride(1) == 1),
+              "out must have the tile's shape [", rows, ", ", columns, "] and contiguous rows, got ", out->sizes());
+  at::parallel_for(0, rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
+    std::vector<float> memory(scratch + columns);
+    float* aside = memory.data() + scratch;
+    for (int64_t r = begin; r < end; ++r) {
+      work(r, out && !rounds ? out->data_ptr<float>() + r * out->stride(0) : aside, memory.data());
+      if (rounds) round_row(aside, columns, static_cast<uint16_t*>(out->data_ptr()) + r * out->stride(0));
+    }
+  });
+}
+
+void fold(const at::Tensor& state, const at::Tensor& tile, const at::Tensor& target, int64_t start, const Shape& shape,
+          const MaybeTensor& inverse_temperature, bool at_1, const MaybeTensor& tile_q,
+          const std::optional<Shape>& shape_q, const MaybeTensor& out) {
+  const int64_t R = tile.size(0), B = tile.size(1);
+  const Fold kernel(state, Columns(target, start, B, inverse_temperature, shape, shape_q), at_1);
+  check(tile, "tile", {kernel.columns.rows, B});
+  if (tile_q) check(*tile_q, "tile_q", {R, B});
+  const Rows t(tile), q(tile_q.value_or(tile));
+  each_row(R, B, kernel.columns.scratch(), out, [&](int64_t r, float* e, float* scratch) {
+    kernel.row(r, t[r], tile_q ? q[r] : nullptr, e, scratch);
+  });
+}
+
+void grads(const at::Tensor& tile, const at::Tensor& target, int64_t start, const Shape& shape,
+           const MaybeTensor& inverse_temperature, const at::Tensor& c, bool at_1, const at::Tensor& out,
+           const MaybeTensor& tile_q, const std::optional<Shape>& shape_q) {
+  const int64_t R = tile.size(0), B = tile.size(1);
+  const Grads kernel(c, Columns(target, start, B, inverse_temperature, shape, shape_q), at_1);
+  check(tile, "tile", {kernel.columns.rows, B});
+  if (tile_q) check(*tile_q, "tile_q", {R, B});
+  const Rows t(tile), q(tile_q.value_or(tile));
+  each_row(R, B, kernel.columns.scratch(), out, [&](int64_t r, float* d, float* scratch) {
+    kernel.row(r, t[r], tile_q ? q[r] : nullptr, d, scratch);
+  });
+}
+
+// out (M, N) fp32 = left (M, K) @ right (K, N), bf16, or out += it.
+void product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& out, bool accumulate) {
+  const Matrix a = matrix(left), b = matrix(right).transposed();
+  check(out, "out", {a.rows, b.rows});
+  TORCH_CHECK(a.depth == b.depth, "left ", left.sizes(), " and right ", right.sizes(), " do not fit");
+  const at::Tensor packed = packed_left(a), others = packed_right(b);
+  const auto units = [](const at::Tensor& x) { return reinterpret_cast<const uint32_t*>(x.const_data_ptr<int32_t>()); };
+  at::parallel_for(0, panels_of(a.rows, kPanelRows), 1, [&](int64_t begin, int64_t end) {
+    const int64_t row = begin * kPanelRows, rows = std::min(end * kPanelRows, a.rows) - row;
+    const Block part{out.data_ptr<float>() + row * out.stride(0), out.stride(0), rows, b.rows};
+    multiply(units(packed) + row * units_of(a.depth), units(others), a.depth, part, accumulate);
+  });
+}
+
+void fold_products(const at::Tensor& state, const at::Tensor& target, int64_t start, const Shape& shape,
+                   const MaybeTensor& inverse_temperature, bool at_1, const PythonOperands& p, const MaybeOperands& q,
+                   const std::optional<Shape>& shape_q, const MaybeTensor& total) {
+  const int64_t B = std::get<1>(p).size(0);
+  const Fold kernel(state, Columns(target, start, B, inverse_temperature, shape, shape_q), at_1);
+  fold_block(kernel, operands(p), operands(q), total);
+}
+
+void grads_products(const at::Tensor& target, int64_t start, const Shape& shape, const MaybeTensor& inverse_temperature,
+                    const at::Tensor& c, bool at_1, const PythonOperands& p, const MaybeOperands& q,
+                    const std::optional<Shape>& shape_q, bool made, const at::Tensor& dlogits,
+                    const MaybeTensor& dhidden, const MaybeTensor& hidden, const MaybeTensor& dweight, bool fresh) {
+  const int64_t B = std::get<1>(p).size(0);
+  const Grads kernel(c, Columns(target, start, B, inverse_temperature, shape, shape_q), at_1);
+  grads_block(kernel, operands(p), operands(q), made, {dlogits, dhidden, hidden, dweight, fresh});
+}
+
+}  // namespace
+}  // namespace fastpost
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace fastpost;
+  const py::call_guard<py::gil_scoped_release> unlocked;
+  m.attr("LAYOUT") = kLayout;
+  m.def("multiplies_bf16", &multiplies_bf16);
+  m.def("fold", &fold, unlocked);
+  m.def("grads", &grads, unlocked);
+  m.def("product", &product, unlocked);
+  m.def("pack", [](const at::Tensor& x) { return packed_left(matrix(x)); }, unlocked);
+  m.def("fold_block", &fold_products, unlocked);
+  m.def("grads_block", &grads_products, unlocked);
+}

@@ -1,0 +1,81 @@
+// fold and grads of fastpost/rows.py, one row of a block of columns at a time: it is read once from memory and worked
+// on in the first-level cache. Every sum costs less than asking for it, so all are kept, wanted or not.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace fastpost {
+
+using MaybeTensor = std::optional<at::Tensor>;
+// How raw products become logits: softcap * tanh(scale * (raw + bias) / softcap). rows.py's Shape.
+using Shape = std::tuple<MaybeTensor, double, std::optional<double>>;
+
+class Form {
+ public:
+  Form(const Shape& shape, int64_t columns);
+  // Logits at temperature 1, in `out` unless they are the raw products themselves.
+  const float* logits(const float* raw, int64_t columns, float* out) const;
+  // out *= dlogit/draw, from the logits; `by_scale` leaves the scale out if false.
+  void times_slope(const float* logits, int64_t columns, bool by_scale, float* out) const;
+
+ private:
+  at::Tensor bias_;  // fp32 (columns,), or undefined
+  float scale_, softcap_;  // no cap: 0
+};
+
+// What all rows of a block share.
+struct Columns {
+  Columns(const at::Tensor& target, int64_t start, int64_t columns, const MaybeTensor& inverse_temperature,
+          const Shape& shape, const std::optional<Shape>& shape_q);
+  bool has(int64_t r) const { return target[r] >= start && target[r] < start + columns; }
+  // Logits over the temperature, in `out` unless there is none. (A pass of its own: fused with what follows, the product
+  // would be rounded here and not there.)
+  const float* tempered(int64_t r, const float* logits, float* out) const;
+  int64_t scratch() const { return 4 * columns; }
+
+  const int64_t* target;             // (R,)
+  const float* inverse_temperature;  // (R,) or null
+  int64_t rows, start, columns;
+  Form form;
+  std::optional<Form> form_q;
+};
+
+class Fold {
+ public:
+  Fold(const at::Tensor& state, Columns columns, bool at_1);  // state: (14, R), updated
+  // Row r: out becomes e^(z - max) dz/dlogit, 0 in the target's own column. Returns by what earlier such rows shrink.
+  float row(int64_t r, const float* raw, const float* raw_q, float* out, float* scratch) const;
+
+  const Columns columns;
+
+ private:
+  float* state_;
+  int64_t stride_;
+  bool at_1_;
+};
+
+class Grads {
+ public:
+  Grads(const at::Tensor& c, Columns columns, bool at_1);  // c: (16, R)
+  // Row r: out becomes dL/draw. It may be raw.
+  void row(int64_t r, const float* raw, const float* raw_q, float* out, float* scratch) const;
+
+  const Columns columns;
+
+ private:
+  const float* c_;
+  int64_t stride_;
+  bool at_1_;
+};
+
+// out = x in bf16
+void round_row(const float* x, int64_t n, uint16_t* out);
+
+// Throws unless x is an fp32 tensor of this shape on the CPU with contiguous rows: what pointers take for granted.
+void check(const at::Tensor& x, const char* name, at::IntArrayRef shape);
+
+}  // namespace fastpost

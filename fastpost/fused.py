@@ -1,0 +1,52 @@
+"""A block of the vocabulary in one step of the C++ extension: see csrc/blocks.h.
+
+The same numbers as a product, the row kernels and more products, but for the order of summation. `Sweep.fused` says
+where it reaches: bf16 operands, no stored teacher, no LoRA on the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+
+from torch import Tensor
+
+from fastpost.sweep import Chunk, Columns, Sweep
+
+Side = tuple[Tensor, Tensor, Tensor | None]  # the packed hidden states, the block's weight, where its tile is held
+
+
+def _sides(chunk: Chunk, block: Columns) -> tuple[Side, Side | None]:
+    """Policy and reference."""
+    assert chunk.packed is not None
+    held, held_q = (None if x is None else x[:, block.span] for x in (chunk.logits, chunk.logits_q))
+    q = None if chunk.packed_q is None or block.weight_q is None else (chunk.packed_q, block.weight_q, held_q)
+    return (chunk.packed, block.weight, held), q
+
+
+def fold(s: Sweep, chunk: Chunk, block: Columns, state: Tensor, wants: AbstractSet[str], total: Tensor | None) -> None:
+    """`fold` of the row kernels; total (R, D), if any, shrinks to the new maxima and gains sum_v e^(z_v - max) W_v."""
+    assert s.fused is not None
+    p, q = _sides(chunk, block)
+    inverse, at_1 = chunk.inverse_temperature, "logp@1" in wants
+    s.fused.fold_block(state, chunk.target, block.span.start, block.shape, inverse, at_1, p, q, block.shape_q, total)
+
+
+def grads(
+    s: Sweep,
+    chunk: Chunk,
+    block: Columns,
+    c: Tensor,  # (COEFFICIENT_ROWS, R)
+    wants: AbstractSet[str],
+    dhidden: Tensor | None,  # (R, D), added to
+    dweight: Tensor | None,  # (B, D), added to
+) -> Tensor:  # (R, B)
+    """`grads` of the row kernels, and both products with what it makes, dL/dtile, which is returned."""
+    assert s.fused is not None
+    p, q = _sides(chunk, block)
+    q, shape_q = (q, block.shape_q) if wants & {"reverse_kl", "forward_kl"} else (None, None)
+    dlogits, inverse, at_1 = s.dlogits(chunk, block), chunk.inverse_temperature, "logp@1" in wants
+    s.fused.grads_block(
+        chunk.target, block.span.start, block.shape, inverse, c, at_1, p, q, shape_q, s.held,
+        dlogits, dhidden, chunk.hidden, dweight, False,
+    )  # fmt: skip
+    return dlogits
