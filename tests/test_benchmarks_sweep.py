@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import cases
@@ -108,6 +110,12 @@ D, ROWS, COLUMNS = 64, 32, 128
 A_TOKEN = 80  # bytes of its statistics, their gradients, its target
 
 
+def steepest(xs: Sequence[int], ys: Sequence[int]) -> float:
+    """Bytes each, over the steepest stretch: what is held at one time is the most of several straight lines."""
+    points = list(zip(xs, ys, strict=True))
+    return max((d - b) / (c - a) for (a, b), (c, d) in pairwise(points))
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["token_stats", "fused_loss"])
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("name", ["logp", "gkd"])
@@ -124,10 +132,7 @@ def test_memory_is_flat_but_for_what_has_the_size_of_a_result(name, trained, fus
         run()
         return peak(run)
 
-    tokens, columns = (128, 256, 512), (256, 512, 1024)
-    by_tokens = growth.fit(tokens, [held(T, columns[0]) for T in tokens])
-    by_columns = growth.fit(columns, [held(tokens[0], V) for V in columns])
-    assert by_tokens.worst < 0.02 and by_columns.worst < 0.02, (by_tokens, by_columns)
+    tokens, columns = (128, 256, 512, 1024), (256, 512, 1024)
     tiles = 2 if name == "gkd" else int(fused and trained)
-    assert by_tokens.slope <= 2 * 2 * D + A_TOKEN, by_tokens
-    assert by_columns.slope <= (2 + 4) * D * trained + 4 * ROWS * tiles, by_columns
+    assert steepest(tokens, [held(T, columns[0]) for T in tokens]) <= 2 * 2 * D + A_TOKEN
+    assert steepest(columns, [held(tokens[0], V) for V in columns]) <= (2 + 4) * D * trained + 4 * ROWS * tiles
