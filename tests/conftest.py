@@ -1,4 +1,4 @@
-"""What every test gets: a seed, poisoned memory, and `device`, which is each device that this machine has."""
+"""What every test gets: a seed and poisoned memory. By name: `device`, each that is here; `saved`, a tiny model."""
 
 from __future__ import annotations
 
@@ -55,3 +55,13 @@ def seed() -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device of this machine; the cuda ones (ROCm's too) carry the `gpu` mark."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in a directory: some trainers load their reference from where the policy came from."""
+    import tiny
+
+    path = tmp_path_factory.mktemp("model")
+    tiny.model().save_pretrained(path)
+    return path
