@@ -1,15 +1,10 @@
-"""Every Triton kernel, in the configurations that are launched, compiled ahead of time for GPUs that are not here: no
-spills.
+"""Every Triton row kernel, in the configurations that are launched, compiled ahead of time for GPUs that are not here:
+no spills, shared memory to spare, and every tile read and written 16 bytes at a time.
 
-On NVIDIA a spill shows as STACK in cuobjdump's resource report (LOCAL is always 0 and proves nothing); on AMD in the
-kernel's own metadata. A tile too large for the registers is the control: it must trip the check, or the check is worth
-nothing.
+Each check has a control that must trip it: a tile too large for the registers, and rows that start anywhere.
 """
 
 import os
-import re
-import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -17,86 +12,85 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compilation and interpretation need separate processes", allow_module_level=True)
 
-from fastpost.kernels import rows  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from fastpost.kernels import logits, rows, sums  # noqa: E402
+from fastpost.kernels.launch import ROWS, Row  # noqa: E402
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+from ahead import GPUS, Compiled, Gpu, ahead  # noqa: E402
+
 KERNELS = {"fold": rows._fold_kernel, "mixture": rows._mixture_kernel, "grads": rows._grads_kernel}
-INTEGERS = {"R", "B", "start", "tile_stride", "tile_q_stride", "out_stride"}
-NUMBERS = {"scale", "softcap", "scale_q", "softcap_q", "log_beta", "log_other"}
-# The plainest call, the frozen schedule's (which writes the left operand of its product), and everything at once.
-VARIANTS = {"plain": set(), "frozen": {"WRITE"}, "everything": None}
+POINTERS = {"target": "*i64", "bias": "*bf16", "bias_q": "*bf16"}
+POINTERS |= dict.fromkeys(("state", "tile", "tile_q", "inverse_temperature", "c"), "*fp32")
+SIZES = ("R", "B", "start", "tile_stride", "tile_q_stride", "out_stride")
+NUMBERS = ("scale", "softcap", "scale_q", "softcap_q", "log_beta", "log_other")
+# The plainest call, the frozen schedule's (which writes the left operand of its product), everything at once, and that
+# of a tile too wide to stay in registers.
+PLAIN, ALL = sums.slots(set(), False), sums.ALL.value
+VARIANTS = {
+    "plain": {"SLOTS": PLAIN, "ONCE": True},
+    "frozen": {"SLOTS": PLAIN, "ONCE": True, "WRITE": True},
+    "everything": {"SLOTS": ALL, "ONCE": True},
+    "wide": {"SLOTS": ALL, "ONCE": False},
+}
+CALLS = [
+    *(("fold", variant) for variant in VARIANTS),
+    ("mixture", "everything"),
+    *(("grads", variant) for variant in ("plain", "everything")),
+]
 
 
-def compiled(kernel, target: GPUTarget, on: set[str] | None, out: str, launch: dict[str, int]):
-    signature, constants = {}, {}
-    for name in kernel.arg_names:
-        if name == "BV":
-            signature[name], constants[name] = "constexpr", launch["BV"]
-        elif name.isupper() and name not in INTEGERS:
-            signature[name], constants[name] = "constexpr", on is None or name in on
-        elif name in INTEGERS:
-            signature[name] = "i32"
-        elif name in NUMBERS:
-            signature[name] = "fp32"
-        else:
-            signature[name] = {"out": f"*{out}", "target": "*i64", "bias": "*bf16", "bias_q": "*bf16"}.get(
-                name, "*fp32"
-            )
-    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t.startswith("*")}
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=target, options={"num_warps": launch["num_warps"], "enable_fp_fusion": True})
+def compiled(
+    name: str, gpu: Gpu, variant: str, out: str, entry: Row, tmp_path, varying: tuple[str, ...] = ()
+) -> Compiled:
+    kernel, everything = KERNELS[name], variant in ("everything", "wide")
+    types = POINTERS | {"out": f"*{out}"} | dict.fromkeys(SIZES, "i32") | dict.fromkeys(NUMBERS, "fp32")
+    types = {argument: kind for argument, kind in types.items() if argument in kernel.arg_names}
+    flags = {argument: everything for argument in kernel.arg_names if argument not in types}
+    constants = flags | VARIANTS[variant] | {"BV": entry.BV}
+    return ahead(kernel, gpu, types, constants, {"num_warps": entry.num_warps}, tmp_path, varying)
 
 
-def spills(binary, target: GPUTarget, tmp_path: Path) -> int:
-    """Bytes of registers spilled, as the vendor's own tools report them."""
-    if target.backend == "hip":
-        text = binary.asm["amdgcn"]
-        names = (".vgpr_spill_count", ".sgpr_spill_count", ".private_segment_fixed_size")
-        return sum(int(n) for name in names for n in re.findall(rf"{re.escape(name)}:\s+(\d+)", text))
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    report = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
-    (stack,) = re.findall(r"STACK:(\d+)", report.stdout + report.stderr)
-    return int(stack)
-
-
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
-@pytest.mark.parametrize(
-    ("kernel", "variant"),
-    [
-        ("fold", "plain"),
-        ("fold", "frozen"),
-        ("fold", "everything"),
-        ("mixture", "everything"),
-        ("grads", "plain"),
-        ("grads", "everything"),
-    ],
-)
-def test_no_spills(kernel, variant, target, tmp_path):
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS.keys())
+@pytest.mark.parametrize(("name", "variant"), CALLS)
+def test_no_spills(name, variant, gpu, tmp_path):
     for out in ("bf16", "fp32") if variant == "everything" else ("bf16",):
-        binary = compiled(KERNELS[kernel], target, VARIANTS[variant], out, rows.LAUNCH[kernel])
-        assert spills(binary, target, tmp_path) == 0
-        assert binary.metadata.shared <= 48 << 10
+        result = compiled(name, gpu, variant, out, ROWS[name], tmp_path)
+        assert result.spilled == 0
+        assert result.shared <= 48 << 10
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
-def test_a_tile_that_cannot_fit_is_seen_to_spill(target, tmp_path):
-    binary = compiled(KERNELS["grads"], target, VARIANTS["plain"], "fp32", {"BV": 16384, "num_warps": 1})
-    assert spills(binary, target, tmp_path) > 0
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS.keys())
+def test_a_tile_that_cannot_fit_is_seen_to_spill(gpu, tmp_path):
+    columns = 16384 if gpu.target.backend == "hip" else 8192
+    assert compiled("grads", gpu, "plain", "fp32", Row(columns, 1), tmp_path).spilled > 0
+
+
+def accesses(result: Compiled) -> tuple[int, int]:
+    """16-byte accesses, and narrower loads, of which a row has a few: its target, its sums or its coefficients."""
+    return result.count(r"(?:ld|st)\.global\.v4\.b32"), result.count(r"ld\.global\.b(?:16|32|64)")
+
+
+@pytest.mark.parametrize("name", [name for name in GPUS if name != "gfx942"])
+def test_a_tile_is_read_once_and_16_bytes_at_a_time(name, tmp_path):
+    gpu, threads = GPUS[name], 32
+    for kernel, variant in (("fold", "plain"), ("fold", "frozen"), ("grads", "plain")):
+        entry = ROWS[kernel]
+        each = entry.BV // entry.num_warps // threads  # numbers of a thread
+        read, written = each // 4, 0 if variant == "plain" and kernel == "fold" else each // 8
+        wide, narrow = accesses(compiled(kernel, gpu, variant, "bf16", entry, tmp_path))
+        assert wide == read + written
+        assert narrow <= 6
+
+
+def test_rows_that_start_anywhere_are_seen_to_be_read_in_pieces(tmp_path):
+    result = compiled("fold", GPUS["sm_90"], "plain", "bf16", ROWS["fold"], tmp_path, varying=("tile_stride",))
+    wide, narrow = accesses(result)
+    assert wide == 0 and narrow > 6
 
 
 def test_slots_are_those_of_the_torch_kernels():
     from fastpost import rows as torch_rows
 
+    places = vars(rows) | vars(logits) | vars(sums)
     for name in (n for n in vars(torch_rows) if n.isupper() and not n.endswith("_ROWS") and n != "LAYOUT"):
-        value = getattr(rows, name)
-        assert getattr(value, "value", value) == getattr(torch_rows, name), name
+        assert places[name].value == getattr(torch_rows, name), name
+    assert sums.STATE_ROWS.value == torch_rows.STATE_ROWS

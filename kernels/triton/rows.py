@@ -1,173 +1,95 @@
 """The row kernels on a GPU: what `fastpost.rows.TorchRows` does, one pass over the tile for each kernel.
 
-  fold     one program a row walks its columns: online maxima and sums, then (frozen schedule) e^(z - max) in the
-           operands' dtype
+  fold     one program a row: maxima and sums, then (frozen schedule) e^(z - max) in the operands' dtype
   mixture  one program a row: KL(p || m) and KL(q || m)
   grads    one program a row and block of columns: dL/dtile, elementwise
 
-All three read each logit once or twice and write at most one number for it, so memory bandwidth is their floor. Tiles
-are fp32; every sum is fp32. The lines quoted above a stage are those of fastpost/rows.py.
+Each reads a logit once, 16 bytes at a time, and writes at most one number for it, so memory bandwidth is their floor. A
+fold keeps its row of the tile in registers from the load to the last write; only a tile wider than BV columns is read
+again. Nothing is split over the columns of a row: 8192 of them are 32 KB, which one multiprocessor reads from L2 in a
+third of a microsecond, and a second launch, to put parts together, costs several.
+
+Tiles are fp32; every sum is fp32. The lines quoted above a stage are those of fastpost/rows.py.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
+from fastpost.kernels import sums
+from fastpost.kernels.launch import ROWS, Row
+from fastpost.kernels.logits import LOWEST, loaded, logaddexp
 from torch import Tensor
 
 import triton
 import triton.language as tl
 
-# The same places as in fastpost/rows.py; a test compares them.
-MAX, SUM, TARGET, SUM_Z, SUM_SQ, TOTAL, MAX_Q, SUM_Q, APART_P, APART_Q, MAX_1, SUM_1, P_M, Q_M = map(
-    tl.constexpr, range(14)
-)
+# The rows of the coefficients: the same places as in fastpost/rows.py.
 C_TARGET, C_P, C_PLOGP, C_APART_Q, C_Q, C_PSQ, C_ONE, C_APART_M, C_AT_1 = map(tl.constexpr, range(9))
 C_MAX, C_LOG_SUM, C_MAX_Q, C_LOG_SUM_Q, C_MAX_1, C_LOG_SUM_1, C_LOG_SUM_SQ = map(tl.constexpr, range(9, 16))
-LOWEST = tl.constexpr(-1e30)
 
-# Columns a program takes at a time, and warps: without a spill on sm_80, sm_89, sm_90, sm_100 and gfx942
-# (tests/test_triton_compile.py).
-# Not yet timed on a GPU.
-LAUNCH = {
-    "fold": {"BV": 4096, "num_warps": 8},
-    "mixture": {"BV": 2048, "num_warps": 8},
-    "grads": {"BV": 2048, "num_warps": 8},
-}
+# Numbers that change from call to call, and on which no access depends: a kernel for each would be one too many.
+VARYING = ("R", "start")
 
 
 @triton.jit
-def _tanh(x):
-    # 1 - 2 / (e^2x + 1) cancels near 0, where the series is exact to fp32.
-    square = x * x
-    series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0))))
-    return tl.where(square < 0.01, series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
-
-
-@triton.jit
-def _logaddexp(a, b):
-    high = tl.maximum(a, b)
-    return high + tl.log(tl.exp(a - high) + tl.exp(b - high))
-
-
-@triton.jit
-def _logits(p_tile, p_bias, o_v, m_v, scale, softcap, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr):
-    # shaped(raw, shape): softcap * tanh(scale * (raw + bias) / softcap)
-    b_z = tl.load(p_tile + o_v, mask=m_v, other=0.0)
-    if HAS_BIAS:
-        b_z = tl.maximum(b_z + tl.load(p_bias + o_v, mask=m_v, other=0.0).to(b_z.dtype), LOWEST)
-    b_z = b_z * scale
+def _left(b_at_1, b_z, b_max, is_target, softcap, CAPPED: tl.constexpr):
+    # out = e * (1 - (at_1 / softcap)^2); 0 in the target's own column
+    b_e = tl.exp(b_z - b_max[:, None])
     if CAPPED:
-        b_z = softcap * _tanh(b_z / softcap)
-    return b_z
+        b_e = b_e * (1.0 - (b_at_1 / softcap) * (b_at_1 / softcap))
+    return tl.where(is_target, 0.0, b_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _fold_kernel(
     state, tile, tile_q, out, target, bias, bias_q, inverse_temperature,
     R, B, start, tile_stride, tile_q_stride, out_stride, scale, softcap, scale_q, softcap_q,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, TEMPERED: tl.constexpr,
-    DENSE: tl.constexpr, HAS_BIAS_Q: tl.constexpr, CAPPED_Q: tl.constexpr,
-    WANT_Z: tl.constexpr, WANT_SQ: tl.constexpr, WANT_TOTAL: tl.constexpr, WANT_AT_1: tl.constexpr,
-    REVERSE: tl.constexpr, FORWARD: tl.constexpr, WRITE: tl.constexpr, BV: tl.constexpr,
+    DENSE: tl.constexpr, HAS_BIAS_Q: tl.constexpr, CAPPED_Q: tl.constexpr, SLOTS: tl.constexpr,
+    WRITE: tl.constexpr, ONCE: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     i_r = tl.program_id(0).to(tl.int64)
-    p_state, p_tile, p_tile_q = state + i_r, tile + i_r * tile_stride, tile_q + i_r * tile_q_stride
-    b_max, b_sum = tl.load(p_state + MAX * R), tl.load(p_state + SUM * R)
-    b_sum_z, b_sum_sq, b_total = (
-        tl.load(p_state + SUM_Z * R),
-        tl.load(p_state + SUM_SQ * R),
-        tl.load(p_state + TOTAL * R),
-    )
-    b_max_q, b_sum_q = tl.load(p_state + MAX_Q * R), tl.load(p_state + SUM_Q * R)
-    b_apart_p, b_apart_q = tl.load(p_state + APART_P * R), tl.load(p_state + APART_Q * R)
-    b_max_1, b_sum_1 = tl.load(p_state + MAX_1 * R), tl.load(p_state + SUM_1 * R)
+    p_tile, p_tile_q, p_out = tile + i_r * tile_stride, tile_q + i_r * tile_q_stride, out + i_r * out_stride
+    p_state = state + i_r + tl.arange(0, 1)
+    s = sums.load(p_state, R, True, 1, SLOTS)
     b_inverse = 1.0
     if TEMPERED:
         b_inverse = tl.load(inverse_temperature + i_r)
 
     # state[TARGET] = where(here, at_1.gather(column), state[TARGET])
     column = tl.load(target + i_r) - start
-    if (column >= 0) & (column < B):
-        b_at_1 = _logits(p_tile, bias, column, True, scale, softcap, HAS_BIAS, CAPPED)
-        tl.store(p_state + TARGET * R, b_at_1)
+    here = (column >= 0) & (column < B)
+    b_found = loaded(p_tile, bias, column, here, scale, softcap, HAS_BIAS, CAPPED)
+    b_target = tl.where(here, b_found, s[sums.TARGET])
 
-    for v in range(0, B, BV):
-        o_v = v + tl.arange(0, BV)
+    for v in range(0, BV if ONCE else B, BV):
+        o_v = v + tl.arange(0, BV)[None, :]
         m_v = o_v < B
-        b_at_1 = tl.where(m_v, _logits(p_tile, bias, o_v, m_v, scale, softcap, HAS_BIAS, CAPPED), LOWEST)
-        b_z = tl.where(m_v, b_at_1 * b_inverse, LOWEST)
-        if WANT_TOTAL:
-            b_total += tl.sum(tl.where(m_v, b_z, 0.0))
-        if WANT_AT_1:
-            b_new = tl.maximum(b_max_1, tl.max(b_at_1))
-            b_sum_1 = b_sum_1 * tl.exp(b_max_1 - b_new) + tl.sum(tl.exp(b_at_1 - b_new))
-            b_max_1 = b_new
-        # shift, decay = max - new max, e^shift
-        b_new = tl.maximum(b_max, tl.max(b_z))
-        shift = b_max - b_new
-        decay = tl.exp(shift)
-        b_max = b_new
-        b_x = b_z - b_max
-        b_e = tl.exp(b_x)
-        # state[SUM_Z] = (state[SUM_Z] + shift * state[SUM]) * decay + (e * x).sum(1)
-        if WANT_Z:
-            b_sum_z = (b_sum_z + shift * b_sum) * decay + tl.sum(b_e * b_x)
-        if WANT_SQ:
-            b_sum_sq = b_sum_sq * decay * decay + tl.sum(b_e * b_e)
+        b_at_1 = tl.where(m_v, loaded(p_tile, bias, o_v, m_v, scale, softcap, HAS_BIAS, CAPPED), LOWEST)
+        b_z, b_zq = tl.where(m_v, b_at_1 * b_inverse, LOWEST), b_at_1
         if DENSE:
-            b_zq = _logits(p_tile_q, bias_q, o_v, m_v, scale_q, softcap_q, HAS_BIAS_Q, CAPPED_Q)
+            b_zq = loaded(p_tile_q, bias_q, o_v, m_v, scale_q, softcap_q, HAS_BIAS_Q, CAPPED_Q)
             b_zq = tl.where(m_v, b_zq * b_inverse, LOWEST)
-            b_new_q = tl.maximum(b_max_q, tl.max(b_zq))
-            shift_q = b_max_q - b_new_q
-            decay_q = tl.exp(shift_q)
-            b_max_q = b_new_q
-            b_xq = b_zq - b_max_q
-            b_eq = tl.exp(b_xq)
-            # state[APART_P] = (state[APART_P] + (shift - shift_q) * state[SUM]) * decay + (e * (x - xq)).sum(1)
-            if REVERSE:
-                b_apart_p = (b_apart_p + (shift - shift_q) * b_sum) * decay + tl.sum(b_e * (b_x - b_xq))
-            # state[APART_Q] = (state[APART_Q] + (shift_q - shift) * state[SUM_Q]) * decay_q + (eq * (xq - x)).sum(1)
-            if FORWARD:
-                b_apart_q = (b_apart_q + (shift_q - shift) * b_sum_q) * decay_q + tl.sum(b_eq * (b_xq - b_x))
-            b_sum_q = b_sum_q * decay_q + tl.sum(b_eq)
-        b_sum = b_sum * decay + tl.sum(b_e)
+        s = sums.folded(s, b_target, b_at_1, b_z, b_zq, m_v, SLOTS)
+        if WRITE and ONCE:
+            b_left = _left(b_at_1, b_z, s[sums.MAX], o_v == column, softcap, CAPPED)
+            tl.store(p_out + o_v, b_left.to(out.dtype.element_ty), mask=m_v)
+    sums.store(p_state, R, True, s, SLOTS)
 
-    tl.store(p_state + MAX * R, b_max)
-    tl.store(p_state + SUM * R, b_sum)
-    if WANT_Z:
-        tl.store(p_state + SUM_Z * R, b_sum_z)
-    if WANT_SQ:
-        tl.store(p_state + SUM_SQ * R, b_sum_sq)
-    if WANT_TOTAL:
-        tl.store(p_state + TOTAL * R, b_total)
-    if WANT_AT_1:
-        tl.store(p_state + MAX_1 * R, b_max_1)
-        tl.store(p_state + SUM_1 * R, b_sum_1)
-    if DENSE:
-        tl.store(p_state + MAX_Q * R, b_max_q)
-        tl.store(p_state + SUM_Q * R, b_sum_q)
-        if REVERSE:
-            tl.store(p_state + APART_P * R, b_apart_p)
-        if FORWARD:
-            tl.store(p_state + APART_Q * R, b_apart_q)
-
-    # out = e * (1 - (at_1 / softcap)^2), at the maximum that all of the tile agrees on; 0 in the target's own column
-    if WRITE:
-        p_out = out + i_r * out_stride
+    # A wider tile's maximum is known only at its end: its columns are read a second time.
+    if WRITE and not ONCE:
         for v in range(0, B, BV):
-            o_v = v + tl.arange(0, BV)
+            o_v = v + tl.arange(0, BV)[None, :]
             m_v = o_v < B
-            b_at_1 = _logits(p_tile, bias, o_v, m_v, scale, softcap, HAS_BIAS, CAPPED)
-            b_e = tl.exp(b_at_1 * b_inverse - b_max)
-            if CAPPED:
-                b_e = b_e * (1.0 - (b_at_1 / softcap) * (b_at_1 / softcap))
-            b_e = tl.where(o_v == column, 0.0, b_e)
-            tl.store(p_out + o_v, b_e.to(out.dtype.element_ty), mask=m_v)
+            b_at_1 = loaded(p_tile, bias, o_v, m_v, scale, softcap, HAS_BIAS, CAPPED)
+            b_left = _left(b_at_1, b_at_1 * b_inverse, s[sums.MAX], o_v == column, softcap, CAPPED)
+            tl.store(p_out + o_v, b_left.to(out.dtype.element_ty), mask=m_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _mixture_kernel(
     state, tile, tile_q, bias, bias_q, inverse_temperature,
     R, B, tile_stride, tile_q_stride, scale, softcap, scale_q, softcap_q, log_beta, log_other,
@@ -177,27 +99,27 @@ def _mixture_kernel(
     i_r = tl.program_id(0).to(tl.int64)
     p_tile, p_tile_q = tile + i_r * tile_stride, tile_q + i_r * tile_q_stride
     p_state = state + i_r
-    b_max, b_log_sum = tl.load(p_state + MAX * R), tl.log(tl.load(p_state + SUM * R))
-    b_max_q, b_log_sum_q = tl.load(p_state + MAX_Q * R), tl.log(tl.load(p_state + SUM_Q * R))
+    b_max, b_log_sum = tl.load(p_state + sums.MAX * R), tl.log(tl.load(p_state + sums.SUM * R))
+    b_max_q, b_log_sum_q = tl.load(p_state + sums.MAX_Q * R), tl.log(tl.load(p_state + sums.SUM_Q * R))
     b_inverse = 1.0
     if TEMPERED:
         b_inverse = tl.load(inverse_temperature + i_r)
-    b_p_m, b_q_m = tl.load(p_state + P_M * R), tl.load(p_state + Q_M * R)
+    b_p_m, b_q_m = tl.load(p_state + sums.P_M * R), tl.load(p_state + sums.Q_M * R)
     for v in range(0, B, BV):
         o_v = v + tl.arange(0, BV)
         m_v = o_v < B
-        b_logp = _logits(p_tile, bias, o_v, m_v, scale, softcap, HAS_BIAS, CAPPED) * b_inverse - b_max - b_log_sum
-        b_logq = _logits(p_tile_q, bias_q, o_v, m_v, scale_q, softcap_q, HAS_BIAS_Q, CAPPED_Q) * b_inverse
+        b_logp = loaded(p_tile, bias, o_v, m_v, scale, softcap, HAS_BIAS, CAPPED) * b_inverse - b_max - b_log_sum
+        b_logq = loaded(p_tile_q, bias_q, o_v, m_v, scale_q, softcap_q, HAS_BIAS_Q, CAPPED_Q) * b_inverse
         b_logq = b_logq - b_max_q - b_log_sum_q
-        b_logm = _logaddexp(b_logp + log_other, b_logq + log_beta)
+        b_logm = logaddexp(b_logp + log_other, b_logq + log_beta)
         # state[P_M] += (p * (logp - logm)).sum(1); state[Q_M] += (q * (logq - logm)).sum(1)
         b_p_m += tl.sum(tl.where(m_v, tl.exp(b_logp) * (b_logp - b_logm), 0.0))
         b_q_m += tl.sum(tl.where(m_v, tl.exp(b_logq) * (b_logq - b_logm), 0.0))
-    tl.store(p_state + P_M * R, b_p_m)
-    tl.store(p_state + Q_M * R, b_q_m)
+    tl.store(p_state + sums.P_M * R, b_p_m)
+    tl.store(p_state + sums.Q_M * R, b_q_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _grads_kernel(
     tile, tile_q, out, target, bias, bias_q, inverse_temperature, c,
     R, B, start, tile_stride, tile_q_stride, out_stride, scale, softcap, scale_q, softcap_q, log_beta, log_other,
@@ -213,7 +135,7 @@ def _grads_kernel(
     b_inverse = 1.0
     if TEMPERED:
         b_inverse = tl.load(inverse_temperature + i_r)
-    b_at_1 = _logits(tile + i_r * tile_stride, bias, o_v, m_v, scale, softcap, HAS_BIAS, CAPPED)
+    b_at_1 = loaded(tile + i_r * tile_stride, bias, o_v, m_v, scale, softcap, HAS_BIAS, CAPPED)
     b_logp = b_at_1 * b_inverse - tl.load(p_c + C_MAX * R) - tl.load(p_c + C_LOG_SUM * R)
     b_p = tl.exp(b_logp)
     # d = p * c[P] + p log p * c[PLOGP] + p^2 / sum p^2 * c[PSQ]
@@ -221,13 +143,13 @@ def _grads_kernel(
     if WANT_Z:
         b_factor += b_logp * tl.load(p_c + C_PLOGP * R)
     if DENSE:
-        b_logq = _logits(tile_q + i_r * tile_q_stride, bias_q, o_v, m_v, scale_q, softcap_q, HAS_BIAS_Q, CAPPED_Q)
+        b_logq = loaded(tile_q + i_r * tile_q_stride, bias_q, o_v, m_v, scale_q, softcap_q, HAS_BIAS_Q, CAPPED_Q)
         b_logq = b_logq * b_inverse - tl.load(p_c + C_MAX_Q * R) - tl.load(p_c + C_LOG_SUM_Q * R)
         # + p (log p - log q) * c[APART_Q] + p (log p - log m) * c[APART_M]
         if REVERSE:
             b_factor += (b_logp - b_logq) * tl.load(p_c + C_APART_Q * R)
         if JSD:
-            b_logm = _logaddexp(b_logp + log_other, b_logq + log_beta)
+            b_logm = logaddexp(b_logp + log_other, b_logq + log_beta)
             b_factor += (b_logp - b_logm) * tl.load(p_c + C_APART_M * R)
     b_d = b_p * b_factor
     # + q * c[Q]
@@ -255,6 +177,9 @@ class TritonRows:
     """`fold`, `mixture` and `grads` of fastpost.rows.TorchRows, with its arguments. Tiles are fp32 with unit column
     stride."""
 
+    def __init__(self, table: Mapping[str, Row] = ROWS):
+        self._table = table
+
     def fold(
         self,
         state: Tensor,  # (14, R)
@@ -269,17 +194,15 @@ class TritonRows:
         out: Tensor | None = None,  # (R, B)
     ) -> None:
         (bias, scale, softcap), (bias_q, scale_q, softcap_q) = shape, shape_q or (None, 1.0, None)
-        q, o = tile if tile_q is None else tile_q, tile if out is None else out
+        q, o, launch = _or(tile_q, tile), _or(out, tile), _launch(self._table["fold"], tile.shape[1])
         _fold_kernel[(tile.shape[0],)](
             state, tile, q, o, target, _or(bias, tile), _or(bias_q, tile), _or(inverse_temperature, tile),
             *tile.shape, start, tile.stride(0), q.stride(0), o.stride(0),
             scale, softcap or 1.0, scale_q, softcap_q or 1.0,
             HAS_BIAS=bias is not None, CAPPED=softcap is not None, TEMPERED=inverse_temperature is not None,
             DENSE=tile_q is not None, HAS_BIAS_Q=bias_q is not None, CAPPED_Q=softcap_q is not None,
-            WANT_Z="entropy" in wants, WANT_SQ="log_sum_sq" in wants,
-            WANT_TOTAL="mean_logp" in wants, WANT_AT_1="logp@1" in wants,
-            REVERSE="reverse_kl" in wants, FORWARD="forward_kl" in wants, WRITE=out is not None,
-            **_launch("fold", tile.shape[1]),
+            SLOTS=sums.slots(wants, tile_q is not None), WRITE=out is not None,
+            ONCE=tile.shape[1] <= launch["BV"], **launch,
         )  # fmt: skip
 
     def mixture(
@@ -299,7 +222,7 @@ class TritonRows:
             math.log(beta), math.log1p(-beta),
             HAS_BIAS=bias is not None, CAPPED=softcap is not None, TEMPERED=inverse_temperature is not None,
             HAS_BIAS_Q=bias_q is not None, CAPPED_Q=softcap_q is not None,
-            **_launch("mixture", tile.shape[1]),
+            **_launch(self._table["mixture"], tile.shape[1]),
         )  # fmt: skip
 
     def grads(
@@ -317,7 +240,7 @@ class TritonRows:
         beta: float = 0.5,
     ) -> None:
         (bias, scale, softcap), (bias_q, scale_q, softcap_q) = shape, shape_q or (None, 1.0, None)
-        q, launch = tile if tile_q is None else tile_q, _launch("grads", tile.shape[1])
+        q, launch = _or(tile_q, tile), _launch(self._table["grads"], tile.shape[1])
         jsd = "jsd" in wants
         _grads_kernel[(tile.shape[0], triton.cdiv(tile.shape[1], launch["BV"]))](
             tile, q, out, target, _or(bias, tile), _or(bias_q, tile), _or(inverse_temperature, tile), c,
@@ -338,7 +261,7 @@ def _or(x: Tensor | None, other: Tensor) -> Tensor:
     return other if x is None else x
 
 
-def _launch(kernel: str, columns: int) -> dict[str, int]:
+def _launch(entry: Row, columns: int) -> dict[str, int | bool]:
     """The table's entry, with no more columns than there are."""
-    entry = LAUNCH[kernel]
-    return {**entry, "BV": min(entry["BV"], max(16, triton.next_power_of_2(columns)))}
+    columns = min(entry.BV, max(16, triton.next_power_of_2(columns)))
+    return {"BV": columns, "num_warps": entry.num_warps, "enable_fp_fusion": True}

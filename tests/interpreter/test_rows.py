@@ -10,11 +10,15 @@ import torch
 
 import fastpost as fp
 from fastpost import reference, sweep
+from fastpost import rows as row_math
+from fastpost.rows import Shape, TorchRows
 from fastpost.types import OUTPUTS
+from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
+from fastpost.kernels.launch import Row
 from fastpost.kernels.rows import TritonRows
 
 STATISTICS = [name for name in OUTPUTS if name != "top1"]
@@ -113,3 +117,20 @@ def test_logp_is_exact_to_1e_5_over_a_real_vocabulary(triton_rows):
     assert 2.5 < logits.std() < 3.5
     truth = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)
     assert (fp.linear_logprobs(hidden, weight, target).double() - truth).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("columns", [4096, 32], ids=["in registers", "read again"])
+def test_a_fold_writes_its_left_operand_at_the_maximum_of_the_whole_tile(columns):
+    narrow = TritonRows({"fold": Row(columns, 4)})
+    g = torch.Generator().manual_seed(2)
+    tile, target, inverse = torch.randn(5, 203, generator=g) * 4, torch.randint(203, (5,), generator=g), torch.rand(5)
+    shape, wants = Shape(torch.randn(203, generator=g), 0.7, 3.0), frozenset({"entropy", "mean_logp"})
+    states, outs = [], []
+    for kernels, dtype in ((narrow, torch.float32), (TorchRows(), torch.float32), (TorchRows(), torch.float64)):
+        state, out = row_math.new_state(5, tile.device, dtype), torch.empty_like(tile, dtype=dtype)
+        kernels.fold(state, tile.to(dtype), target, 0, shape, inverse.to(dtype), wants, None, None, out)
+        states.append(row_math.finish(state, wants, 203, inverse.to(dtype)))
+        outs.append(out)
+    assert_gradient_close_to_truth(*outs, name="left operand")
+    for name in ("logp", "entropy", "mean_logp"):
+        assert_close_to_truth(*(state[name] for state in states), name=name)
