@@ -1,7 +1,7 @@
 """Every Triton kernel under NVIDIA's compute-sanitizer: `python tests/sanitize.py`, on a GPU.
 
 memcheck finds accesses out of bounds, racecheck hazards in shared memory. Only the kernels of kernels/triton are
-watched, launched by `launch` on small, odd shapes. An error is a failure; that the tool is not there is said, and is
+watched, launched here on small, odd shapes. An error is a failure; that the tool is not there is said, and is
 none.
 """
 
@@ -51,6 +51,22 @@ def launch(device: torch.device) -> None:
                 fp.fused_loss(fp.losses.grpo, leaf, fp.Head(head, **shape), batch, **options).backward()
 
 
+def launch_forward(device: torch.device) -> None:
+    """The tile-fused forward, which no schedule calls."""
+    from fastpost.kernels.forward import SUPPORTED, Logits, forward_on
+
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight, hidden_q, weight_q = (
+            torch.randn(shape, device=device, dtype=dtype) for shape in ((T, D), (V, D), (T, D_Q), (V, D_Q))
+        )
+        target, bias = torch.randint(V, (T,), device=device), torch.randn(V, device=device)
+        p, q = Logits(hidden, weight, None, 1.0, None), Logits(hidden_q, weight_q, bias, 0.5, 5.0)
+        forward, inverse = forward_on(device), torch.full((T,), 1.4, device=device)
+        for policy, wants, reference in ((p, {"entropy"}, None), (q, {"mean_logp"}, None), (p, SUPPORTED, q)):
+            if forward.takes(wants, reference is not None):
+                forward.state(policy, target, inverse, wants, reference)
+
+
 def find() -> str | None:
     beside = [os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(beside))
@@ -64,13 +80,16 @@ def command(sanitizer: str, tool: str) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     if "--launch" in (sys.argv[1:] if argv is None else argv):
         launch(torch.device("cuda"))
+        launch_forward(torch.device("cuda"))
         torch.cuda.synchronize()
         return 0
     sanitizer = find()
     if sanitizer is None:
         print("compute-sanitizer: not found, skipped")
         return 0
-    launch(torch.device("cuda"))  # compiles, so that the tools below find the kernels in Triton's cache
+    # Compiles, so that the tools below find the kernels in Triton's cache.
+    launch(torch.device("cuda"))
+    launch_forward(torch.device("cuda"))
     # An allocation of its own for each tensor: in torch's pool one that runs over its end meets the next.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool in TOOLS:

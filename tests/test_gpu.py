@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 
 import pytest
 import torch
 
 import fastpost as fp
+from fastpost import rows as row_math
 from fastpost import sweep
 from fastpost.cli import main
+from fastpost.gemm import exact_products
 from fastpost.packing import Example, pack
 from fastpost.rows import TorchRows
+from rules import assert_close_to_truth
 from tiny import model as tiny_model
 from tiny import tokenizer
 
@@ -164,6 +168,44 @@ def test_triton_and_torch_give_the_same_numbers(monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(grads, torch_grads, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("D", [96, 100], ids=["copied", "pointers"])
+@pytest.mark.parametrize("kind", ["plain", "one", "two"])
+def test_the_tile_fused_forward_is_close_to_truth(kind, D, dtype):
+    fused = pytest.importorskip("fastpost.kernels.forward")
+    T, V, draw = 301, 5003, partial(torch.randn, device="cuda")
+    hidden, weight = draw(T, D).to(dtype), (3 * draw(V, D) / D**0.5).to(dtype)
+    target, inverse = torch.randint(V, (T,), device="cuda"), 0.5 + torch.rand(T, device="cuda")
+    p, q, wants = fused.Logits(hidden, weight, None, 1.0, None), None, {"entropy", "log_sum_sq"}
+    if kind != "plain":
+        p, wants = p._replace(bias=draw(V), scale=0.8, softcap=9.0), wants | {"mean_logp"}
+    if kind == "two":
+        q = p._replace(weight=weight + (0.1 * draw(V, D)).to(dtype), softcap=None)
+        wants |= {"logp@1", "reverse_kl", "forward_kl"}
+    forward = fused.forward_on(hidden.device)
+    if not forward.takes(wants, q is not None):
+        pytest.skip("no launch of this kind for this GPU")
+    state, again = (forward.state(p, target, inverse, wants, q) for _ in range(2))
+    assert torch.equal(state.nan_to_num(), again.nan_to_num()), "two runs, two results"
+    ours = row_math.finish(state, wants, V, inverse)
+    fp32, truth = (by_torch(p, q, target, inverse, wants, wide) for wide in (torch.float32, torch.float64))
+    for name in wants | {"logp"}:
+        assert_close_to_truth(ours[name], fp32[name], truth[name], name)
+
+
+def by_torch(p, q, target, inverse, wants, wide):
+    """The statistics by torch's row kernels on whole rows of logits, products of the operands as they are."""
+    state, tiles = row_math.new_state(len(target), target.device, wide), []
+    for x in (p, q or p):
+        a, b = (x.hidden, x.weight) if wide == torch.float32 else (x.hidden.to(wide), x.weight.to(wide))
+        with exact_products(a.device):
+            tiles.append(torch.mm(a, b.T) if a.dtype == wide else torch.mm(a, b.T, out_dtype=wide))
+    shapes = [row_math.Shape(x.bias, x.scale, x.softcap) for x in (p, q or p)]
+    inverse = None if inverse is None else inverse.to(wide)
+    TorchRows().fold(state, tiles[0], target, 0, shapes[0], inverse, wants, tiles[1], shapes[1])
+    return row_math.finish(state, wants, len(p.weight), inverse)
 
 
 def test_sft_and_grpo_run_by_their_verbs(tmp_path):

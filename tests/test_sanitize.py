@@ -21,6 +21,7 @@ def pretended(tmp_path, monkeypatch) -> Path:
     program.chmod(program.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(sanitize, "launch", lambda device: None)
+    monkeypatch.setattr(sanitize, "launch_forward", lambda device: None)
     return tmp_path / "words"
 
 

@@ -11,7 +11,8 @@ from fastpost import sweep
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
-from fastpost.kernels import rows
+from fastpost.kernels import forward, rows
+from fastpost.kernels.launch import Product
 
 
 class Launched:
@@ -28,7 +29,11 @@ class Launched:
 def test_every_kernel_is_launched(monkeypatch):
     launched: set[str] = set()
     for name in sanitize.kernel_names():
-        monkeypatch.setattr(rows, name, Launched(getattr(rows, name), name, launched))
+        module = rows if hasattr(rows, name) else forward
+        monkeypatch.setattr(module, name, Launched(getattr(module, name), name, launched))
     monkeypatch.setattr(sweep, "row_kernels", lambda device, dtype: rows.TritonRows())
+    tables = dict.fromkeys(("plain", "one", "two", "fp32"), Product(16, 64, 16, 4, 2))
+    monkeypatch.setattr(forward, "forward_on", lambda device: forward.TritonForward(tables, True, 3))
     sanitize.launch(torch.device("cpu"))
-    assert launched == set(sanitize.kernel_names()) and len(launched) >= 3
+    sanitize.launch_forward(torch.device("cpu"))
+    assert launched == set(sanitize.kernel_names()) and len(launched) >= 5
