@@ -71,10 +71,10 @@ def test_the_parts_are_put_together_without_a_spill(name, tmp_path):
     assert result.spilled == 0
 
 
-@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("name", [name for name in GPUS if name != "gfx942"])
 def test_too_large_a_tile_is_seen_to_spill(name, tmp_path):
-    kind, size = ("two", Product(64, 64, 32, 4, 2)) if name == "gfx942" else ("plain", Product(64, 128, 16, 1, 1))
-    assert compiled(GPUS[name], kind, size, False, tmp_path).spilled > 0
+    """AMD's compiler takes a quarter of a minute over one; the row kernels' control is of its report, too."""
+    assert compiled(GPUS[name], "plain", Product(64, 128, 16, 1, 1), False, tmp_path).spilled > 0
 
 
 @pytest.mark.parametrize("name", GPUS)

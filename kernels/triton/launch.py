@@ -35,31 +35,31 @@ FORWARD = {
     "sm_80": {
         "plain": Product(128, 128, 64, 8, 3),
         "one": Product(128, 128, 64, 8, 3),
-        "two": Product(64, 128, 64, 8, 3),
-        "fp32": Product(64, 64, 16, 8, 2),
+        "two": Product(64, 64, 64, 8, 3),
+        "fp32": Product(64, 32, 16, 8, 2),
     },
     "sm_89": {
         "plain": Product(128, 128, 32, 8, 3),
         "one": Product(128, 128, 32, 8, 3),
-        "two": Product(64, 128, 32, 8, 3),
-        "fp32": Product(64, 64, 16, 8, 2),
+        "two": Product(64, 64, 32, 8, 3),
+        "fp32": Product(64, 32, 16, 8, 2),
     },
     "sm_90": {
         "plain": Product(128, 256, 64, 8, 4),
         "one": Product(128, 128, 64, 8, 4),
         "two": Product(128, 64, 64, 8, 4),
-        "fp32": Product(64, 64, 16, 8, 2),
+        "fp32": Product(64, 32, 16, 8, 2),
     },
     "sm_100": {
         "plain": Product(128, 128, 64, 8, 4),
         "one": Product(128, 128, 64, 8, 4),
         "two": Product(128, 64, 64, 8, 4),
-        "fp32": Product(64, 64, 16, 8, 2),
+        "fp32": Product(64, 32, 16, 8, 2),
     },
     "gfx942": {
         "plain": Product(128, 128, 64, 8, 2),
         "one": Product(128, 128, 64, 8, 2),
-        "fp32": Product(64, 64, 16, 8, 2),
+        "fp32": Product(64, 32, 16, 8, 2),
     },
 }
 COPY_ENGINE = {"sm_90", "sm_100"}
