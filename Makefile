@@ -40,6 +40,7 @@ gpu:
 .gpu-run:
 	$(RUN) -m pytest -m gpu $(ARGS)
 	$(RUN) tests/sanitize.py
+	$(RUN) benchmarks/rows.py
 	$(RUN) benchmarks/head.py
 	$(RUN) benchmarks/sweep.py $(SHORT)
 

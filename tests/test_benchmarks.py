@@ -314,3 +314,30 @@ def test_tokens_that_do_not_make_whole_sequences_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         contest.main(head.HEAD, ["--tokens", "9"])
     assert stop.value.code == 2 and "--tokens must be a multiple of 8" in capsys.readouterr().err
+
+
+ROWS = ["--device", "cpu", "--tokens", "16", "--hidden", "24", "--vocab", "301", "--repeats", "1", "--tile", "6", "64"]
+
+
+def test_row_kernels_are_measured_beside_each_other(tmp_path):
+    import measurement
+    import rows
+
+    output = tmp_path / "rows.jsonl"
+    assert rows.main([*ROWS, "--output", str(output)]) == 0
+    read = measurement.last_run(output)
+    assert {m.case for m in read} == {*(f"{task.name}, 6 x 64" for task in rows.TASKS), "statistics"}
+    fold = next(m for m in read if m.case == "fold, 6 x 64" and m.provider == "fastpost")
+    assert fold.counted.fetched == 6 * 64 * 4 and fold.over_bound > 0 and fold.errors["result"] < 1e-5
+
+
+def test_a_row_kernel_that_is_wrong_is_not_timed(tmp_path, monkeypatch, capsys):
+    import rows
+
+    class Wrong(rows.TorchRows):
+        def grads(self, tile, *others):
+            super().grads(tile * 1.01, *others)
+
+    monkeypatch.setattr(rows, "row_kernels", lambda device, dtype: Wrong())
+    assert rows.main([*ROWS, "--output", str(tmp_path / "rows.jsonl")]) == 1
+    assert "fastpost, grads: " in capsys.readouterr().err and not (tmp_path / "rows.jsonl").exists()
