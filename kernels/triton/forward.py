@@ -151,11 +151,12 @@ class TritonForward:
         inverse_temperature: Tensor | None,  # (R,)
         wants: AbstractSet[str],
         reference: Logits | None = None,  # of R rows and V columns too; its D may differ
-    ) -> Tensor:  # (sums.STATE_ROWS, R)
+    ) -> Tensor:  # (STATE_ROWS, R)
         assert self.takes(wants, reference is not None), wants
         p, q = policy, reference or policy
         R, V, slots = len(p.hidden), len(p.weight), sums.slots(wants, reference is not None)
         matrices = given = (p.hidden, p.weight, q.hidden, q.weight)
+        assert all(x.stride(1) == 1 and x.dtype == p.hidden.dtype for x in matrices), "contiguous rows, of one dtype"
         tma = self.tma and all(_copied(x) for x in matrices)
         shaped = p.bias is not None or p.softcap is not None or (self.tma and not tma)
         entry = self.entries[_kind(p.hidden.dtype, slots, shaped)]
@@ -203,7 +204,7 @@ def _kind(dtype: torch.dtype, slots: int, shaped: bool) -> str:
 
 def _copied(x: Tensor) -> bool:
     """Whether the copy engine takes it."""
-    return x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    return x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:
