@@ -10,7 +10,8 @@ policy, D_q of a reference, r of a LoRA. Each product is 2 T V K flop and joins 
 Bytes are counted at two levels:
 
   fetched   what comes from memory though the workspace stays in cache: a head, block by block, once a chunk and pass;
-            hidden states once a pass; what dW and db hold so far, read and written once a chunk
+            hidden states once a pass; what dW and db hold so far, read and written once a chunk (the first one only
+            writes dW)
   touched   all that products and row kernels read and write
 
 `bound` is the roofline (Williams, Waterman and Patterson 2009, doi:10.1145/1498765.1498785): no run that is cut so
@@ -79,12 +80,15 @@ class Pass:
     B: int
     held: bool
 
-    def product(self, K: int, result: Side, operand: int, *, adds: bool = True) -> Cost:
-        """Of operands with so many bytes an element. The result is written, and where it adds, read before."""
+    def product(self, K: int, result: Side, operand: int, *, adds: bool = True, fresh: bool = False) -> Cost:
+        """Of operands with so many bytes an element. The result is written, and where it adds, read before, unless it
+        is `fresh` and the chunk the first."""
         x, chunks, blocks = self.work, -(-self.work.T // self.R), -(-self.work.V // self.B)
         elements = {"tile": x.T * x.V, "rows": blocks * x.T * K, "columns": chunks * x.V * K}
         size = {"tile": x.multiplied, "rows": operand, "columns": operand} | {result: x.wide * (2 if adds else 1)}
         moved = {side: n * size[side] for side, n in elements.items()}
+        if fresh:
+            moved[result] -= elements[result] // chunks * x.wide
         return Cost(2 * x.T * x.V * K, moved["columns"] if result == "columns" else 0, sum(moved.values()))
 
     def operands(self, K: int, *, opened: bool = False) -> Cost:
@@ -131,7 +135,7 @@ class Pass:
         if x.low_trains:
             cost += self.product(x.r, "rows", x.wide)
         if "weight" in x.trains:
-            cost += self.product(x.D, "columns", x.multiplied)
+            cost += self.product(x.D, "columns", x.multiplied, fresh=True)
         if "b" in x.trains:
             cost += self.product(x.r, "columns", x.wide)
         return cost

@@ -9,6 +9,7 @@ from cases import JSD_BETA, Case, Inputs
 from counted import Cost, Pass, Schedule, Work, backward_work, cost
 
 from fastpost.door import Door, open_door
+from fastpost.schedules import eager_sweep
 from fastpost.sweep import Sweep
 from fastpost.types import IGNORE, NEEDS_REFERENCE
 
@@ -37,7 +38,7 @@ def _rows_of_unit(case: Case, x: Inputs) -> int:
 def _of_call(door: Door, carrying: tuple[str, ...], unit: int | None) -> Cost:
     """`unit`: how many rows must be seen together; None: the statistics are tensors of the caller's."""
     p, operands = door.problem, door.operands
-    held = Sweep(p, operands, held=True)
+    held = eager_sweep(p, operands)
     schedule: Schedule = "lazy"
     if not carrying or not (door.needs_rows or door.needs_head):
         schedule = "statistics"

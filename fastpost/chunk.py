@@ -142,7 +142,7 @@ def _mixture(s: Sweep, chunk: Chunk, state: Tensor) -> dict[str, Tensor]:
 class Totals(NamedTuple):
     """Where gradients go, each in fp32 or wider; None: not wanted. The order is that of Operands, after hidden."""
 
-    weight: Tensor | None  # (V, D)
+    weight: Tensor | None  # (V, D), of no content until the first chunk
     bias: Tensor | None  # (V,)
     low: Tensor | None  # (N, r)
     b: Tensor | None  # (V, r)
@@ -171,7 +171,7 @@ def grad_chunk(
             if dhidden is not None:
                 s.gemm.add_product(dhidden, left, block.weight)
             if totals.weight is not None:
-                s.gemm.add_product(totals.weight[block.span], left.T, chunk.hidden)
+                s.gemm.add_product(totals.weight[block.span], left.T, chunk.hidden, fresh=chunk.first)
         if totals.low is not None and block.b is not None:
             s.gemm.add_product(totals.low[chunk.rows], left, block.b)
         if totals.b is not None and chunk.low is not None:

@@ -38,7 +38,7 @@ def grads(
     c: Tensor,  # (COEFFICIENT_ROWS, R)
     wants: AbstractSet[str],
     dhidden: Tensor | None,  # (R, D), added to
-    dweight: Tensor | None,  # (B, D), added to
+    dweight: Tensor | None,  # (B, D), written by the first chunk, added to by the others
 ) -> Tensor:  # (R, B)
     """`grads` of the row kernels, and both products with what it makes, dL/dtile, which is returned."""
     assert s.fused is not None
@@ -47,6 +47,6 @@ def grads(
     dlogits, inverse, at_1 = s.dlogits(chunk, block), chunk.inverse_temperature, "logp@1" in wants
     s.fused.grads_block(
         chunk.target, block.span.start, block.shape, inverse, c, at_1, p, q, shape_q, s.held,
-        dlogits, dhidden, chunk.hidden, dweight, False,
+        dlogits, dhidden, chunk.hidden, dweight, chunk.first,
     )  # fmt: skip
     return dlogits

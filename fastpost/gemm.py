@@ -81,12 +81,15 @@ class Gemm:
             return out
         return torch.mm(a, b.T, out_dtype=out.dtype, out=out)
 
-    def add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:  # (M, N) += (M, K) @ (K, N)
-        """total += a @ b, accumulated in total's own precision; b is rounded to a's dtype."""
+    def add_product(self, total: Tensor, a: Tensor, b: Tensor, *, fresh: bool = False) -> None:
+        """total (M, N) += a (M, K) @ b (K, N), accumulated in total's own precision; b is rounded to a's dtype.
+
+        A `fresh` total is written, and what it held not read.
+        """
         b = b.to(a.dtype)
         if a.dtype == total.dtype:
-            torch.addmm(total, a, b, out=total)
+            torch.addmm(total, a, b, beta=0 if fresh else 1, out=total)
         elif self.native is not None:
-            self.native.product(a, b, total, True)
+            self.native.product(a, b, total, not fresh)
         else:
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+            torch.addmm(total, a, b, beta=0 if fresh else 1, out_dtype=total.dtype, out=total)

@@ -19,8 +19,7 @@ from torch import Tensor
 from fastpost.door import Door, eager_only, open_door
 from fastpost.equation import Loss
 from fastpost.gemm import wide
-from fastpost.schedules import EagerLoss, FrozenLogp, LazyStats, Plan, statistics
-from fastpost.sweep import Sweep
+from fastpost.schedules import EagerLoss, FrozenLogp, LazyStats, Plan, eager_sweep, statistics
 from fastpost.types import IGNORE, OUTPUTS, Batch, Head, Stats, TopK, nearest
 
 
@@ -159,7 +158,7 @@ def _scheduled(plan: Plan, door: Door) -> tuple[Tensor, dict[str, Tensor]]:
         found = statistics(p, operands)
     elif not door.needs_head and carrying <= {"logp"}:
         found = dict(zip(p.names, FrozenLogp.apply(*operands, p), strict=True))
-    elif plan.longest_unit() <= Sweep(p, operands, held=True).rows_each:
+    elif plan.longest_unit() <= eager_sweep(p, operands).rows_each:
         total, *values = EagerLoss.apply(*operands, plan)
         return total, dict(zip(p.names, values, strict=True))
     else:

@@ -30,29 +30,37 @@ from fastpost.shard import add_up, target_rows
 from fastpost.sweep import Chunk, Operands, Problem, Sweep, put
 from fastpost.types import NEEDS_REFERENCE, OUTPUTS, Batch, Stats
 
-ROWS = 4096  # of a (T, D) or (V, D) tensor that are rescaled together: what fp32 needs meanwhile is bounded
+ROWS = 4096  # of a (T, D) tensor that are rescaled together: what fp32 needs meanwhile is bounded
+PASS = {"cpu": 1 << 18, "cuda": 1 << 24}  # numbers of a gradient that are converted together: on a CPU, in cache
 
 
-def _totals(s: Sweep, needs: Sequence[bool]) -> Totals:
-    """The accumulators: one for dW in fp32 whatever the weight's dtype, and no other (V, D) tensor."""
-    wanted = zip(s.operands[1:], needs[1:], strict=True)
-    return Totals(*(_zeros(s, *x.shape) if need and x is not None else None for x, need in wanted))
+def _totals(s: Sweep, needs: Sequence[bool], *, visited: bool) -> Totals:
+    """The accumulators: one for dW in fp32 whatever the weight's dtype, and no other (V, D) tensor. The first chunk
+    writes it, if any is `visited`."""
+    _, weight, *others = (x if need else None for x, need in zip(s.operands, needs, strict=True))
+    dweight = None if weight is None else torch.empty(weight.shape, dtype=s.wide, device=s.device)
+    if dweight is not None and not visited:
+        dweight.zero_()
+    return Totals(dweight, *(None if x is None else _zeros(s, *x.shape) for x in others))
 
 
 def _zeros(s: Sweep, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=s.wide, device=s.device)
 
 
-def _scaled(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+def _scaled(x: Tensor, g: Tensor | None, dtype: torch.dtype) -> Tensor:
     """g * x in another dtype, without a second tensor of x's size and precision."""
+    if g is None and x.dtype == dtype:
+        return x
     out = torch.empty_like(x, dtype=dtype)
-    for part, result in zip(x.split(ROWS), out.split(ROWS), strict=True):
-        result.copy_(part * g)
+    rows = max(1, PASS["cpu" if x.device.type == "cpu" else "cuda"] // max(1, x[:1].numel()))
+    for part, result in zip(x.split(rows), out.split(rows), strict=True):
+        result.copy_(part if g is None else part * g)
     return out
 
 
 def _of_dtype(total: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return None if total is None or like is None else total.to(like.dtype)
+    return None if total is None or like is None else _scaled(total, None, like.dtype)
 
 
 def _cut(values: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
@@ -154,7 +162,7 @@ class LazyStats(torch.autograd.Function):
             p = replace(p, reference=None)  # its tiles were for the values
         with exact_products(operands.hidden.device):
             s = Sweep(p, operands, held=False)
-            totals = _totals(s, ctx.needs_input_grad[:5])
+            totals = _totals(s, ctx.needs_input_grad[:5], visited=bool(d) and len(p) > 0)
             dhidden = None
             if ctx.needs_input_grad[0]:
                 dhidden = torch.zeros_like(operands.hidden, memory_format=torch.contiguous_format)
@@ -176,6 +184,13 @@ class Part:
     batch: Batch  # of these rows alone
 
 
+def eager_sweep(p: Problem, operands: Operands) -> Sweep:
+    """Of held tiles. A trained weight's gradient will be returned beside its fp32 accumulator: until then that much may
+    be held, and each chunk more of rows saves a pass over the accumulator."""
+    weight = operands.weight
+    return Sweep(p, operands, held=True, spare=weight.numel() * weight.itemsize if weight.requires_grad else 0)
+
+
 class EagerLoss(torch.autograd.Function):
     """The loss, all its gradients and its statistics in one sweep of whole units. 3 G, or 2 G with a frozen weight."""
 
@@ -187,8 +202,8 @@ class EagerLoss(torch.autograd.Function):
         # fp16 cannot hold a gradient before the caller's loss scale has multiplied it.
         keep = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         with exact_products(hidden.device):
-            s = Sweep(p, operands, held=True)
-            totals = _totals(s, ctx.needs_input_grad[:5])
+            s = eager_sweep(p, operands)
+            totals = _totals(s, ctx.needs_input_grad[:5], visited=len(p) > 0)
             dhidden = None
             if ctx.needs_input_grad[0]:
                 dhidden = torch.zeros(hidden.shape, dtype=keep, device=hidden.device)

@@ -145,15 +145,20 @@ class Chunk(NamedTuple):
     logits: Tensor | None  # (R, V) raw products, where they are held
     logits_q: Tensor | None
 
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that writes dW, to which the others add."""
+        return self.rows.start == 0
+
 
 def _shape(x: Operands, span: slice, scale: float, softcap: float | None) -> Shape:
     return Shape(None if x.bias is None else x.bias[span], scale, softcap)
 
 
 class Sweep:
-    """A way through the tiles of the raw logits in a bounded workspace."""
+    """A way through the tiles of the raw logits in a bounded workspace. A held one may fill `spare` bytes besides."""
 
-    def __init__(self, p: Problem, operands: Operands, *, held: bool):
+    def __init__(self, p: Problem, operands: Operands, *, held: bool, spare: int = 0):
         self.p, self.operands, self.held = p, operands, held
         self.V, self.D = operands.weight.shape
         self.vocabulary = self.V if p.shard is None else p.shard.vocabulary
@@ -166,9 +171,9 @@ class Sweep:
         plain = p.teacher is None and all(x.low is None for x in sides)
         self.fused = self.gemm.native if plain else None
         self._buffers: dict[str, Tensor] = {}
-        self.columns_each, self.rows_each = self._plan()
+        self.columns_each, self.rows_each = self._plan(spare)
 
-    def _plan(self) -> tuple[int, int]:
+    def _plan(self, spare: int) -> tuple[int, int]:
         """(columns, rows) of a tile, by bytes: scratch tiles and accumulators a row, after one block of the weight."""
         size, dense = self.wide.itemsize, self.p.dense
         widths = self.operands.width + (dense.operands.width if dense else 0)
@@ -176,11 +181,15 @@ class Sweep:
         columns = max(64, min(COLUMNS[kind], WORKSPACE[kind] // (6 * widths * size)))
         V = self.V if self.p.shard is None else max(self.p.shard.sizes)  # all ranks must cut the same chunks
         columns = min(columns, V)
-        a_row = size * (columns * (14 if dense else 8) + 2 * widths)
+        if self.fused is None:
+            a_block, a_row = columns * widths * size, size * (columns * (14 if dense else 8) + 2 * widths)
+        else:  # panels of the block, twice, and of the hidden states; an accumulator, and the gradient of a tile
+            a_block, a_row = 2 * size * columns * widths, size * 2 * widths + 2 * columns
+        room = WORKSPACE[kind] - a_block
         if self.held:
             a_row += size * V * (2 if dense else 1)
-        rows = (WORKSPACE[kind] - columns * widths * size) // a_row
-        return columns, max(1, min(rows, MOST_ROWS, len(self.p)))
+            room += spare
+        return columns, max(1, min(room // a_row, MOST_ROWS, len(self.p)))
 
     def _buffer(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Scratch of this shape, kept between tiles."""
