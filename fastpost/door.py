@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpost.lowrank import low_rank
+from fastpost.quantised import Quantised, Weight, same
 from fastpost.sweep import Operands, Problem, Reference
 from fastpost.types import NEEDS_REFERENCE, OUTPUTS, Head, Stats, TopK, nearest
 
@@ -76,7 +77,7 @@ class Door:
         return Stats(**{OUTPUTS[name]: self.scatter(values[self.inner(name)]) for name in outputs})
 
 
-def _trains(*tensors: Tensor | None) -> bool:
+def _trains(*tensors: Weight | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
@@ -106,6 +107,7 @@ def open_door(
     renamed = {"jsd": {0.0: "forward_kl", 1.0: "reverse_kl"}[float(jsd_beta)]} if jsd_beta in (0, 1) else {}
     wants = frozenset(renamed.get(name, name) for name in outputs)
     dtype = _operand_dtype(hidden, head)
+    head = _in_dtype(head, dtype)
     problem = Problem(
         target=rows if head.shard is None else rows - head.shard.start,
         index=index,
@@ -122,7 +124,7 @@ def open_door(
 
 
 def _operands(hidden: Tensor, head: Head, index: Tensor | None, dtype: torch.dtype) -> Operands:
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat, head = hidden.reshape(-1, hidden.shape[-1]), _in_dtype(head, dtype)
     return Operands(flat, head.weight, head.bias, *low_rank(flat, head.lora, index, dtype))
 
 
@@ -136,12 +138,21 @@ def _head(head: Head | Tensor, name: str) -> Head:
     return head
 
 
+def _in_dtype(head: Head, dtype: torch.dtype) -> Head:
+    """A quantised weight is dequantised straight to the dtype of the operands; any other is rounded as it is used."""
+    return replace(head, weight=head.weight.to(dtype)) if isinstance(head.weight, Quantised) else head
+
+
 def _operand_dtype(hidden: Tensor, head: Head) -> torch.dtype:
-    """The dtype in which F.linear would multiply: autocast's where it is on, else the one that both have."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, head.weight.dtype):
-        return torch.get_autocast_dtype(device)
-    if hidden.dtype != head.weight.dtype:
+    """The dtype in which the layer would multiply: a quantised one's own, or that of F.linear, which is autocast's
+    where it is on, else the one that both have."""
+    device, quantised = hidden.device.type, isinstance(head.weight, Quantised)
+    if torch.float64 not in (hidden.dtype, head.weight.dtype):
+        if quantised and head.weight.dtype is not None:
+            return head.weight.dtype
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+    if hidden.dtype != head.weight.dtype and not quantised:
         raise ValueError(
             f"hidden and head.weight must have one dtype outside autocast, got {hidden.dtype} and {head.weight.dtype}"
         )
@@ -321,18 +332,19 @@ def _reference(
             f"the reference's head has a vocabulary of {head_q.vocabulary} and the policy's one of {V}: "
             "they must be the same"
         )
-    if hidden_q.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    autocast, quantised = torch.is_autocast_enabled(hidden.device.type), isinstance(head_q.weight, Quantised)
+    if hidden_q.dtype != hidden.dtype and not autocast:
         raise ValueError(
             f"hidden is {hidden.dtype} and the reference's hidden {hidden_q.dtype}: outside autocast they must agree"
         )
-    if hidden_q.dtype != head_q.weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if hidden_q.dtype != head_q.weight.dtype and not autocast and not quantised:
         raise ValueError(f"the reference's hidden is {hidden_q.dtype} and its head's weight {head_q.weight.dtype}")
     if hidden_q.device != hidden.device:
         raise ValueError(f"hidden is on {hidden.device} and the reference's hidden on {hidden_q.device}")
     with torch.no_grad():
         operands = _operands(hidden_q, head_q, index, dtype)
-    constant = Operands._make(None if x is None else x.detach() for x in operands)
+    constant = Operands._make(x.detach() if isinstance(x, Tensor) else x for x in operands)
     # The same tensor, not an alias of it, where policy and reference share a head: a sweep then widens its blocks once.
-    if head_q.weight is head.weight:
+    if same(head_q.weight, head.weight):
         constant = constant._replace(weight=head.weight)
     return Reference(constant, float(head_q.scale), None if head_q.softcap is None else float(head_q.softcap))

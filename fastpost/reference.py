@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpost.quantised import Quantised
 from fastpost.types import OUTPUTS, Head, Stats, TopK
 
 
 def logits(hidden: Tensor, head: Head, temperature: float | Tensor = 1.0) -> Tensor:  # (T, D) -> (T, V)
     assert head.shard is None, "the truth has the whole vocabulary"
-    z = F.linear(hidden, head.weight, head.bias)
+    weight = head.weight.to(hidden.dtype)[:] if isinstance(head.weight, Quantised) else head.weight
+    z = F.linear(hidden, weight, head.bias)
     for each in head.lora:  # in its own dtype, as PEFT does
         z = z + each.scaling * F.linear(F.linear(F.dropout(hidden.to(each.a.dtype), each.dropout), each.a), each.b)
     z = head.scale * z.to(hidden.dtype)

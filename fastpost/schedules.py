@@ -26,6 +26,7 @@ from fastpost.chunk import Totals, fold_chunk, grad_chunk
 from fastpost.equation import Loss
 from fastpost.gemm import exact_products
 from fastpost.once import differentiable_once
+from fastpost.quantised import Quantised, Weight
 from fastpost.shard import add_up, target_rows
 from fastpost.sweep import Chunk, Operands, Problem, Sweep, put
 from fastpost.types import NEEDS_REFERENCE, OUTPUTS, Batch, Stats
@@ -59,8 +60,8 @@ def _scaled(x: Tensor, g: Tensor | None, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _of_dtype(total: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return None if total is None or like is None else _scaled(total, None, like.dtype)
+def _of_dtype(total: Tensor | None, like: Weight | None) -> Tensor | None:
+    return _scaled(total, None, like.dtype) if total is not None and isinstance(like, Tensor) else None
 
 
 def _cut(values: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
@@ -99,7 +100,7 @@ class FrozenLogp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, b: Tensor | None, p: Problem
+        ctx, hidden: Tensor, weight: Weight, bias: Tensor | None, low: Tensor | None, b: Tensor | None, p: Problem
     ) -> tuple[Tensor, ...]:
         with exact_products(hidden.device):
             s = Sweep(p, Operands(hidden, weight, bias, low, b), held="jsd" in p.row_wants)
@@ -140,11 +141,12 @@ class LazyStats(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, b: Tensor | None, p: Problem
+        ctx, hidden: Tensor, weight: Weight, bias: Tensor | None, low: Tensor | None, b: Tensor | None, p: Problem
     ) -> tuple[Tensor, ...]:
         values = statistics(p, Operands(hidden, weight, bias, low, b))
         out = tuple(values[name] for name in p.names)
-        ctx.save_for_backward(hidden, weight, bias, low, b, *out)
+        ctx.quantised = weight if isinstance(weight, Quantised) else None
+        ctx.save_for_backward(hidden, None if isinstance(weight, Quantised) else weight, bias, low, b, *out)
         ctx.p = p
         ctx.unseen = {name: x for name, x in values.items() if name not in p.names}
         ctx.mark_non_differentiable(*(x for x in out if not x.is_floating_point()))
@@ -155,7 +157,7 @@ class LazyStats(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, *upstream: Tensor | None):
         hidden, weight, bias, low, b, *out = ctx.saved_tensors
-        operands = Operands(hidden, weight, bias, low, b)
+        operands = Operands(hidden, weight if ctx.quantised is None else ctx.quantised, bias, low, b)
         p, values = ctx.p, ctx.unseen | dict(zip(ctx.p.names, out, strict=True))
         d = {n: g for n, g in zip(ctx.p.names, upstream, strict=True) if g is not None and n != "top1"}
         if not NEEDS_REFERENCE & d.keys():
@@ -188,7 +190,8 @@ def eager_sweep(p: Problem, operands: Operands) -> Sweep:
     """Of held tiles. A trained weight's gradient will be returned beside its fp32 accumulator: until then that much may
     be held, and each chunk more of rows saves a pass over the accumulator."""
     weight = operands.weight
-    return Sweep(p, operands, held=True, spare=weight.numel() * weight.itemsize if weight.requires_grad else 0)
+    trained = isinstance(weight, Tensor) and weight.requires_grad
+    return Sweep(p, operands, held=True, spare=weight.nbytes if trained else 0)
 
 
 class EagerLoss(torch.autograd.Function):
@@ -196,7 +199,7 @@ class EagerLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor | None, b: Tensor | None, plan: Plan
+        ctx, hidden: Tensor, weight: Weight, bias: Tensor | None, low: Tensor | None, b: Tensor | None, plan: Plan
     ) -> tuple[Tensor, ...]:
         p, operands = plan.problem, Operands(hidden, weight, bias, low, b)
         # fp16 cannot hold a gradient before the caller's loss scale has multiplied it.

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastpost.quantised import Weight
 from fastpost.rows import APART_P, APART_Q, MAX, MAX_1, MAX_Q, SUM, SUM_1, SUM_Q, SUM_SQ, SUM_Z, TARGET
 from fastpost.types import Shard
 
@@ -58,9 +59,9 @@ def join(state: Tensor, target: Tensor, shard: Shard) -> Tensor:  # (STATE_ROWS,
     return decay
 
 
-def target_rows(x: Tensor, target: Tensor, shard: Shard | None) -> Tensor:  # (V, D), (R,) -> (R, D)
+def target_rows(x: Weight, target: Tensor, shard: Shard | None) -> Tensor:  # (V, D), (R,) -> (R, D)
     """x[target], and zeros for targets that another rank has."""
     if shard is None:
-        return x.index_select(0, target)
+        return x[target]
     here = (target >= 0) & (target < shard.rows)
-    return torch.where(here[:, None], x.index_select(0, target.clamp(0, shard.rows - 1)), 0.0)
+    return torch.where(here[:, None], x[target.clamp(0, shard.rows - 1)], 0.0)

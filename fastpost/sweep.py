@@ -18,6 +18,7 @@ from torch import Tensor
 from fastpost import rows as row_math
 from fastpost import topk
 from fastpost.gemm import Gemm, wide
+from fastpost.quantised import Weight
 from fastpost.rows import Shape
 from fastpost.types import NEEDS_REFERENCE, Shard, TopK
 
@@ -32,7 +33,7 @@ class Operands(NamedTuple):
     """What is multiplied: raw logits = hidden @ weight.T + bias + low @ b.T. The last two are a LoRA on the head."""
 
     hidden: Tensor  # (T, D), of which the kept rows are taken
-    weight: Tensor  # (V, D)
+    weight: Weight  # (V, D)
     bias: Tensor | None  # (V,)
     low: Tensor | None  # (N, r), of the kept rows alone, in the dtype of the logits
     b: Tensor | None  # (V, r)

@@ -1,4 +1,4 @@
-"""The nouns of fastpost: Head, TopK, Stats, Batch. Imports torch alone.
+"""The nouns of fastpost: Head, TopK, Stats, Batch. Needs torch alone.
 
 Letters mean the same everywhere:
   T  tokens, packed and flat      D  hidden size         V  vocabulary
@@ -21,6 +21,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fastpost.quantised import Quantised, Weight
 
 Unit = Literal["token", "sequence", "pair", "batch"]
 
@@ -72,6 +74,15 @@ class LowRank:
             raise ValueError(f"LowRank.dropout must be in [0, 1), got {self.dropout!r}")
 
 
+def _check_weight(weight: Tensor) -> None:
+    check_tensor("head.weight", weight)
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"head.weight must be a floating (V, D) matrix, got {weight.dtype} of shape {tuple(weight.shape)}; a "
+            "layer of bitsandbytes is read by fastpost.quantised.weight_of(layer)"
+        )
+
+
 @dataclass(frozen=True)
 class Shard:
     """A vocabulary in pieces (tensor parallel): rank i of `group` holds the next sizes[i] rows of it.
@@ -97,10 +108,10 @@ class Shard:
             )
 
     @staticmethod
-    def of(weight: Tensor, group: dist.ProcessGroup | None = None) -> Shard:  # (V of this rank, D)
+    def of(weight: Weight, group: dist.ProcessGroup | None = None) -> Shard:  # (V of this rank, D)
         """The vocabulary that the weights of all ranks make up. It asks them: make it once, and keep it."""
         sizes = [0] * dist.get_world_size(group)
-        dist.all_gather_object(sizes, len(weight), group)
+        dist.all_gather_object(sizes, weight.shape[0], group)
         return Shard(tuple(sizes), group)
 
     @property
@@ -133,7 +144,7 @@ class Head:
     with each adapter of `lora` added to the product. With a `shard`, weight, bias and the adapters' b are this rank's
     rows of them."""
 
-    weight: Tensor  # (V, D), the dtype of the hidden states
+    weight: Weight  # (V, D), the dtype of the hidden states; or quantised, and then it is frozen
     bias: Tensor | None = None  # (V,)
     softcap: float | None = None  # c, as Gemma 2 caps its logits; None: no cap
     scale: float = 1.0
@@ -141,14 +152,10 @@ class Head:
     shard: Shard | None = None  # None: the whole vocabulary is here
 
     def __post_init__(self):
-        check_tensor("head.weight", self.weight)
+        if not isinstance(self.weight, Quantised):
+            _check_weight(self.weight)
         if self.bias is not None:
             check_tensor("head.bias", self.bias)
-        if self.weight.ndim != 2 or not self.weight.is_floating_point():
-            raise ValueError(
-                f"head.weight must be a floating (V, D) matrix, got {self.weight.dtype} of shape "
-                f"{tuple(self.weight.shape)}"
-            )
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise ValueError(
                 f"head.bias must have shape ({self.weight.shape[0]},) to match head.weight {tuple(self.weight.shape)}, "
@@ -183,7 +190,8 @@ class Head:
 
     @staticmethod
     def of(model: torch.nn.Module, *, same_tokens: bool | None = None) -> Head:
-        """The head of a Hugging Face causal LM, wrapped by PEFT, DDP or FSDP2 or not. See `fastpost.models.heads`.
+        """The head of a Hugging Face causal LM, wrapped by PEFT, DDP or FSDP2 or not, quantised by bitsandbytes or not.
+        See `fastpost.models.heads`.
 
         same_tokens: whether the ranks that share a sharded weight have the same tokens (tensor parallel) or each its
         own (FSDP); None: as the names of its mesh say.

@@ -13,6 +13,7 @@ from torch import Tensor
 import fastpost as fp
 from fastpost import reference as plain
 from fastpost.door import Rows
+from fastpost.quantised import Quantised, Weight
 from fastpost.types import OUTPUTS, LowRank
 from rules import STATISTIC_SLACK, assert_close_to_truth, assert_gradient_close_to_truth
 
@@ -22,16 +23,20 @@ Measured = dict[str, tuple[Tensor, dict[str, Tensor]]]  # a statistic -> its val
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def leaf(x: Tensor, dtype: torch.dtype, train: bool = True) -> Tensor:
+def leaf(x: Weight, dtype: torch.dtype, train: bool = True) -> Tensor:
+    """The same numbers; those of a quantised weight are what it is dequantised to."""
+    x = x[:] if isinstance(x, Quantised) else x
     return x.detach().to(dtype, copy=True).requires_grad_(train)
 
 
-def fresh(head: fp.Head, dtype: torch.dtype, lora: torch.dtype, *, weight: bool, adapters: bool = True) -> fp.Head:
+def fresh(
+    head: fp.Head, dtype: torch.dtype, lora: torch.dtype, *, weight: bool, bias: bool = False, adapters: bool = True
+) -> fp.Head:
     """The same head as leaves of these dtypes."""
     return replace(
         head,
         weight=leaf(head.weight, dtype, weight),
-        bias=None if head.bias is None else leaf(head.bias, dtype, weight),
+        bias=None if head.bias is None else leaf(head.bias, dtype, bias),
         lora=tuple(replace(x, a=leaf(x.a, lora, adapters), b=leaf(x.b, lora, adapters)) for x in head.lora),
     )
 
@@ -47,8 +52,16 @@ class Problem:
     reference: tuple[Tensor, fp.Head] | fp.TopK | None = None
     jsd_beta: float = 0.5
 
-    def to(self, dtype: torch.dtype, *, train_head: bool = True, lora: torch.dtype | None = None) -> Problem:
+    def to(
+        self,
+        dtype: torch.dtype,
+        *,
+        train_head: bool = True,
+        train_bias: bool | None = None,  # None: as the head
+        lora: torch.dtype | None = None,
+    ) -> Problem:
         """The same numbers in another dtype, as fresh leaves. Adapters train in any case, and may have their own."""
+        train_bias = train_head if train_bias is None else train_bias
         reference = self.reference
         if isinstance(reference, tuple):
             hidden, q = reference
@@ -56,7 +69,7 @@ class Problem:
         return replace(
             self,
             hidden=leaf(self.hidden, dtype),
-            head=fresh(self.head, dtype, lora or dtype, weight=train_head),
+            head=fresh(self.head, dtype, lora or dtype, weight=train_head, bias=train_bias),
             temperature=self.temperature.to(dtype) if isinstance(self.temperature, Tensor) else self.temperature,
             reference=reference,
         )
@@ -127,8 +140,9 @@ def comparisons(p: Problem) -> tuple[Problem, Problem, Problem]:
     """p in float64, in fp32, and in the dtypes it has."""
     dtypes = torch.float64, torch.float32, p.hidden.dtype
     adapters = *dtypes[:2], p.head.lora[0].a.dtype if p.head.lora else None
-    trained = p.head.weight.requires_grad
-    truth, fp32, same = (p.to(d, train_head=trained, lora=lora) for d, lora in zip(dtypes, adapters, strict=True))
+    trains = {"train_head": p.head.weight.requires_grad}
+    trains["train_bias"] = p.head.bias is not None and p.head.bias.requires_grad
+    truth, fp32, same = (p.to(d, lora=lora, **trains) for d, lora in zip(dtypes, adapters, strict=True))
     return truth, fp32, same
 
 

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A part of the package -> the parts it may import, besides itself. The longest name that fits a module is its part.
 MAY_IMPORT = {
-    "types": (),
+    "quantised": (),
+    "types": ("quantised",),
     "knobs": ("types",),
     "equation": ("types", "knobs"),
     "losses": ("types", "knobs", "equation"),
@@ -33,20 +34,20 @@ MAY_IMPORT = {
     "_native": (),
     "native": ("_native", "rows"),
     "topk": ("types", "rows"),
-    "reference": ("types",),
-    "shard": ("types", "rows"),
-    "sweep": ("types", "gemm", "rows", "topk", "kernels", "native"),
+    "reference": ("types", "quantised"),
+    "shard": ("types", "quantised", "rows"),
+    "sweep": ("types", "quantised", "gemm", "rows", "topk", "kernels", "native"),
     "fused": ("sweep",),
     "chunk": ("types", "rows", "topk", "sweep", "fused", "shard"),
     "once": (),
-    "schedules": ("types", "equation", "gemm", "once", "sweep", "shard", "chunk"),
+    "schedules": ("types", "quantised", "equation", "gemm", "once", "sweep", "shard", "chunk"),
     "lowrank": ("types", "gemm", "once", "sweep"),
-    "door": ("types", "sweep", "lowrank"),
+    "door": ("types", "quantised", "sweep", "lowrank"),
     "head": ("types", "equation", "gemm", "sweep", "schedules", "door"),
     "functional": ("types", "gemm", "losses", "head"),
     "": ("types", "equation", "losses", "advantages", "weights", "metrics", "packing", "head", "functional"),
     "data": ("types", "packing"),
-    "models": ("types", "packing", "head"),
+    "models": ("types", "quantised", "packing", "head"),
     "rollout": ("types", "packing", "head", "models"),
     "integrations": ("", "types", "door", "equation", "losses", "head", "models"),
     "rewards": ("types", "packing", "head", "models", "rollout"),
@@ -62,7 +63,10 @@ DOORS = {("fastpost.types", "fastpost.models.heads")}
 
 # Parts that import more than torch; `import fastpost` reaches none of them.
 WITH_EXTRAS = {"data", "models", "integrations", "rollout", "rewards", "trainers", "demo", "cli"}
-OUTSIDE = {part: {"torch"} for part in MAY_IMPORT.keys() - WITH_EXTRAS} | {"kernels": {"torch", "triton"}}
+OUTSIDE = {part: {"torch"} for part in MAY_IMPORT.keys() - WITH_EXTRAS} | {
+    "kernels": {"torch", "triton"},
+    "quantised": {"torch", "bitsandbytes"},  # imported where a weight of it is read
+}
 
 
 def modules() -> dict[str, Path]:

@@ -1,4 +1,5 @@
 """From a Hugging Face causal LM to its `Head`: logits = softcap(scale * (hidden @ weight.T + bias)), and its LoRA.
+The weight may be one of bitsandbytes: NF4, FP4 or int8 (`fastpost.quantised`).
 
 Families write the same thing under many names and in both directions (Granite divides by `logits_scaling`,
 HyperCLOVA-X multiplies by it); the tables below are the only place that knows. Whatever they cannot express is refused
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 
 from fastpost.models.sharded import Reader
 from fastpost.models.trunk import causal_lm
+from fastpost.quantised import KINDS, weight_of
 from fastpost.types import Head, LowRank
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 MULTIPLY = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
 DIVIDE = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
 MULTIPLY_LOGITS_SCALING = "hyperclovax"
-LORA = "peft.tuners.lora.layer.Linear"
+LORA = {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.bnb.Linear8bitLt"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -42,7 +44,8 @@ def head_of(model: nn.Module, same_tokens: bool | None = None) -> Head:
     _refuse_more_than_a_head(lm, outer)
     linear, lora = _linear_and_lora(outer)
     config = lm.config.get_text_config()
-    vocabulary = getattr(config, "unpadded_vocab_size", None) or len(linear.weight)
+    weight = weight_of(linear) if type(linear.weight).__name__ in KINDS else linear.weight
+    vocabulary = getattr(config, "unpadded_vocab_size", None) or weight.shape[0]
     reader = Reader(model, same_tokens)
     shard = reader.shard(linear.weight)
     if shard is not None and vocabulary < shard.vocabulary:
@@ -51,14 +54,16 @@ def head_of(model: nn.Module, same_tokens: bool | None = None) -> Head:
             "pass fastpost.Head(weight, ..., shard=fastpost.types.Shard.of(weight, group)) without the padding"
         )
 
-    def words(x: Tensor) -> Tensor:  # (V, ...)
+    def words(x: Any) -> Any:  # (V, ...)
         x = reader.plain(x)
-        return x[:vocabulary] if vocabulary < len(x) else x
+        return x.narrow(0, 0, vocabulary) if vocabulary < x.shape[0] else x
 
-    biases = [words(x) for x in (linear.bias, *(_bias(lora, name) for name in _active(lora))) if x is not None]
+    biases: list[Tensor] = [
+        words(x) for x in (linear.bias, *(_bias(lora, name) for name in _active(lora))) if x is not None
+    ]
     caps = [cap for name in SOFTCAPS if (cap := getattr(config, name, None))]
     return Head(
-        weight=words(linear.weight),
+        weight=words(weight),
         bias=sum(biases[1:], biases[0]) if biases else None,
         softcap=caps[0] if caps else None,
         scale=_scale(config),
@@ -141,7 +146,7 @@ def _bias(lora: Any, name: str) -> Tensor | None:  # (V,)
 
 def _refuse_other_adapters(layer: Any) -> None:
     """What adds anything else than scaling * B A to the head."""
-    kinds = {f"{type(layer).__module__}.{type(layer).__name__}"} - {LORA}
+    kinds = {f"{type(layer).__module__}.{type(layer).__name__}"} - LORA
     variants = getattr(layer, "lora_variant", {})
     kinds |= {type(variants[name]).__name__ for name in layer.active_adapters if name in variants}
     if kinds:
@@ -155,12 +160,12 @@ def _refuse_other_adapters(layer: Any) -> None:
 
 
 def _refuse_unreadable(weight: Tensor) -> None:
-    """A weight that is quantised or elsewhere cannot be multiplied with as it is."""
+    """A weight that is elsewhere, or in a format of its own, cannot be multiplied with as it is."""
     kind = type(weight).__name__
-    if kind in ("Params4bit", "Int8Params") or weight.dtype not in DTYPES:
+    if kind not in KINDS and weight.dtype not in DTYPES:
         raise ValueError(
-            f"the head's weight is quantised ({kind}, {weight.dtype}): load the model with "
-            "llm_int8_skip_modules=['lm_head'], which leaves the head as it is"
+            f"the head's weight is quantised ({kind}, {weight.dtype}) in a way that Head.of does not read: leave the "
+            "head out of the quantisation, as modules_to_not_convert=['lm_head'] does"
         )
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise ValueError(

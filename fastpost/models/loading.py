@@ -52,8 +52,7 @@ def load_model(
     except Exception as error:  # transformers, tokenizers and safetensors each raise kinds of their own
         near = "" if isinstance(source, Path) else nearest(str(path), _directories(Path()))
         raise ValueError(f"model {str(path)!r} could not be loaded{near}: {error}") from error
-    if load_in_4bit:
-        _keep_differentiable(model)
+    _keep_differentiable(model)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer in {path} has {len(tokenizer)} tokens, but the model embeds only {rows}")

@@ -14,6 +14,9 @@ from torch import nn
 from fastpost.models.heads import head_of
 from fastpost.models.trunk import causal_lm, hidden_states
 from fastpost.packing import Example, Packed, pack
+from fastpost.quantised import Quantised, Weight
+
+ROWS = 4096  # of a weight that are widened together
 
 
 @torch.no_grad()
@@ -36,18 +39,32 @@ def check_head(model: nn.Module) -> None:
     head, hidden = head_of(model), hidden_states(model, packed)[0]
     if head.shard is not None:
         truth = truth[:, head.shard.start :][:, : head.shard.rows]
-    hidden, dtype = hidden.float(), hidden.dtype
-    logits = nn.functional.linear(hidden, head.weight.float(), None if head.bias is None else head.bias.float())
+    rounding = _rounding(head.weight, hidden.dtype)
+    hidden, weight = hidden.float(), head.weight
+    if isinstance(weight, Quantised):
+        weight = weight.to(torch.float32)
+    blocks = (weight[start : start + ROWS].float() for start in range(0, weight.shape[0], ROWS))
+    logits = torch.cat([hidden @ block.T for block in blocks], 1)
+    if head.bias is not None:
+        logits += head.bias.float()
     logits += sum(x.scaling * (hidden @ x.a.float().T @ x.b.float().T) for x in head.lora)
     logits *= head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    rounding = 1e-5 + 4 * torch.finfo(dtype).eps
     if logits.shape != truth.shape or (logits - truth).norm() > rounding * truth.norm():
         raise ValueError(
             f"the head found in {type(lm).__name__} does not give the model's own logits "
             f"(softcap {head.softcap}, scale {head.scale}): fastpost does not know this architecture"
         )
+
+
+def _rounding(weight: Weight, dtype: torch.dtype) -> float:
+    """By how much, relative to their norm, the logits of the layer itself may be off."""
+    if isinstance(weight, Quantised):
+        dtype = weight.dtype or dtype
+        if weight.kind == "int8":
+            return 4 / 127  # outside training it rounds the hidden states to 8 bits
+    return 1e-5 + 4 * torch.finfo(dtype).eps
 
 
 def check_packing(model: nn.Module) -> None:
