@@ -5,8 +5,9 @@ import os
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import fastpost as fp
 import tiny
 from fastpost.models import attention
 from fastpost.models.loading import load_model
@@ -14,6 +15,7 @@ from fastpost.models.probe import probe
 from fastpost.models.saving import save_model, written_aside
 from fastpost.models.trunk import hidden_states
 from fastpost.packing import Example, pack
+from fastpost.quantised import Quantised
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -79,6 +81,21 @@ def test_four_bits_hold_the_trunk_and_gradients_pass_them(directory, gradient_ch
     plain.load_state_dict(adapter, strict=False)
     mine, theirs = gradients(model), gradients(plain)
     assert (mine - theirs).norm() < 0.02 * theirs.norm()  # both round to bfloat16, in different places
+
+
+def test_a_checkpoint_that_is_quantised_already_loads_and_an_adapter_on_its_head_trains(directory):
+    """bitsandbytes leaves the head out unless it is told otherwise."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=[])
+    quantised = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, quantization_config=config)
+    quantised.save_pretrained(directory.parent / "nf4")
+    tiny.tokenizer().save_pretrained(directory.parent / "nf4")
+    model, _ = load_model(directory.parent / "nf4", lora_r=2, lora_target_modules=["q_proj", "lm_head"])
+    head = fp.Head.of(model)
+    assert isinstance(head.weight, Quantised) and head.weight.dtype == torch.float32  # bitsandbytes' own default
+    hidden = hidden_states(model, PACKED)
+    fp.linear_logprobs(hidden, head, PACKED.batch.target).sum().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 6 and all((g.norm() > 0) == ("lora_B" in name) for name, g in trained.items())
 
 
 def gradients(model):

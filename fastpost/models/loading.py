@@ -34,11 +34,16 @@ def load_model(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """The causal LM and the tokenizer of a directory (or a hub name); lora_r 0: no adapter, all weights train."""
+    """The causal LM and the tokenizer of a directory (or a hub name); lora_r 0: no adapter, all weights train.
+
+    load_in_4bit leaves the head as it is. A checkpoint that bitsandbytes has quantised already is taken as it is, with
+    a quantised head, too.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = _source(path)
     options = {"trust_remote_code": trust_remote_code, "local_files_only": isinstance(source, Path)}
+    quantised = {"quantization_config": _nf4()} if load_in_4bit else {}  # None would undo what a checkpoint has
     attention.register()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(source, **options)
@@ -46,7 +51,7 @@ def load_model(
             source,
             dtype=_dtype(dtype),
             attn_implementation=attn_implementation,
-            quantization_config=_nf4() if load_in_4bit else None,
+            **quantised,
             **options,
         )
     except Exception as error:  # transformers, tokenizers and safetensors each raise kinds of their own

@@ -60,11 +60,9 @@ def check_head(model: nn.Module) -> None:
 
 def _rounding(weight: Weight, dtype: torch.dtype) -> float:
     """By how much, relative to their norm, the logits of the layer itself may be off."""
-    if isinstance(weight, Quantised):
-        dtype = weight.dtype or dtype
-        if weight.kind == "int8":
-            return 4 / 127  # outside training it rounds the hidden states to 8 bits
-    return 1e-5 + 4 * torch.finfo(dtype).eps
+    if isinstance(weight, Quantised) and weight.kind == "int8":
+        return 4 / 127  # outside training it rounds the hidden states to 8 bits
+    return 1e-5 + 4 * max(torch.finfo(x).eps for x in (dtype, weight.dtype or dtype))
 
 
 def check_packing(model: nn.Module) -> None:
