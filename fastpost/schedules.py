@@ -190,8 +190,8 @@ def eager_sweep(p: Problem, operands: Operands) -> Sweep:
     """Of held tiles. A trained weight's gradient will be returned beside its fp32 accumulator: until then that much may
     be held, and each chunk more of rows saves a pass over the accumulator."""
     weight = operands.weight
-    trained = isinstance(weight, Tensor) and weight.requires_grad
-    return Sweep(p, operands, held=True, spare=weight.nbytes if trained else 0)
+    spare = weight.nbytes if isinstance(weight, Tensor) and weight.requires_grad else 0
+    return Sweep(p, operands, held=True, spare=spare)
 
 
 class EagerLoss(torch.autograd.Function):
