@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Schedule = Literal["statistics", "frozen", "eager", "lazy"]
+Schedule = Literal["statistics", "frozen", "kept", "eager", "lazy"]  # kept: eager, of logp alone
 Side = Literal["tile", "rows", "columns"]
 
 
@@ -140,6 +140,31 @@ class Pass:
             cost += self.product(x.r, "columns", x.wide)
         return cost
 
+    @property
+    def in_place(self) -> bool:
+        """Whether what is kept lies where dW will be."""
+        x = self.work
+        return "weight" in x.trains and x.T <= self.R and x.T * x.multiplied <= x.D * x.stored
+
+    def keeps(self) -> Cost:
+        """Statistics, the sums of the frozen schedule, and the head's gradient from what they were made of, which is
+        read once more and becomes a gradient in its place. The weight is not read again."""
+        x, R, B, cost = self.work, min(self.R, self.work.T), min(self.B, self.work.V), self.fold()
+        room = x.V * x.D * x.stored if self.in_place else R * x.V * x.multiplied
+        rows = R * x.D if "hidden" in x.trains else 0
+        columns = (B if self.in_place else x.V) * x.D if "weight" in x.trains else 0
+        workspace = cost.workspace + room + (rows + columns) * x.wide
+        cost += Cost(touched=3 * x.T * x.V * x.multiplied, workspace=workspace)
+        if "hidden" in x.trains:
+            cost += self.product(x.D, "rows", x.multiplied)
+        if x.low_trains:
+            cost += self.product(x.r, "rows", x.wide)
+        if "weight" in x.trains:
+            cost += self.product(x.D, "columns", x.multiplied, fresh=True)
+        if "b" in x.trains:
+            cost += self.product(x.r, "columns", x.wide)
+        return cost
+
     def workspace(self, *, sums: bool = False, grads: bool = False) -> Cost:
         x, R, B = self.work, min(self.R, self.work.T), min(self.B, self.work.V)
         tiles = (R * (x.V if self.held else B)) * x.wide * (2 if x.D_q else 1)
@@ -164,6 +189,8 @@ def cost(schedule: Schedule, there: Pass, back: Pass) -> Cost:
     own = low_rank(there.work, backward=schedule != "statistics")
     if schedule in ("statistics", "frozen"):
         return own + there.fold(sums=schedule == "frozen")
+    if schedule == "kept":
+        return own + there.keeps()
     return own + there.fold() + (there if schedule == "eager" else back).grads()
 
 

@@ -9,7 +9,7 @@ from cases import JSD_BETA, Case, Inputs
 from counted import Cost, Pass, Schedule, Work, backward_work, cost
 
 from fastpost.door import Door, open_door
-from fastpost.schedules import eager_sweep
+from fastpost.schedules import EagerLogp, EagerLoss
 from fastpost.sweep import Sweep
 from fastpost.types import IGNORE, NEEDS_REFERENCE
 
@@ -38,14 +38,15 @@ def _rows_of_unit(case: Case, x: Inputs) -> int:
 def _of_call(door: Door, carrying: tuple[str, ...], unit: int | None) -> Cost:
     """`unit`: how many rows must be seen together; None: the statistics are tensors of the caller's."""
     p, operands = door.problem, door.operands
-    held = eager_sweep(p, operands)
+    keeps = set(carrying) <= {"logp"} and p.teacher is None and "jsd" not in p.row_wants
+    held = (EagerLogp if keeps else EagerLoss).sweep(p, operands)
     schedule: Schedule = "lazy"
     if not carrying or not (door.needs_rows or door.needs_head):
         schedule = "statistics"
     elif not door.needs_head and set(carrying) == {"logp"}:
         schedule = "frozen"
     elif unit is not None and unit <= held.rows_each:
-        schedule = "eager"
+        schedule = "kept" if keeps else "eager"
 
     leaves = {"hidden": operands.hidden, "weight": operands.weight}
     work = Work(
@@ -63,10 +64,10 @@ def _of_call(door: Door, carrying: tuple[str, ...], unit: int | None) -> Cost:
     back_work = backward_work(work)
     back_sweep = Sweep(p if back_work.D_q else replace(p, reference=None), operands, held=False)
     back = Pass(back_work, back_sweep.rows_each, back_sweep.columns_each, held=False)
-    if schedule == "eager":
+    if schedule in ("kept", "eager"):
         assert unit is not None
-        there = Pass(work, held.rows_each // unit * unit, held.columns_each, held=True)
+        there = Pass(work, held.rows_each // unit * unit, held.columns_each, held=not keeps)
     else:
-        sweep = held if work.jsd else Sweep(p, operands, held=False)
+        sweep = Sweep(p, operands, held=work.jsd)
         there = Pass(work, sweep.rows_each, sweep.columns_each, held=work.jsd)
     return cost(schedule, there, back)

@@ -25,6 +25,13 @@ Block block(const at::Tensor& x, int64_t row, int64_t rows) {
   return {x.data_ptr<float>() + row * x.stride(0), x.stride(0), rows, x.size(1)};
 }
 
+void check_bf16(const at::Tensor& x, const char* name, int64_t rows, int64_t columns) {
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.dim() == 2 && x.size(0) == rows && x.size(1) == columns &&
+                  x.stride(1) == 1,
+              name, " must be a bf16 tensor of shape [", rows, ", ", columns, "] with contiguous rows, got ",
+              x.scalar_type(), " ", x.sizes(), " with strides ", x.strides());
+}
+
 EACH_CPU void shrink(float* row, int64_t n, float by) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) row[i] *= by;
@@ -78,32 +85,33 @@ void each_group(int64_t rows, const Body& groups) {
 
 }  // namespace
 
-void fold_block(const Fold& fold, const Operands& p, const std::optional<Operands>& q, const MaybeTensor& total) {
+void fold_block(const Fold& fold, const Operands& p, const std::optional<Operands>& q, const MaybeTensor& total,
+                const MaybeTensor& kept) {
   const int64_t R = fold.columns.rows, B = fold.columns.columns, D = p.weight.size(1);
   const Products products(p, R, nullptr, false);
   const std::optional<Products> products_q = products_of(q, p, products, R, false);
   const at::Tensor right = total ? packed_right(matrix(p.weight).transposed()) : at::Tensor();
   if (total) check(*total, "total", {R, D});
+  if (kept) check_bf16(*kept, "kept", R, B);
 
   each_group(R, [&](const auto& each) {
     constexpr int64_t kRows = kPanelsTogether * kPanelRows;
     at::Tensor tiles = floats(products.scratch() + (products_q ? products_q->scratch() : 0));
-    at::Tensor scratch = floats(fold.columns.scratch() + B), rounded = at::empty({kRows, B}, at::kBFloat16);
-    at::Tensor left = units(kRows * units_of(B));
-    uint16_t* rows_out = static_cast<uint16_t*>(rounded.data_ptr());
+    at::Tensor scratch = floats(fold.columns.scratch() + B);
+    at::Tensor aside = kept ? *kept : at::empty({kRows, B}, at::kBFloat16), left = units(kRows * units_of(B));
     float* e = scratch.data_ptr<float>() + fold.columns.scratch();
     each([&](int64_t row, int64_t rows) {
+      const Matrix rounded = matrix(aside).part(kept ? row : 0, rows);
       const Block tile = products.tile(row, rows, tiles.data_ptr<float>());
       const Block tile_q = products_q ? products_q->tile(row, rows, tiles.data_ptr<float>() + products.scratch()) : Block{};
       for (int64_t i = 0; i < rows; ++i) {
         const float* raw_q = products_q ? tile_q.data + i * tile_q.stride : nullptr;
         const float decay = fold.row(row + i, tile.data + i * tile.stride, raw_q, e, scratch.data_ptr<float>());
-        if (!total) continue;
-        round_row(e, B, rows_out + i * B);
-        if (decay != 1.0f) shrink(block(*total, row + i, 1).data, D, decay);
+        if (total || kept) round_row(e, B, rounded.row(i));
+        if (total && decay != 1.0f) shrink(block(*total, row + i, 1).data, D, decay);
       }
       if (!total) return;
-      pack_left({rows_out, rows, B, B, 1}, data(left));
+      pack_left(rounded, data(left));
       multiply(data(left), panels(right), B, block(*total, row, rows), true);
     });
   });
@@ -113,9 +121,9 @@ void grads_block(const Grads& grads, const Operands& p, const std::optional<Oper
   const int64_t R = grads.columns.rows, B = grads.columns.columns, D = p.weight.size(1);
   const Products products(p, R, nullptr, made);
   const std::optional<Products> products_q = products_of(q, p, products, R, made);
+  check_bf16(wanted.dlogits, "dlogits", R, B);
   const Matrix dlogits = matrix(wanted.dlogits);
   const at::Tensor right = wanted.dhidden ? packed_right(matrix(p.weight).transposed()) : at::Tensor();
-  TORCH_CHECK(dlogits.rows == R && dlogits.depth == B && dlogits.depth_stride == 1, "dlogits must be [", R, ", ", B, "]");
   if (wanted.dhidden) check(*wanted.dhidden, "dhidden", {R, D});
   if (wanted.dweight) check(*wanted.dweight, "dweight", {B, D});
 
@@ -130,7 +138,7 @@ void grads_block(const Grads& grads, const Operands& p, const std::optional<Oper
       for (int64_t i = 0; i < rows; ++i) {
         const float* raw_q = products_q ? tile_q.data + i * tile_q.stride : nullptr;
         grads.row(row + i, tile.data + i * tile.stride, raw_q, d, scratch.data_ptr<float>());
-        round_row(d, B, const_cast<uint16_t*>(dlogits.data) + (row + i) * dlogits.row_stride);
+        round_row(d, B, dlogits.row(row + i));
       }
       if (!wanted.dhidden) return;
       pack_left(dlogits.part(row, rows), data(left));

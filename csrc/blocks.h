@@ -14,8 +14,9 @@ struct Operands {
 };
 
 // The statistics: `fold` of rows.py. total (R, D) += sum_v e^(z_v - max) dz_v/dlogit_v weight_v but for the target's own
-// v, after what it held has shrunk to the new maximum.
-void fold_block(const Fold& fold, const Operands& p, const std::optional<Operands>& q, const MaybeTensor& total);
+// v, after what it held has shrunk to the new maximum. kept (R, B) bf16, if any, is given those factors of weight_v.
+void fold_block(const Fold& fold, const Operands& p, const std::optional<Operands>& q, const MaybeTensor& total,
+                const MaybeTensor& kept);
 
 // The gradients: `grads` of rows.py. dlogits (R, B) bf16 is written; dhidden (R, D) and dweight (B, D), fp32, are added
 // to, or dweight is written where it is `fresh`. hidden (R, D) is for dweight. `made`: the products are in p.held and

@@ -182,7 +182,7 @@ Matrix matrix(const at::Tensor& x) {
   TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == at::kBFloat16 && (x.stride(0) == 1 || x.stride(1) == 1),
               "an operand must be a bf16 matrix on the CPU with one stride of 1, got ", x.scalar_type(), " ", x.sizes(),
               " with strides ", x.strides());
-  return {static_cast<const uint16_t*>(x.data_ptr()), x.size(0), x.size(1), x.stride(0), x.stride(1)};
+  return {static_cast<uint16_t*>(x.data_ptr()), x.size(0), x.size(1), x.stride(0), x.stride(1)};
 }
 
 void pack_left(const Matrix& x, uint32_t* panels) { pack<kPanelRows>(x, panels); }

@@ -23,8 +23,10 @@ bool multiplies_bf16();
 
 // A bf16 matrix (rows, depth) in which one of the two strides is 1.
 struct Matrix {
-  const uint16_t* data;
+  uint16_t* data;
   int64_t rows, depth, row_stride, depth_stride;
+
+  uint16_t* row(int64_t i) const { return data + i * row_stride; }
 
   Matrix part(int64_t row, int64_t count) const { return {data + row * row_stride, count, depth, row_stride, depth_stride}; }
   Matrix transposed() const { return {data, depth, rows, depth_stride, row_stride}; }

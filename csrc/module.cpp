@@ -10,7 +10,7 @@
 namespace fastpost {
 namespace {
 
-constexpr int kLayout = 3;  // of the state, of the coefficients and of what fold writes; LAYOUT in rows.py
+constexpr int kLayout = 4;  // of the state, of the coefficients and of the arguments; LAYOUT in rows.py
 constexpr int64_t kRowsPerTask = 8;
 
 using PythonOperands = std::tuple<at::Tensor, at::Tensor, MaybeTensor>;
@@ -72,6 +72,25 @@ void grads(const at::Tensor& tile, const at::Tensor& target, int64_t start, cons
   });
 }
 
+// tile (R, B) bf16 times factor (R,); and in the target's column own (R,).
+void rescale(const at::Tensor& tile, const at::Tensor& factor, const at::Tensor& target, int64_t start,
+             const at::Tensor& own) {
+  const Matrix x = matrix(tile);
+  TORCH_CHECK(x.depth_stride == 1 && target.scalar_type() == at::kLong && target.is_contiguous() &&
+                  target.numel() == x.rows,
+              "tile must have contiguous rows, and target one for each of them");
+  check(factor, "factor", {x.rows});
+  check(own, "own", {x.rows});
+  const int64_t* y = target.const_data_ptr<int64_t>();
+  at::parallel_for(0, x.rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      scale_row(x.row(r), x.depth, factor.const_data_ptr<float>()[r]);
+      if (y[r] >= start && y[r] < start + x.depth)
+        round_row(own.const_data_ptr<float>() + r, 1, x.row(r) + (y[r] - start));
+    }
+  });
+}
+
 // out (M, N) fp32 = left (M, K) @ right (K, N), bf16, or out += it.
 void product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& out, bool accumulate) {
   const Matrix a = matrix(left), b = matrix(right).transposed();
@@ -88,10 +107,10 @@ void product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& 
 
 void fold_products(const at::Tensor& state, const at::Tensor& target, int64_t start, const Shape& shape,
                    const MaybeTensor& inverse_temperature, bool at_1, const PythonOperands& p, const MaybeOperands& q,
-                   const std::optional<Shape>& shape_q, const MaybeTensor& total) {
+                   const std::optional<Shape>& shape_q, const MaybeTensor& total, const MaybeTensor& kept) {
   const int64_t B = std::get<1>(p).size(0);
   const Fold kernel(state, Columns(target, start, B, inverse_temperature, shape, shape_q), at_1);
-  fold_block(kernel, operands(p), operands(q), total);
+  fold_block(kernel, operands(p), operands(q), total, kept);
 }
 
 void grads_products(const at::Tensor& target, int64_t start, const Shape& shape, const MaybeTensor& inverse_temperature,
@@ -113,6 +132,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("multiplies_bf16", &multiplies_bf16);
   m.def("fold", &fold, unlocked);
   m.def("grads", &grads, unlocked);
+  m.def("rescale", &rescale, unlocked);
   m.def("product", &product, unlocked);
   m.def("pack", [](const at::Tensor& x) { return packed_left(matrix(x)); }, unlocked);
   m.def("fold_block", &fold_products, unlocked);

@@ -132,6 +132,11 @@ EACH_CPU void subtract_softmax(const float* z, Norm norm, float c, int64_t n, fl
   for (int64_t i = 0; i < n; ++i) out[i] -= c * exponential(norm.log_probability(z[i]));
 }
 
+EACH_CPU void scale_all(uint16_t* x, int64_t n, float factor) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) x[i] = to_bf16(std::bit_cast<float>(uint32_t(x[i]) << 16) * factor);
+}
+
 EACH_CPU void round_all(const float* x, int64_t n, uint16_t* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(x[i]);
@@ -196,23 +201,24 @@ float Fold::row(int64_t r, const float* raw, const float* raw_q, float* out, flo
   const int64_t B = columns.columns;
   const auto at = [&](State slot) -> float& { return state_[slot * stride_ + r]; };
   const float* logits = columns.form.logits(raw, B, scratch);
+  float* e = scratch + 4 * B;  // not yet out, which may be what is still to be read
   if (columns.has(r)) at(TARGET) = logits[columns.target[r] - columns.start];
   if (at_1_) {
     const float max = std::max(at(MAX_1), maximum(logits, B));
-    at(SUM_1) = at(SUM_1) * std::exp(at(MAX_1) - max) + sum_row(logits, max, B, out).e;
+    at(SUM_1) = at(SUM_1) * std::exp(at(MAX_1) - max) + sum_row(logits, max, B, e).e;
     at(MAX_1) = max;
   }
   const float* z = columns.tempered(r, logits, scratch + B);
   const float max = std::max(at(MAX), maximum(z, B));
   const float shift = at(MAX) - max, decay = std::exp(shift);
-  const Sums sums = sum_row(z, max, B, out);
+  const Sums sums = sum_row(z, max, B, e);
   if (raw_q) {
     float* eq = scratch + 3 * B;
     const float* zq = columns.tempered(r, columns.form_q->logits(raw_q, B, scratch + 2 * B), scratch + 2 * B);
     const float max_q = std::max(at(MAX_Q), maximum(zq, B));
     const float shift_q = at(MAX_Q) - max_q, decay_q = std::exp(shift_q);
     const Sums sums_q = sum_row(zq, max_q, B, eq);
-    const Crossed cross = sum_across(z, max, out, zq, max_q, eq, B);
+    const Crossed cross = sum_across(z, max, e, zq, max_q, eq, B);
     at(APART_P) = (at(APART_P) + (shift - shift_q) * at(SUM)) * decay + cross.p;
     at(APART_Q) = (at(APART_Q) + (shift_q - shift) * at(SUM_Q)) * decay_q + cross.q;
     at(SUM_Q) = at(SUM_Q) * decay_q + sums_q.e;
@@ -223,8 +229,9 @@ float Fold::row(int64_t r, const float* raw, const float* raw_q, float* out, flo
   at(TOTAL) += sums.z;
   at(SUM) = at(SUM) * decay + sums.e;
   at(MAX) = max;
-  columns.form.times_slope(logits, B, false, out);
-  if (columns.has(r)) out[columns.target[r] - columns.start] = 0.0f;
+  columns.form.times_slope(logits, B, false, e);
+  if (columns.has(r)) e[columns.target[r] - columns.start] = 0.0f;
+  std::copy(e, e + B, out);
   return decay;
 }
 
@@ -259,6 +266,8 @@ void Grads::row(int64_t r, const float* raw, const float* raw_q, float* out, flo
   columns.form.times_slope(logits, B, true, d);
   std::copy(d, d + B, out);
 }
+
+void scale_row(uint16_t* x, int64_t n, float factor) { scale_all(x, n, factor); }
 
 void round_row(const float* x, int64_t n, uint16_t* out) { round_all(x, n, out); }
 

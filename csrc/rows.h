@@ -35,7 +35,7 @@ struct Columns {
   // Logits over the temperature, in `out` unless there is none. (A pass of its own: fused with what follows, the product
   // would be rounded here and not there.)
   const float* tempered(int64_t r, const float* logits, float* out) const;
-  int64_t scratch() const { return 4 * columns; }
+  int64_t scratch() const { return 5 * columns; }
 
   const int64_t* target;             // (R,)
   const float* inverse_temperature;  // (R,) or null
@@ -47,7 +47,8 @@ struct Columns {
 class Fold {
  public:
   Fold(const at::Tensor& state, Columns columns, bool at_1);  // state: (14, R), updated
-  // Row r: out becomes e^(z - max) dz/dlogit, 0 in the target's own column. Returns by what earlier such rows shrink.
+  // Row r: out becomes e^(z - max) dz/dlogit, 0 in the target's own column; it may be raw. Returns by what
+  // earlier such rows shrink.
   float row(int64_t r, const float* raw, const float* raw_q, float* out, float* scratch) const;
 
   const Columns columns;
@@ -71,6 +72,9 @@ class Grads {
   int64_t stride_;
   bool at_1_;
 };
+
+// A bf16 row times a factor.
+void scale_row(uint16_t* x, int64_t n, float factor);
 
 // out = x in bf16
 void round_row(const float* x, int64_t n, uint16_t* out);

@@ -31,6 +31,13 @@ def grads(
     tile_q: Tensor | None,  # (R, B)
     shape_q: Shape | None,
 ) -> None: ...
+def rescale(
+    tile: Tensor,  # (R, B) bf16, updated
+    factor: Tensor,  # (R,) fp32
+    target: Tensor,  # (R,) int64
+    start: int,
+    own: Tensor,  # (R,) fp32
+) -> None: ...
 def product(
     left: Tensor,  # (M, K) bf16, one stride 1
     right: Tensor,  # (K, N) bf16, one stride 1
@@ -49,6 +56,7 @@ def fold_block(
     q: tuple[Tensor, Tensor, Tensor | None] | None,
     shape_q: Shape | None,
     total: Tensor | None,  # (R, D) fp32, rescaled and added to
+    kept: Tensor | None,  # (R, B) bf16, written
 ) -> None: ...
 def grads_block(
     target: Tensor,  # (R,) int64

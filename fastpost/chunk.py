@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastpost import fused, topk
 from fastpost import rows as row_math
+from fastpost.kept import Kept
 from fastpost.rows import C_P, LOWEST, MAX, P_M, Q_M, SUM, TARGET
 from fastpost.shard import add_up, join
 from fastpost.sweep import Chunk, Columns, Sweep
@@ -75,18 +76,23 @@ class Picks:
         left.scatter_add_(1, column, torch.where(here, values.to(left.dtype), 0))
 
 
-def fold_chunk(s: Sweep, chunk: Chunk, u: Tensor | None = None, u_low: Tensor | None = None) -> dict[str, Tensor]:
+def fold_chunk(
+    s: Sweep, chunk: Chunk, u: Tensor | None = None, u_low: Tensor | None = None, kept: Kept | None = None
+) -> dict[str, Tensor]:
     """The statistics of these rows from all their tiles; and, into u (R, D) and u_low (R, r), their
-    sum_v p_v dz_v/dlogit_v W_v and the same sum of B_v, over all v but the target."""
+    sum_v p_v dz_v/dlogit_v W_v and the same sum of B_v, over all v but the target. What those were made of is kept."""
     p, inverse = s.p, chunk.inverse_temperature
     state = row_math.new_state(len(chunk.target), s.device, s.wide)
     picks = None if p.teacher is None else Picks(p.teacher.ids[chunk.rows], s)
     wants = p.row_wants
     for block in s.columns():
+        left = None if kept is None else kept.tile(chunk, block)
         if s.fused is not None:
-            fused.fold(s, chunk, block, state, wants, u)
+            fused.fold(s, chunk, block, state, wants, u, left)
         else:
-            _fold_tile(s, chunk, block, state, picks, u, u_low)
+            _fold_tile(s, chunk, block, state, picks, u, u_low, left)
+        if kept is not None:
+            kept.note(state[MAX])
     if p.shard is not None:
         decay = join(state, chunk.target, p.shard)
         for total in (u, u_low):
@@ -101,7 +107,8 @@ def fold_chunk(s: Sweep, chunk: Chunk, u: Tensor | None = None, u_low: Tensor | 
     for total in (u, u_low):
         if total is not None:
             total.div_(state[SUM, :, None])
-            stats["logit"] = state[TARGET]
+    if u is not None or kept is not None:
+        stats["logit"] = state[TARGET]
     return stats
 
 
@@ -113,12 +120,14 @@ def _fold_tile(
     picks: Picks | None,
     u: Tensor | None,
     u_low: Tensor | None,
+    left: Tensor | None,  # (R, B) where the left operand of the sums is to stay; None: anywhere
 ) -> None:
     tile, tile_q = s.tiles(chunk, block)
     if picks is not None:
         picks.fold(s, tile, block, chunk)
     before, inverse = state[MAX].clone(), chunk.inverse_temperature
-    left = None if u is None else s.left_operand(tile if not s.held else s.scratch(tile))
+    if left is None and u is not None:
+        left = s.left_operand(tile if not s.held else s.scratch(tile))
     s.kernels.fold(
         state, tile, chunk.target, block.span.start, block.shape, inverse, s.p.row_wants, tile_q, block.shape_q, left
     )
@@ -137,6 +146,31 @@ def _mixture(s: Sweep, chunk: Chunk, state: Tensor) -> dict[str, Tensor]:
         s.kernels.mixture(state, tile, block.shape, chunk.inverse_temperature, tile_q, block.shape_q, s.p.jsd_beta)
     add_up(state[P_M : Q_M + 1], s.p.shard)
     return row_math.finish_mixture(state, s.p.jsd_beta)
+
+
+def keep_chunk(
+    s: Sweep,
+    chunk: Chunk,
+    kept: Kept,
+    stats: Mapping[str, Tensor],
+    dlogp: Tensor,
+    totals: Totals,
+    dweight: Tensor | None,
+) -> None:
+    """What these rows add to the totals of the head, from what `fold_chunk` kept. dweight, if any, receives the
+    weight's instead, in its own dtype, and may lie where the tiles are."""
+    for number, block in enumerate(s.columns(multiplied=False)):
+        left = kept.dlogits(s, chunk, block, stats, dlogp, number)
+        if totals.bias is not None:
+            totals.bias[block.span] += left.sum(0, dtype=totals.bias.dtype)
+        if totals.b is not None and chunk.low is not None:
+            s.gemm.add_product(totals.b[block.span], left.T, chunk.low)
+        if totals.weight is not None:
+            s.gemm.add_product(totals.weight[block.span], left.T, chunk.hidden, fresh=chunk.first)
+        elif dweight is not None:
+            whole = s.scratch_columns(block)
+            s.gemm.add_product(whole, left.T, chunk.hidden, fresh=True)
+            dweight[block.span] = whole
 
 
 class Totals(NamedTuple):

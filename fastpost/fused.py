@@ -23,12 +23,23 @@ def _sides(chunk: Chunk, block: Columns) -> tuple[Side, Side | None]:
     return (chunk.packed, block.weight, held), q
 
 
-def fold(s: Sweep, chunk: Chunk, block: Columns, state: Tensor, wants: AbstractSet[str], total: Tensor | None) -> None:
-    """`fold` of the row kernels; total (R, D), if any, shrinks to the new maxima and gains sum_v e^(z_v - max) W_v."""
+def fold(
+    s: Sweep,
+    chunk: Chunk,
+    block: Columns,
+    state: Tensor,
+    wants: AbstractSet[str],
+    total: Tensor | None,  # (R, D)
+    kept: Tensor | None,  # (R, B)
+) -> None:
+    """`fold` of the row kernels; total, if any, shrinks to the new maxima and gains sum_v e^(z_v - max) W_v, and kept
+    is given those factors."""
     assert s.fused is not None
     p, q = _sides(chunk, block)
     inverse, at_1 = chunk.inverse_temperature, "logp@1" in wants
-    s.fused.fold_block(state, chunk.target, block.span.start, block.shape, inverse, at_1, p, q, block.shape_q, total)
+    s.fused.fold_block(
+        state, chunk.target, block.span.start, block.shape, inverse, at_1, p, q, block.shape_q, total, kept
+    )
 
 
 def grads(

@@ -28,6 +28,7 @@ multiplies_bf16 = _native.multiplies_bf16
 fold_block = _native.fold_block
 grads_block = _native.grads_block
 pack = _native.pack
+rescale = _native.rescale  # of bf16 tiles
 
 
 class NativeRows:

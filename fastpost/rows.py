@@ -40,7 +40,7 @@ C_TARGET, C_P, C_PLOGP, C_APART_Q, C_Q, C_PSQ, C_ONE, C_APART_M, C_AT_1 = range(
 C_MAX, C_LOG_SUM, C_MAX_Q, C_LOG_SUM_Q, C_MAX_1, C_LOG_SUM_1, C_LOG_SUM_SQ = range(9, 16)
 COEFFICIENT_ROWS = 16
 
-LAYOUT = 3  # of the two lists above and of what is written: a native extension compiled for another is not used
+LAYOUT = 4  # of the two lists above and of the kernels: a native extension compiled for another is not used
 
 
 class Shape(NamedTuple):
@@ -214,6 +214,15 @@ class TorchRows:
         if shape.softcap is not None:
             d *= _cap_slope(at_1, shape.softcap, product)
         out.copy_(d if shape.scale == 1.0 else d.mul_(shape.scale))
+
+
+def rescale(tile: Tensor, factor: Tensor, target: Tensor, start: int, own: Tensor) -> None:
+    """What `fold` wrote to `out` (R, B) becomes dL/dtile: times factor (R,), and own (R,) in the target's column."""
+    column = (target - start).clamp(0, tile.shape[1] - 1)
+    here = column == target - start
+    tile.mul_(factor[:, None])
+    # It was 0 there: adding sets it, and does nothing where the target is in another tile.
+    tile.scatter_add_(1, column[:, None], torch.where(here, own, 0.0).to(tile.dtype)[:, None])
 
 
 def log_probability(z: Tensor, maximum: Tensor, log_sum: Tensor, out: Tensor) -> Tensor:  # (R, B), (R,), (R,)

@@ -6,7 +6,8 @@
               running maximum moves (as flash attention does); backward is
               dlogp[:, None] * U
   eager       whole units fit in the workspace: statistics, the loss and its      3 G (2 G with the weight frozen)
-              gradient, and both products, while a chunk's logits are held
+              gradient, and both products, while a chunk's logits are held; of
+              logp alone, what the frozen schedule sums is kept in their place
   lazy        otherwise, and for `token_stats`: backward computes the tiles       4 G (3 G with the weight frozen)
               again and needs only what the statistics left, (T,) numbers
 
@@ -22,9 +23,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastpost.chunk import Totals, fold_chunk, grad_chunk
+from fastpost.chunk import Totals, fold_chunk, grad_chunk, keep_chunk
 from fastpost.equation import Loss
 from fastpost.gemm import exact_products
+from fastpost.kept import Kept
 from fastpost.once import differentiable_once
 from fastpost.quantised import Quantised, Weight
 from fastpost.shard import add_up, target_rows
@@ -186,30 +188,41 @@ class Part:
     batch: Batch  # of these rows alone
 
 
-def eager_sweep(p: Problem, operands: Operands) -> Sweep:
-    """Of held tiles. A trained weight's gradient will be returned beside its fp32 accumulator: until then that much may
-    be held, and each chunk more of rows saves a pass over the accumulator."""
-    weight = operands.weight
-    spare = weight.nbytes if isinstance(weight, Tensor) and weight.requires_grad else 0
-    return Sweep(p, operands, held=True, spare=spare)
+def _spare(weight: Weight) -> int:
+    """Bytes. A trained weight's gradient will be returned beside its fp32 accumulator: until then that much may be
+    filled, and each chunk more of rows saves a pass over the accumulator."""
+    return weight.nbytes if isinstance(weight, Tensor) and weight.requires_grad else 0
+
+
+def _hidden_gradient(hidden: Tensor) -> Tensor:
+    # fp16 cannot hold a gradient before the caller's loss scale has multiplied it.
+    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+
+
+def _times_upstream(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients that were saved, in the dtypes of what they are gradients of."""
+    saved = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    return (*(None if x is None else _scaled(x, g, dtype) for x, dtype in saved), None)
 
 
 class EagerLoss(torch.autograd.Function):
-    """The loss, all its gradients and its statistics in one sweep of whole units. 3 G, or 2 G with a frozen weight."""
+    """The loss, all its gradients and its statistics in one sweep of whole units, whose logits are held. 3 G, or 2 G
+    with a frozen weight."""
+
+    @staticmethod
+    def sweep(p: Problem, operands: Operands) -> Sweep:
+        return Sweep(p, operands, held=True, spare=_spare(operands.weight))
 
     @staticmethod
     def forward(
         ctx, hidden: Tensor, weight: Weight, bias: Tensor | None, low: Tensor | None, b: Tensor | None, plan: Plan
     ) -> tuple[Tensor, ...]:
         p, operands = plan.problem, Operands(hidden, weight, bias, low, b)
-        # fp16 cannot hold a gradient before the caller's loss scale has multiplied it.
-        keep = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         with exact_products(hidden.device):
-            s = eager_sweep(p, operands)
+            s = EagerLoss.sweep(p, operands)
             totals = _totals(s, ctx.needs_input_grad[:5], visited=len(p) > 0)
-            dhidden = None
-            if ctx.needs_input_grad[0]:
-                dhidden = torch.zeros(hidden.shape, dtype=keep, device=hidden.device)
+            dhidden = _hidden_gradient(hidden) if ctx.needs_input_grad[0] else None
             total = _zeros(s)
             parts = []
             for part in plan.parts(s.rows_each):
@@ -232,10 +245,71 @@ class EagerLoss(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, g: Tensor, *_: Tensor):
-        scaled = (
-            None if x is None else _scaled(x, g, dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (*scaled, None)
+        return _times_upstream(ctx, g)
+
+
+class EagerLogp(torch.autograd.Function):
+    """EagerLoss where logp alone carries a gradient: U as in the frozen schedule, and dW from what U was made of, which
+    is kept where dW will be if one chunk is all. 3 G, and the weight is read once."""
+
+    @staticmethod
+    def sweep(p: Problem, operands: Operands) -> Sweep:
+        plain = Sweep(p, operands, held=False)
+        if _kept_in_place(plain):
+            return plain
+        return Sweep(p, operands, held=False, keeps=True, spare=_spare(operands.weight))
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Weight, bias: Tensor | None, low: Tensor | None, b: Tensor | None, plan: Plan
+    ) -> tuple[Tensor, ...]:
+        p, operands = plan.problem, Operands(hidden, weight, bias, low, b)
+        needs_hidden, needs_weight, *needs = ctx.needs_input_grad[:5]
+        with exact_products(hidden.device):
+            s = EagerLogp.sweep(p, operands)
+            dweight = torch.empty_like(weight) if needs_weight and _kept_in_place(s) else None
+            needs_total = needs_weight and dweight is None
+            totals = _totals(s, (needs_hidden, needs_total, *needs), visited=len(p) > 0)
+            dhidden = _hidden_gradient(hidden) if needs_hidden else None
+            total = _zeros(s)
+            parts = []
+            for part in plan.parts(s.rows_each):
+                chunk = s.open(part.rows)
+                kept = Kept(s.kept_room(chunk) if dweight is None else dweight.view(s.gemm.tile_dtype))
+                U = None if dhidden is None else _zeros(s, len(chunk.target), s.D)
+                U_low = None if chunk.low is None or totals.low is None else torch.zeros_like(chunk.low)
+                stats = fold_chunk(s, chunk, U, U_low, kept)
+                value, d = plan.loss_and_grads(stats, part)
+                total += value
+                dlogp = d.get("logp", torch.zeros_like(stats["logp"]))
+                keep_chunk(s, chunk, kept, stats, dlogp, totals, dweight)
+                if dhidden is not None and U is not None:
+                    of_target = target_rows(weight, chunk.target, p.shard).to(p.dtype)
+                    put(dhidden, p.index, part.rows, _dlogp(s, chunk, stats, of_target, U) * dlogp[:, None])
+                if totals.low is not None and U_low is not None and b is not None:
+                    of_target = target_rows(b, chunk.target, p.shard)
+                    totals.low[part.rows] = _dlogp(s, chunk, stats, of_target, U_low) * dlogp[:, None]
+                parts.append(stats)
+        values = _join(parts, s)
+        ctx.save_for_backward(dhidden, totals.weight if dweight is None else dweight, *totals[1:])
+        ctx.dtypes = tuple(None if x is None else x.dtype for x in operands)
+        out = tuple(values[name] for name in p.names)
+        ctx.mark_non_differentiable(*out)
+        return total, *out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, g: Tensor, *_: Tensor):
+        return _times_upstream(ctx, g)
+
+
+def _kept_in_place(s: Sweep) -> bool:
+    """Whether one chunk is all, and each block of dW has the room for its tile."""
+    weight, size = s.operands.weight, s.gemm.tile_dtype.itemsize
+    if not isinstance(weight, Tensor) or not weight.requires_grad:
+        return False
+    row = s.D * weight.itemsize
+    return 0 < len(s.p) <= s.rows_each and len(s.p) * size <= row and row % size == 0
 
 
 @dataclass(frozen=True)
@@ -249,6 +323,16 @@ class Plan:
     mask: Tensor | None  # (N,) bool, as Door.kept: rows that are here but count for nothing
     names: dict[str, str]  # a statistic, as the loss reads it -> its name in the sweep
 
+    @property
+    def carrying(self) -> set[str]:
+        """The statistics through which a gradient flows, by their names in the sweep."""
+        return {self.names[name] for name in self.loss.differentiates}
+
+    @property
+    def of_logp_alone(self) -> bool:
+        p = self.problem
+        return self.carrying <= {"logp"} and p.teacher is None and "jsd" not in p.row_wants
+
     def weighted(self, stats: Mapping[str, Tensor], batch: Batch, units: slice) -> Tensor:
         """sum of weight * loss over the units that have a token."""
         weight, kept = self.weight[units], batch.kept_units(self.loss.unit)
@@ -260,7 +344,7 @@ class Plan:
 
     def loss_and_grads(self, stats: Mapping[str, Tensor], part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """The chunk's share of the loss and dL/dstatistics: all of it on (R,) numbers, so plain autograd is free."""
-        carrying = {self.names[name] for name in self.loss.differentiates}
+        carrying = self.carrying
         with torch.enable_grad():
             leaves = {n: x.detach().requires_grad_(n in carrying) for n, x in stats.items()}
             value = self.weighted(leaves, part.batch, part.units)

@@ -157,9 +157,13 @@ def _shape(x: Operands, span: slice, scale: float, softcap: float | None) -> Sha
 
 
 class Sweep:
-    """A way through the tiles of the raw logits in a bounded workspace. A held one may fill `spare` bytes besides."""
+    """A way through the tiles of the raw logits in a bounded workspace.
 
-    def __init__(self, p: Problem, operands: Operands, *, held: bool, spare: int = 0):
+    `held`: a chunk's logits stay; `keeps`: what the kernels make of them for products does. Either may fill `spare`
+    bytes besides.
+    """
+
+    def __init__(self, p: Problem, operands: Operands, *, held: bool, keeps: bool = False, spare: int = 0):
         self.p, self.operands, self.held = p, operands, held
         self.V, self.D = operands.weight.shape
         self.vocabulary = self.V if p.shard is None else p.shard.vocabulary
@@ -172,9 +176,9 @@ class Sweep:
         plain = p.teacher is None and all(x.low is None for x in sides)
         self.fused = self.gemm.native if plain else None
         self._buffers: dict[str, Tensor] = {}
-        self.columns_each, self.rows_each = self._plan(spare)
+        self.columns_each, self.rows_each = self._plan(keeps, spare)
 
-    def _plan(self, spare: int) -> tuple[int, int]:
+    def _plan(self, keeps: bool, spare: int) -> tuple[int, int]:
         """(columns, rows) of a tile, by bytes: scratch tiles and accumulators a row, after one block of the weight."""
         size, dense = self.wide.itemsize, self.p.dense
         widths = self.operands.width + (dense.operands.width if dense else 0)
@@ -189,6 +193,9 @@ class Sweep:
         room = WORKSPACE[kind] - a_block
         if self.held:
             a_row += size * V * (2 if dense else 1)
+        if keeps:
+            a_row += self.gemm.tile_dtype.itemsize * V
+        if self.held or keeps:
             room += spare
         return columns, max(1, min(room // a_row, MOST_ROWS, len(self.p)))
 
@@ -279,6 +286,13 @@ class Sweep:
     def scratch(self, tile: Tensor) -> Tensor:
         """A tile of the same size that may be overwritten."""
         return self._buffer("tile", (tile.shape[0], tile.shape[1]), self.wide)
+
+    def kept_room(self, chunk: Chunk) -> Tensor:  # (V, R)
+        """For what the kernels make of a chunk's tiles."""
+        return self._buffer("kept", (self.V, len(chunk.target)), self.gemm.tile_dtype)
+
+    def scratch_columns(self, block: Columns) -> Tensor:  # (B, D)
+        return self._buffer("columns", (block.span.stop - block.span.start, self.D), self.wide)
 
     def teacher_outcomes(self, rows: slice) -> Tensor:  # (R, K + 1)
         teacher = self.p.teacher

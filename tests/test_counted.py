@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastpost as fp
-from fastpost import sweep
+from fastpost import rows, sweep
 from fastpost.gemm import Gemm
 from fastpost.rows import TorchRows
 from fastpost.types import LowRank
@@ -107,11 +107,22 @@ class SeenRows(TorchRows):
         super().grads(tile, target, start, shape, inverse_temperature, c, wants, out, tile_q, shape_q, beta)
 
 
+def watch_rescaling(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    rescale = rows.rescale
+
+    def watched(tile: Tensor, *rest) -> None:
+        seen.moves(tile, times=2)
+        rescale(tile, *rest)
+
+    monkeypatch.setattr("fastpost.rows.rescale", watched)
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Small tiles, by torch alone, and watched."""
     watched = Seen()
     small_tiles(monkeypatch, columns=B, rows=R)
+    watch_rescaling(watched, monkeypatch)
     monkeypatch.setattr("fastpost.gemm.native_products", lambda dtype, device: None)
     monkeypatch.setattr(sweep, "Gemm", lambda dtype, device: SeenGemm(watched, dtype, device))
     monkeypatch.setattr(sweep, "row_kernels", lambda device, dtype: SeenRows(watched))
@@ -146,6 +157,11 @@ def logged(stats: fp.Stats, batch: fp.Batch) -> Tensor:
     return -stats.logp + stats.jsd
 
 
+@fp.loss(unit="token", reads=("logp", "reverse_kl"), differentiates=("logp",))
+def distant_from(stats: fp.Stats, batch: fp.Batch) -> Tensor:
+    return -stats.logp + stats.reverse_kl
+
+
 FROZEN = Work(T, D, V, trains=frozenset({"hidden"}))
 TRAINED = Work(T, D, V)
 COMPARED = {"D_q": D_Q, "compares": True}
@@ -159,6 +175,11 @@ CALLS = [
     ("frozen", logged, replace(FROZEN, D_q=D_Q, jsd=True)),
     ("frozen", fp.losses.reinforce, replace(FROZEN, r=RANK)),
     ("frozen", fp.losses.reinforce, replace(FROZEN, r=RANK, trains=frozenset({"hidden", "a"}))),
+    ("kept", fp.losses.reinforce, TRAINED),
+    ("kept", fp.losses.reinforce, replace(TRAINED, trains=frozenset({"weight"}))),
+    ("kept", distant_from, replace(TRAINED, D_q=D_Q)),
+    ("kept", fp.losses.reinforce, replace(TRAINED, **ADAPTED)),
+    ("kept", fp.losses.reinforce, replace(TRAINED, r=RANK, trains=frozenset({"hidden", "weight", "b"}))),
     ("eager", own, TRAINED),
     ("eager", own, FROZEN),
     ("eager", own, replace(TRAINED, trains=frozenset({"weight"}))),
@@ -199,7 +220,7 @@ def test_what_is_counted_is_what_runs(seen, schedule, loss, work, dtype):
         value = call(schedule, loss, work, dtype)
         if value.requires_grad:
             value.backward()
-    name = {"frozen": "FrozenLogp", "eager": "EagerLoss", "lazy": "LazyStats"}
+    name = {"frozen": "FrozenLogp", "kept": "EagerLoss", "eager": "EagerLoss", "lazy": "LazyStats"}
     assert schedules_of(value) == ({name[schedule]} if schedule in name else set())
     there = Pass(work, R, B, held=work.jsd or schedule == "eager")
     back = Pass(backward_work(work), R, B, held=False)

@@ -193,3 +193,15 @@ def test_a_tile_that_it_cannot_read_is_refused():
         NativeRows().fold(state[:, :4].clone(), z, target, 0, PLAIN, None, OWN)
     with pytest.raises(RuntimeError, match=r"target must be a contiguous int64 tensor, got Int \[4\]"):
         NativeRows().fold(state[:, :4].clone(), z, target[:4].int(), 0, PLAIN, None, OWN)
+
+
+@pytest.mark.parametrize("shape", [PLAIN, SHAPES["all"]], ids=["plain", "all"])
+def test_what_a_fold_writes_may_overwrite_its_tile(shape):
+    """As in the frozen schedule: the sums are those of the logits all the same."""
+    z, zq, target = torch.randn(8, V), torch.randn(8, V), torch.randint(V, (8,))
+    states, written = [], []
+    for tile, out in ((z, torch.empty_like(z)), (again := z.clone(), again)):
+        states.append(rows.new_state(8, z.device, z.dtype))
+        NativeRows().fold(states[-1], tile, target, 0, shape, torch.full((8,), 0.7), BOTH, zq, shape, out)
+        written.append(out)
+    assert torch.equal(*states) and torch.equal(*written)

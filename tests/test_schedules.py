@@ -12,6 +12,7 @@ import catalogue
 import fastpost as fp
 from fastpost import losses
 from fastpost.types import NEEDS_REFERENCE
+from problems import OWN as OWN_OUTPUTS
 from problems import Problem, assert_loss_exact, gradients, graph_capture, problem, schedules_of, small_tiles, stat
 
 LENGTHS = torch.tensor([21, 0, 29, 9, 24, 37, 1, 7])  # four pairs; one sequence is empty, one has a single position
@@ -385,3 +386,17 @@ def test_a_strided_target_is_taken():
     torch.testing.assert_close(
         fp.linear_logprobs(hidden, weight, target), fp.linear_logprobs(hidden, weight, target.contiguous())
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("outputs", [OWN_OUTPUTS, (*OWN_OUTPUTS, "reverse_kl", "forward_kl")], ids=["own", "with a KL"])
+def test_what_the_frozen_schedule_only_looks_at_is_what_statistics_are(outputs, dtype, monkeypatch):
+    small_tiles(monkeypatch)
+    p, _ = setting(losses.sft, dtype, train_head=False)
+    call = {"outputs": outputs, "temperature": p.temperature, "reference": p.reference}
+    found = fp.token_stats(p.hidden, p.head, p.target, differentiates=("logp",), **call)
+    with torch.no_grad():
+        want = fp.token_stats(p.hidden, p.head, p.target, **call)
+    assert schedules_of(stat(found, "logp")) == {"FrozenLogp"}
+    for name in outputs:
+        assert torch.equal(stat(found, name), stat(want, name)), name
