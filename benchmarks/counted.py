@@ -146,13 +146,19 @@ class Pass:
         x = self.work
         return "weight" in x.trains and x.T <= self.R and x.T * x.multiplied <= x.D * x.stored
 
+    @property
+    def accumulated(self) -> int:
+        """How many of dW's rows add up in wide numbers: of a single chunk those of a block, which then are rounded."""
+        x = self.work
+        return min(self.B, x.V) if x.T <= self.R and x.stored != x.wide else x.V
+
     def keeps(self) -> Cost:
         """Statistics, the sums of the frozen schedule, and the head's gradient from what they were made of, which is
         read once more and becomes a gradient in its place. The weight is not read again."""
         x, R, B, cost = self.work, min(self.R, self.work.T), min(self.B, self.work.V), self.fold()
         room = x.V * x.D * x.stored if self.in_place else R * x.V * x.multiplied
         rows = R * x.D if "hidden" in x.trains else 0
-        columns = (B if self.in_place else x.V) * x.D if "weight" in x.trains else 0
+        columns = (B if self.in_place else self.accumulated) * x.D if "weight" in x.trains else 0
         workspace = cost.workspace + room + (rows + columns) * x.wide
         cost += Cost(touched=3 * x.T * x.V * x.multiplied, workspace=workspace)
         if "hidden" in x.trains:
@@ -174,7 +180,7 @@ class Pass:
             tiles += R * B * x.multiplied
         widened = (R + B) * (x.D + x.D_q) * x.multiplied if x.multiplied != x.stored else 0
         rows = R * x.D if sums or (grads and "hidden" in x.trains) else 0
-        columns = x.V * x.D if grads and "weight" in x.trains else 0
+        columns = self.accumulated * x.D if grads and "weight" in x.trains else 0
         return Cost(workspace=tiles + widened + (rows + columns) * x.wide)
 
 

@@ -148,38 +148,45 @@ def _mixture(s: Sweep, chunk: Chunk, state: Tensor) -> dict[str, Tensor]:
     return row_math.finish_mixture(state, s.p.jsd_beta)
 
 
+class Totals(NamedTuple):
+    """Where gradients go, each in fp32 or wider; None: not wanted. The order is that of Operands, after hidden."""
+
+    weight: Tensor | None  # (V, D), of no content until the first chunk; of a single chunk, in its final dtype
+    bias: Tensor | None  # (V,)
+    low: Tensor | None  # (N, r)
+    b: Tensor | None  # (V, r)
+
+    def room(self, s: Sweep, block: Columns, *, aside: bool = False) -> Tensor | None:  # (B, D)
+        """Where the products of a block of dW add up: not in a narrow dtype, nor `aside` where their operand lies."""
+        if self.weight is None:
+            return None
+        return s.scratch_columns(block) if aside or self.weight.dtype != s.wide else self.weight[block.span]
+
+    def settle(self, block: Columns, room: Tensor | None) -> None:
+        """What has added up elsewhere comes to its place."""
+        if self.weight is not None and room is not None and room.data_ptr() != self.weight[block.span].data_ptr():
+            self.weight[block.span] = room
+
+
 def keep_chunk(
     s: Sweep,
     chunk: Chunk,
     kept: Kept,
     stats: Mapping[str, Tensor],
-    dlogp: Tensor,
+    dlogp: Tensor,  # (R,)
     totals: Totals,
-    dweight: Tensor | None,
 ) -> None:
-    """What these rows add to the totals of the head, from what `fold_chunk` kept. dweight, if any, receives the
-    weight's instead, in its own dtype, and may lie where the tiles are."""
+    """What these rows add to the totals of the head, from what `fold_chunk` kept."""
     for number, block in enumerate(s.columns(multiplied=False)):
         left = kept.dlogits(s, chunk, block, stats, dlogp, number)
         if totals.bias is not None:
             totals.bias[block.span] += left.sum(0, dtype=totals.bias.dtype)
         if totals.b is not None and chunk.low is not None:
             s.gemm.add_product(totals.b[block.span], left.T, chunk.low)
-        if totals.weight is not None:
-            s.gemm.add_product(totals.weight[block.span], left.T, chunk.hidden, fresh=chunk.first)
-        elif dweight is not None:
-            whole = s.scratch_columns(block)
-            s.gemm.add_product(whole, left.T, chunk.hidden, fresh=True)
-            dweight[block.span] = whole
-
-
-class Totals(NamedTuple):
-    """Where gradients go, each in fp32 or wider; None: not wanted. The order is that of Operands, after hidden."""
-
-    weight: Tensor | None  # (V, D), of no content until the first chunk
-    bias: Tensor | None  # (V,)
-    low: Tensor | None  # (N, r)
-    b: Tensor | None  # (V, r)
+        room = totals.room(s, block, aside=kept.in_place)
+        if room is not None:
+            s.gemm.add_product(room, left.T, chunk.hidden, fresh=chunk.first)
+        totals.settle(block, room)
 
 
 def grad_chunk(
@@ -197,15 +204,16 @@ def grad_chunk(
     c = row_math.coefficients(stats, on_rows, s.vocabulary, p.jsd_beta)
     named = None if not on_teacher else Named(s, chunk, stats, on_teacher, c, on_rows.keys())
     for block in s.columns(again=s.held):
+        room = totals.room(s, block)
         if s.fused is not None and "jsd" not in on_rows:
-            dweight = None if totals.weight is None else totals.weight[block.span]
-            left = fused.grads(s, chunk, block, c, on_rows.keys(), dhidden, dweight)
+            left = fused.grads(s, chunk, block, c, on_rows.keys(), dhidden, room)
         else:
             left = _grad_tile(s, chunk, block, c, on_rows.keys(), named)
             if dhidden is not None:
                 s.gemm.add_product(dhidden, left, block.weight)
-            if totals.weight is not None:
-                s.gemm.add_product(totals.weight[block.span], left.T, chunk.hidden, fresh=chunk.first)
+            if room is not None:
+                s.gemm.add_product(room, left.T, chunk.hidden, fresh=chunk.first)
+        totals.settle(block, room)
         if totals.low is not None and block.b is not None:
             s.gemm.add_product(totals.low[chunk.rows], left, block.b)
         if totals.b is not None and chunk.low is not None:

@@ -26,6 +26,7 @@ class Kept:
     """The exponentials of a chunk, a tile (R, B) for each block, and the maxima (R,) that each is relative to."""
 
     room: Tensor  # (V, K): the first R B numbers of a block's rows hold its tile
+    in_place: bool  # the room is that of dW
     tiles: list[Tensor] = field(default_factory=list)
     maxima: list[Tensor] = field(default_factory=list)
 

@@ -37,13 +37,16 @@ ROWS = 4096  # of a (T, D) tensor that are rescaled together: what fp32 needs me
 PASS = {"cpu": 1 << 18, "cuda": 1 << 24}  # numbers of a gradient that are converted together: on a CPU, in cache
 
 
-def _totals(s: Sweep, needs: Sequence[bool], *, visited: bool) -> Totals:
-    """The accumulators: one for dW in fp32 whatever the weight's dtype, and no other (V, D) tensor. The first chunk
-    writes it, if any is `visited`."""
+def _totals(s: Sweep, needs: Sequence[bool], *, visited: bool, final: bool = True) -> Totals:
+    """The accumulators: of dW one in fp32 and no other (V, D) tensor, or if one chunk is all, and it is to be `final`,
+    one in the weight's own dtype. The first chunk writes it, if any is `visited`."""
     _, weight, *others = (x if need else None for x, need in zip(s.operands, needs, strict=True))
-    dweight = None if weight is None else torch.empty(weight.shape, dtype=s.wide, device=s.device)
-    if dweight is not None and not visited:
-        dweight.zero_()
+    dweight = None
+    if isinstance(weight, Tensor):
+        dtype = weight.dtype if final and len(s.p) <= s.rows_each else s.wide
+        dweight = torch.empty(weight.shape, dtype=dtype, device=s.device)
+        if not visited:
+            dweight.zero_()
     return Totals(dweight, *(None if x is None else _zeros(s, *x.shape) for x in others))
 
 
@@ -194,9 +197,13 @@ def _spare(weight: Weight) -> int:
     return weight.nbytes if isinstance(weight, Tensor) and weight.requires_grad else 0
 
 
+def _holds(dtype: torch.dtype | None) -> bool:
+    """fp16 cannot hold a gradient before the caller's loss scale has multiplied it."""
+    return dtype != torch.float16
+
+
 def _hidden_gradient(hidden: Tensor) -> Tensor:
-    # fp16 cannot hold a gradient before the caller's loss scale has multiplied it.
-    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    dtype = hidden.dtype if _holds(hidden.dtype) else torch.float32
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
 
 
@@ -221,7 +228,7 @@ class EagerLoss(torch.autograd.Function):
         p, operands = plan.problem, Operands(hidden, weight, bias, low, b)
         with exact_products(hidden.device):
             s = EagerLoss.sweep(p, operands)
-            totals = _totals(s, ctx.needs_input_grad[:5], visited=len(p) > 0)
+            totals = _totals(s, ctx.needs_input_grad[:5], visited=len(p) > 0, final=_holds(weight.dtype))
             dhidden = _hidden_gradient(hidden) if ctx.needs_input_grad[0] else None
             total = _zeros(s)
             parts = []
@@ -264,25 +271,24 @@ class EagerLogp(torch.autograd.Function):
         ctx, hidden: Tensor, weight: Weight, bias: Tensor | None, low: Tensor | None, b: Tensor | None, plan: Plan
     ) -> tuple[Tensor, ...]:
         p, operands = plan.problem, Operands(hidden, weight, bias, low, b)
-        needs_hidden, needs_weight, *needs = ctx.needs_input_grad[:5]
         with exact_products(hidden.device):
             s = EagerLogp.sweep(p, operands)
-            dweight = torch.empty_like(weight) if needs_weight and _kept_in_place(s) else None
-            needs_total = needs_weight and dweight is None
-            totals = _totals(s, (needs_hidden, needs_total, *needs), visited=len(p) > 0)
-            dhidden = _hidden_gradient(hidden) if needs_hidden else None
+            totals = _totals(s, ctx.needs_input_grad[:5], visited=len(p) > 0, final=_holds(weight.dtype))
+            dhidden = _hidden_gradient(hidden) if ctx.needs_input_grad[0] else None
+            in_place = _kept_in_place(s)
             total = _zeros(s)
             parts = []
             for part in plan.parts(s.rows_each):
                 chunk = s.open(part.rows)
-                kept = Kept(s.kept_room(chunk) if dweight is None else dweight.view(s.gemm.tile_dtype))
+                there = totals.weight if in_place else None
+                kept = Kept(s.kept_room(chunk) if there is None else there.view(s.gemm.tile_dtype), in_place)
                 U = None if dhidden is None else _zeros(s, len(chunk.target), s.D)
                 U_low = None if chunk.low is None or totals.low is None else torch.zeros_like(chunk.low)
                 stats = fold_chunk(s, chunk, U, U_low, kept)
                 value, d = plan.loss_and_grads(stats, part)
                 total += value
                 dlogp = d.get("logp", torch.zeros_like(stats["logp"]))
-                keep_chunk(s, chunk, kept, stats, dlogp, totals, dweight)
+                keep_chunk(s, chunk, kept, stats, dlogp, totals)
                 if dhidden is not None and U is not None:
                     of_target = target_rows(weight, chunk.target, p.shard).to(p.dtype)
                     put(dhidden, p.index, part.rows, _dlogp(s, chunk, stats, of_target, U) * dlogp[:, None])
@@ -291,7 +297,7 @@ class EagerLogp(torch.autograd.Function):
                     totals.low[part.rows] = _dlogp(s, chunk, stats, of_target, U_low) * dlogp[:, None]
                 parts.append(stats)
         values = _join(parts, s)
-        ctx.save_for_backward(dhidden, totals.weight if dweight is None else dweight, *totals[1:])
+        ctx.save_for_backward(dhidden, *totals)
         ctx.dtypes = tuple(None if x is None else x.dtype for x in operands)
         out = tuple(values[name] for name in p.names)
         ctx.mark_non_differentiable(*out)
@@ -304,9 +310,9 @@ class EagerLogp(torch.autograd.Function):
 
 
 def _kept_in_place(s: Sweep) -> bool:
-    """Whether one chunk is all, and each block of dW has the room for its tile."""
+    """Whether one chunk is all, and each block of dW, in the weight's own dtype, has the room for its tile."""
     weight, size = s.operands.weight, s.gemm.tile_dtype.itemsize
-    if not isinstance(weight, Tensor) or not weight.requires_grad:
+    if not isinstance(weight, Tensor) or not weight.requires_grad or not _holds(weight.dtype):
         return False
     row = s.D * weight.itemsize
     return 0 < len(s.p) <= s.rows_each and len(s.p) * size <= row and row % size == 0
