@@ -9,7 +9,7 @@ from cases import JSD_BETA, Case, Inputs
 from counted import Cost, Pass, Schedule, Work, backward_work, cost
 
 from fastpost.door import Door, open_door
-from fastpost.schedules import EagerLogp, EagerLoss
+from fastpost.eager import eager_sweep
 from fastpost.sweep import Sweep
 from fastpost.types import IGNORE, NEEDS_REFERENCE
 
@@ -39,7 +39,7 @@ def _of_call(door: Door, carrying: tuple[str, ...], unit: int | None) -> Cost:
     """`unit`: how many rows must be seen together; None: the statistics are tensors of the caller's."""
     p, operands = door.problem, door.operands
     keeps = set(carrying) <= {"logp"} and p.teacher is None and "jsd" not in p.row_wants
-    held = (EagerLogp if keeps else EagerLoss).sweep(p, operands)
+    held = eager_sweep(p, operands, kept=keeps)
     schedule: Schedule = "lazy"
     if not carrying or not (door.needs_rows or door.needs_head):
         schedule = "statistics"

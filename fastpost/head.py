@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fastpost.door import Door, eager_only, open_door
+from fastpost.eager import EagerLoss, Plan, eager_sweep
 from fastpost.equation import Loss
 from fastpost.gemm import wide
-from fastpost.schedules import EagerLogp, EagerLoss, FrozenLogp, LazyStats, Plan, statistics
+from fastpost.schedules import FrozenLogp, LazyStats, statistics
 from fastpost.types import IGNORE, OUTPUTS, Batch, Head, Stats, TopK, nearest
 
 
@@ -158,8 +159,8 @@ def _scheduled(plan: Plan, door: Door) -> tuple[Tensor, dict[str, Tensor]]:
         found = statistics(p, operands)
     elif not door.needs_head and carrying <= {"logp"}:
         found = dict(zip(p.names, FrozenLogp.apply(*operands, p), strict=True))
-    elif plan.longest_unit() <= (eager := EagerLogp if plan.of_logp_alone else EagerLoss).sweep(p, operands).rows_each:
-        total, *values = eager.apply(*operands, plan)
+    elif plan.longest_unit() <= eager_sweep(p, operands, kept=plan.of_logp_alone).rows_each:
+        total, *values = EagerLoss.apply(*operands, plan)
         return total, dict(zip(p.names, values, strict=True))
     else:
         found = dict(zip(p.names, LazyStats.apply(*operands, p), strict=True))

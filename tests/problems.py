@@ -279,15 +279,13 @@ def graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def schedules_of(value: Tensor) -> set[str]:
-    """The names of the head's autograd functions behind a tensor. Of the two that are eager, tests/test_kept.py says
-    which is taken; here both are EagerLoss."""
-    names = {"EagerLogp": "EagerLoss"} | {name: name for name in ("FrozenLogp", "LazyStats", "EagerLoss")}
+    """The names of the head's autograd functions behind a tensor."""
     seen, queue, found = set(), [value.grad_fn], set()
     while queue:
         node = queue.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        found |= {known for name, known in names.items() if node.name() == f"{name}Backward"}
+        found |= {name for name in ("FrozenLogp", "LazyStats", "EagerLoss") if node.name() == f"{name}Backward"}
         queue += [following for following, _ in node.next_functions]
     return found
