@@ -15,7 +15,9 @@ namespace {
 
 constexpr int64_t kPanelsTogether = 8;  // of rows, whose tile stays in the second-level cache
 
-const uint32_t* panels(const at::Tensor& packed) { return reinterpret_cast<const uint32_t*>(packed.const_data_ptr<int32_t>()); }
+const uint32_t* panels(const at::Tensor& packed) {
+  return reinterpret_cast<const uint32_t*>(packed.const_data_ptr<int32_t>());
+}
 
 at::Tensor floats(int64_t n) { return at::empty({n}, at::kFloat); }
 at::Tensor units(int64_t n) { return at::empty({n}, at::kInt); }
@@ -52,7 +54,7 @@ class Products {
   // Rows [row, row + rows), which begin a panel.
   Block tile(int64_t row, int64_t rows, float* scratch) const {
     const Block out = x_.held ? block(*x_.held, row, rows) : Block{scratch, columns_, rows, columns_};
-    if (!made_) multiply(panels(x_.left) + row * units_of(depth_), panels(right_), depth_, out, false);
+    if (!made_) multiply(panels(x_.left) + row * units_of(depth_), panels(right_), depth_, out, false, Sums::kShort);
     return out;
   }
 
@@ -66,7 +68,7 @@ class Products {
 std::optional<Products> products_of(const std::optional<Operands>& q, const Operands& p, const Products& of_p,
                                     int64_t rows, bool made) {
   if (!q) return std::nullopt;
-  const bool same = q->weight.is_same(p.weight) || (q->weight.data_ptr() == p.weight.data_ptr() && q->weight.sizes() == p.weight.sizes());
+  const bool same = q->weight.data_ptr() == p.weight.data_ptr() && q->weight.sizes() == p.weight.sizes();
   return std::make_optional<Products>(*q, rows, same ? &of_p.packed_weight() : nullptr, made);
 }
 
@@ -103,7 +105,8 @@ void fold_block(const Fold& fold, const Operands& p, const std::optional<Operand
     each([&](int64_t row, int64_t rows) {
       const Matrix rounded = matrix(aside).part(kept ? row : 0, rows);
       const Block tile = products.tile(row, rows, tiles.data_ptr<float>());
-      const Block tile_q = products_q ? products_q->tile(row, rows, tiles.data_ptr<float>() + products.scratch()) : Block{};
+      float* beside = tiles.data_ptr<float>() + products.scratch();
+      const Block tile_q = products_q ? products_q->tile(row, rows, beside) : Block{};
       for (int64_t i = 0; i < rows; ++i) {
         const float* raw_q = products_q ? tile_q.data + i * tile_q.stride : nullptr;
         const float decay = fold.row(row + i, tile.data + i * tile.stride, raw_q, e, scratch.data_ptr<float>());
@@ -112,12 +115,13 @@ void fold_block(const Fold& fold, const Operands& p, const std::optional<Operand
       }
       if (!total) return;
       pack_left(rounded, data(left));
-      multiply(data(left), panels(right), B, block(*total, row, rows), true);
+      multiply(data(left), panels(right), B, block(*total, row, rows), true, Sums::kLong);
     });
   });
 }
 
-void grads_block(const Grads& grads, const Operands& p, const std::optional<Operands>& q, bool made, const Wanted& wanted) {
+void grads_block(const Grads& grads, const Operands& p, const std::optional<Operands>& q, bool made,
+                 const Wanted& wanted) {
   const int64_t R = grads.columns.rows, B = grads.columns.columns, D = p.weight.size(1);
   const Products products(p, R, nullptr, made);
   const std::optional<Products> products_q = products_of(q, p, products, R, made);
@@ -134,7 +138,8 @@ void grads_block(const Grads& grads, const Operands& p, const std::optional<Oper
     float* d = scratch.data_ptr<float>() + grads.columns.scratch();
     each([&](int64_t row, int64_t rows) {
       const Block tile = products.tile(row, rows, tiles.data_ptr<float>());
-      const Block tile_q = products_q ? products_q->tile(row, rows, tiles.data_ptr<float>() + products.scratch()) : Block{};
+      float* beside = tiles.data_ptr<float>() + products.scratch();
+      const Block tile_q = products_q ? products_q->tile(row, rows, beside) : Block{};
       for (int64_t i = 0; i < rows; ++i) {
         const float* raw_q = products_q ? tile_q.data + i * tile_q.stride : nullptr;
         grads.row(row + i, tile.data + i * tile.stride, raw_q, d, scratch.data_ptr<float>());
@@ -142,7 +147,7 @@ void grads_block(const Grads& grads, const Operands& p, const std::optional<Oper
       }
       if (!wanted.dhidden) return;
       pack_left(dlogits.part(row, rows), data(left));
-      multiply(data(left), panels(right), B, block(*wanted.dhidden, row, rows), true);
+      multiply(data(left), panels(right), B, block(*wanted.dhidden, row, rows), true, Sums::kLong);
     });
   });
   if (!wanted.dweight) return;
@@ -153,7 +158,7 @@ void grads_block(const Grads& grads, const Operands& p, const std::optional<Oper
     at::Tensor left = units(kPanelsTogether * kPanelRows * units_of(R));
     each([&](int64_t column, int64_t columns) {
       pack_left(dlogits.transposed().part(column, columns), data(left));
-      multiply(data(left), panels(hidden), R, block(*wanted.dweight, column, columns), !wanted.fresh);
+      multiply(data(left), panels(hidden), R, block(*wanted.dweight, column, columns), !wanted.fresh, Sums::kLong);
     });
   });
 }

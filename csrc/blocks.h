@@ -13,8 +13,8 @@ struct Operands {
   MaybeTensor held;   // (R, B) fp32, where its raw products are kept, or already are
 };
 
-// The statistics: `fold` of rows.py. total (R, D) += sum_v e^(z_v - max) dz_v/dlogit_v weight_v but for the target's own
-// v, after what it held has shrunk to the new maximum. kept (R, B) bf16, if any, is given those factors of weight_v.
+// The statistics: `fold` of rows.py. total (R, D) += sum_v e^(z_v - max) dz_v/dlogit_v weight_v but for the target's
+// own v, after what it held has shrunk to the new maximum. kept (R, B) bf16, if any, is given the factors of weight_v.
 void fold_block(const Fold& fold, const Operands& p, const std::optional<Operands>& q, const MaybeTensor& total,
                 const MaybeTensor& kept);
 
@@ -26,6 +26,7 @@ struct Wanted {
   MaybeTensor dhidden, hidden, dweight;
   bool fresh;
 };
-void grads_block(const Grads& grads, const Operands& p, const std::optional<Operands>& q, bool made, const Wanted& wanted);
+void grads_block(const Grads& grads, const Operands& p, const std::optional<Operands>& q, bool made,
+                 const Wanted& wanted);
 
 }  // namespace fastpost

@@ -16,7 +16,6 @@
 namespace fastpost {
 namespace {
 
-constexpr int64_t kUnitsSummed = 128;  // partial sums are this long: longer ones err more, shorter ones cost more
 constexpr int64_t kColumnsHeld = 192;
 constexpr int64_t kLanes = 16;  // units in a register
 constexpr int64_t kColumnRegisters = kPanelColumns / kLanes;
@@ -93,10 +92,11 @@ WITH_BF16 void pack_columns(const Matrix& x, int64_t first, uint32_t* out) {
 
 // A tile of kPanelRows x kPanelColumns.
 WITH_BF16 void multiply_tile(const uint32_t* left, const uint32_t* right, int64_t units, float* out, int64_t stride,
-                             bool accumulate) {
-  for (int64_t begin = 0; begin < units; begin += kUnitsSummed) {
+                             bool accumulate, Sums length) {
+  const int64_t summed = length == Sums::kShort ? 128 : 512;  // units
+  for (int64_t begin = 0; begin < units; begin += summed) {
     __m512 sums[kPanelRows][kColumnRegisters] = {};
-    for (int64_t u = begin; u < std::min(begin + kUnitsSummed, units); ++u) {
+    for (int64_t u = begin; u < std::min(begin + summed, units); ++u) {
       __m512bh r[kColumnRegisters];
 #pragma GCC unroll 2
       for (int j = 0; j < kColumnRegisters; ++j)
@@ -131,16 +131,16 @@ void pack_columns(const Matrix& x, int64_t first, uint32_t* out) {
   pack_rows<kPanel>(x, first, out);
 }
 
-void multiply_tile(const uint32_t*, const uint32_t*, int64_t, float*, int64_t, bool) {
+void multiply_tile(const uint32_t*, const uint32_t*, int64_t, float*, int64_t, bool, Sums) {
   TORCH_CHECK(false, "this CPU does not multiply bf16");
 }
 
 #endif
 
 // A tile at the rim: made whole elsewhere, and what is inside copied.
-void multiply_rim(const uint32_t* left, const uint32_t* right, int64_t units, Block out, bool accumulate) {
+void multiply_rim(const uint32_t* left, const uint32_t* right, int64_t units, Block out, bool accumulate, Sums sums) {
   float whole[kPanelRows * kPanelColumns];
-  multiply_tile(left, right, units, whole, kPanelColumns, false);
+  multiply_tile(left, right, units, whole, kPanelColumns, false, sums);
   for (int64_t i = 0; i < out.rows; ++i)
     for (int64_t j = 0; j < out.columns; ++j) {
       float& at = out.data[i * out.stride + j];
@@ -190,7 +190,7 @@ void pack_right(const Matrix& x, uint32_t* panels) { pack<kPanelColumns>(x, pane
 at::Tensor packed_left(const Matrix& x) { return packed<kPanelRows>(x); }
 at::Tensor packed_right(const Matrix& x) { return packed<kPanelColumns>(x); }
 
-void multiply(const uint32_t* left, const uint32_t* right, int64_t depth, Block out, bool accumulate) {
+void multiply(const uint32_t* left, const uint32_t* right, int64_t depth, Block out, bool accumulate, Sums sums) {
   const int64_t units = units_of(depth);
   for (int64_t held = 0; held < out.columns; held += kColumnsHeld)
     for (int64_t i = 0; i < out.rows; i += kPanelRows)
@@ -199,9 +199,9 @@ void multiply(const uint32_t* left, const uint32_t* right, int64_t depth, Block 
         const Block tile{out.data + i * out.stride + j, out.stride, std::min(kPanelRows, out.rows - i),
                          std::min(kPanelColumns, out.columns - j)};
         if (tile.rows == kPanelRows && tile.columns == kPanelColumns)
-          multiply_tile(l, r, units, tile.data, tile.stride, accumulate);
+          multiply_tile(l, r, units, tile.data, tile.stride, accumulate, sums);
         else
-          multiply_rim(l, r, units, tile, accumulate);
+          multiply_rim(l, r, units, tile, accumulate, sums);
       }
 }
 

@@ -28,7 +28,7 @@ struct Matrix {
 
   uint16_t* row(int64_t i) const { return data + i * row_stride; }
 
-  Matrix part(int64_t row, int64_t count) const { return {data + row * row_stride, count, depth, row_stride, depth_stride}; }
+  Matrix part(int64_t first, int64_t count) const { return {row(first), count, depth, row_stride, depth_stride}; }
   Matrix transposed() const { return {data, depth, rows, depth_stride, row_stride}; }
 };
 
@@ -46,7 +46,12 @@ struct Block {
   int64_t stride, rows, columns;
 };
 
+// How far a sum runs before it joins those before it: long ones err more, and short ones cost 1 or 2 %. At a depth of
+// 1024, with logits of standard deviation 32, short sums are off by 3.7e-5 at worst (fp32 torch: 2.6e-5) and long ones
+// by 1.1e-4.
+enum class Sums { kShort, kLong };  // of logits; of gradients, whose operands are rounded already
+
 // out = left @ right^T, or out += it, on the calling thread.
-void multiply(const uint32_t* left, const uint32_t* right, int64_t depth, Block out, bool accumulate);
+void multiply(const uint32_t* left, const uint32_t* right, int64_t depth, Block out, bool accumulate, Sums sums);
 
 }  // namespace fastpost

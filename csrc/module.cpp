@@ -29,7 +29,7 @@ struct Rows {
   int64_t stride;
 };
 
-// work(r, written, scratch) for the rows of a tile that is in memory, and what it wrote into `out`, fp32 or bf16, if any.
+// work(r, written, scratch) for the rows of a tile in memory, and what it wrote into `out`, fp32 or bf16, if any.
 template <typename Work>
 void each_row(int64_t rows, int64_t columns, int64_t scratch, const MaybeTensor& out, const Work& work) {
   const bool rounds = out && out->scalar_type() == at::kBFloat16;
@@ -92,7 +92,7 @@ void rescale(const at::Tensor& tile, const at::Tensor& factor, const at::Tensor&
 }
 
 // out (M, N) fp32 = left (M, K) @ right (K, N), bf16, or out += it.
-void product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& out, bool accumulate) {
+void product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& out, bool accumulate, bool logits) {
   const Matrix a = matrix(left), b = matrix(right).transposed();
   check(out, "out", {a.rows, b.rows});
   TORCH_CHECK(a.depth == b.depth, "left ", left.sizes(), " and right ", right.sizes(), " do not fit");
@@ -101,7 +101,8 @@ void product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& 
   at::parallel_for(0, panels_of(a.rows, kPanelRows), 1, [&](int64_t begin, int64_t end) {
     const int64_t row = begin * kPanelRows, rows = std::min(end * kPanelRows, a.rows) - row;
     const Block part{out.data_ptr<float>() + row * out.stride(0), out.stride(0), rows, b.rows};
-    multiply(units(packed) + row * units_of(a.depth), units(others), a.depth, part, accumulate);
+    multiply(units(packed) + row * units_of(a.depth), units(others), a.depth, part, accumulate,
+             logits ? Sums::kShort : Sums::kLong);
   });
 }
 

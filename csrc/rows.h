@@ -32,8 +32,7 @@ struct Columns {
   Columns(const at::Tensor& target, int64_t start, int64_t columns, const MaybeTensor& inverse_temperature,
           const Shape& shape, const std::optional<Shape>& shape_q);
   bool has(int64_t r) const { return target[r] >= start && target[r] < start + columns; }
-  // Logits over the temperature, in `out` unless there is none. (A pass of its own: fused with what follows, the product
-  // would be rounded here and not there.)
+  // Logits over the temperature, in `out` unless there is none.
   const float* tempered(int64_t r, const float* logits, float* out) const;
   int64_t scratch() const { return 5 * columns; }
 

@@ -43,6 +43,7 @@ def product(
     right: Tensor,  # (K, N) bf16, one stride 1
     out: Tensor,  # (M, N) fp32
     accumulate: bool,
+    logits: bool,  # whether its sums are to be exact to fp32, or are a gradient's
 ) -> None: ...
 def pack(hidden: Tensor) -> Tensor: ...  # (R, D) bf16 -> what the steps below take
 def fold_block(

@@ -77,7 +77,7 @@ class Gemm:
         if a.dtype == out.dtype:
             return torch.mm(a, b.T, out=out)
         if self.native is not None:
-            self.native.product(a, b.T, out, False)
+            self.native.product(a, b.T, out, False, True)
             return out
         return torch.mm(a, b.T, out_dtype=out.dtype, out=out)
 
@@ -90,6 +90,6 @@ class Gemm:
         if a.dtype == total.dtype:
             torch.addmm(total, a, b, beta=0 if fresh else 1, out=total)
         elif self.native is not None:
-            self.native.product(a, b, total, not fresh)
+            self.native.product(a, b, total, not fresh, False)
         else:
             torch.addmm(total, a, b, beta=0 if fresh else 1, out_dtype=total.dtype, out=total)

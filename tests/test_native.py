@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastpost as fp
 from fastpost import rows
 from fastpost.rows import Shape, TorchRows
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
 pytest.importorskip("fastpost._native", reason="the native extension is not built", exc_type=ImportError)
 
+from fastpost import native
 from fastpost.native import NativeRows
 
 PLAIN = Shape(bias=None, scale=1.0, softcap=None)
@@ -205,3 +207,59 @@ def test_what_a_fold_writes_may_overwrite_its_tile(shape):
         NativeRows().fold(states[-1], tile, target, 0, shape, torch.full((8,), 0.7), BOTH, zq, shape, out)
         written.append(out)
     assert torch.equal(*states) and torch.equal(*written)
+
+
+# ---- products ----
+
+bf16_cpu = pytest.mark.skipif(not native.multiplies_bf16(), reason="this CPU does not multiply bf16")
+
+
+@bf16_cpu
+@pytest.mark.parametrize("logits", [True, False], ids=["short sums", "long sums"])
+@pytest.mark.parametrize("accumulate", [False, True], ids=["written", "added"])
+@pytest.mark.parametrize(
+    ("M", "N", "K"), [(1, 1, 1), (12, 32, 32), (13, 33, 3), (96, 64, 1), (25, 200, 515), (11, 31, 1100)]
+)
+def test_a_product_is_exact_to_fp32(M, N, K, accumulate, logits):
+    """Of any shape, and of operands that lie along either dimension."""
+    for a in (torch.randn(M, K).bfloat16(), torch.randn(K, M).bfloat16().T):
+        for b in (torch.randn(K, N).bfloat16(), torch.randn(N, K).bfloat16().T):
+            before = torch.randn(M, N + 3)
+            out = before.clone()
+            native.product(a, b, out[:, :N], accumulate, logits)
+            truth = a.double() @ b.double() + (before[:, :N] if accumulate else 0)
+            plain = a.float() @ b.float() + (before[:, :N] if accumulate else 0)
+            if logits:
+                assert_close_to_truth(out[:, :N], plain, truth, "product")
+            else:  # the bound on any order of K additions; operands of gradients are off by 2^-9 already
+                bound = K * torch.finfo(torch.float32).eps * (a.double().abs() @ b.double().abs() + before[:, :N].abs())
+                assert bool(((out[:, :N] - truth).abs() <= bound).all())
+            assert torch.equal(out[:, N:], before[:, N:])
+
+
+@bf16_cpu
+def test_the_number_of_threads_changes_no_bit_of_a_call():
+    hidden, weight = torch.randn(150, 40).bfloat16(), torch.randn(2100, 40).bfloat16()
+    target, threads, found = torch.randint(2100, (150,)), torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            stats = fp.token_stats(*leaves, target, outputs=("logp", "entropy"))
+            found.append([stats.logp, *torch.autograd.grad((stats.logp - stats.entropy).sum(), leaves)])
+            total = fp.fused_loss(fp.losses.sft, *leaves, fp.Batch(target, torch.tensor([150])))
+            found[-1] += torch.autograd.grad(total, leaves)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@bf16_cpu
+def test_operands_that_it_cannot_read_are_refused():
+    x = torch.randn(4, 8).bfloat16()
+    with pytest.raises(RuntimeError, match=r"an operand must be a bf16 matrix .* got Float \[4, 8\]"):
+        native.product(x.float(), x.T, torch.empty(4, 4), False, True)
+    with pytest.raises(RuntimeError, match=r"with one stride of 1, got BFloat16 \[4, 4\] with strides \[8, 2\]"):
+        native.product(x[:, ::2], x.T, torch.empty(4, 4), False, True)
+    with pytest.raises(RuntimeError, match=r"left \[4, 8\] and right \[4, 4\] do not fit"):
+        native.product(x, x[:, :4], torch.empty(4, 4), False, True)
