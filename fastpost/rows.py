@@ -218,11 +218,10 @@ class TorchRows:
 
 def rescale(tile: Tensor, factor: Tensor, target: Tensor, start: int, own: Tensor) -> None:
     """What `fold` wrote to `out` (R, B) becomes dL/dtile: times factor (R,), and own (R,) in the target's column."""
-    column = (target - start).clamp(0, tile.shape[1] - 1)
-    here = column == target - start
+    column = (target - start).clamp(0, tile.shape[1] - 1)[:, None]
+    here = column == (target - start)[:, None]
     tile.mul_(factor[:, None])
-    # It was 0 there: adding sets it, and does nothing where the target is in another tile.
-    tile.scatter_add_(1, column[:, None], torch.where(here, own, 0.0).to(tile.dtype)[:, None])
+    tile.scatter_(1, column, torch.where(here, own.to(tile.dtype)[:, None], tile.gather(1, column)))
 
 
 def log_probability(z: Tensor, maximum: Tensor, log_sum: Tensor, out: Tensor) -> Tensor:  # (R, B), (R,), (R,)
