@@ -124,12 +124,9 @@ class Pass:
             cost += self.product(x.r, "rows", x.wide)
         return cost
 
-    def grads(self) -> Cost:
-        """Gradients, from tiles that are held, or made again."""
-        x, cost = self.work, self.workspace(grads=True)
-        cost += self.operands(x.D, opened=self.held) + self.kernel(writes=True)
-        if not self.held:
-            cost += self.operands(x.D_q) + self.logits()
+    def gradients(self) -> Cost:
+        """The products with the gradient of each tile."""
+        x, cost = self.work, Cost()
         if "hidden" in x.trains:
             cost += self.product(x.D, "rows", x.multiplied)
         if x.low_trains:
@@ -139,6 +136,14 @@ class Pass:
         if "b" in x.trains:
             cost += self.product(x.r, "columns", x.wide)
         return cost
+
+    def grads(self) -> Cost:
+        """Gradients, from tiles that are held, or made again."""
+        x, cost = self.work, self.workspace(grads=True)
+        cost += self.operands(x.D, opened=self.held) + self.kernel(writes=True)
+        if not self.held:
+            cost += self.operands(x.D_q) + self.logits()
+        return cost + self.gradients()
 
     @property
     def in_place(self) -> bool:
@@ -161,15 +166,7 @@ class Pass:
         columns = (B if self.in_place else self.accumulated) * x.D if "weight" in x.trains else 0
         workspace = cost.workspace + room + (rows + columns) * x.wide
         cost += Cost(touched=3 * x.T * x.V * x.multiplied, workspace=workspace)
-        if "hidden" in x.trains:
-            cost += self.product(x.D, "rows", x.multiplied)
-        if x.low_trains:
-            cost += self.product(x.r, "rows", x.wide)
-        if "weight" in x.trains:
-            cost += self.product(x.D, "columns", x.multiplied, fresh=True)
-        if "b" in x.trains:
-            cost += self.product(x.r, "columns", x.wide)
-        return cost
+        return cost + self.gradients()
 
     def workspace(self, *, sums: bool = False, grads: bool = False) -> Cost:
         x, R, B = self.work, min(self.R, self.work.T), min(self.B, self.work.V)

@@ -122,8 +122,10 @@ class Made(NamedTuple):
 def eager_sweep(p: Problem, operands: Operands, *, kept: bool) -> Sweep:
     """A trained weight's gradient will be returned beside its fp32 accumulator: until then that much may be filled, and
     each chunk more of rows saves a pass over the accumulator."""
-    weight = operands.weight
-    spare = weight.nbytes if isinstance(weight, Tensor) and weight.requires_grad else 0
+    weight, spare = operands.weight, 0
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        rows = len(weight) if p.shard is None else max(p.shard.sizes)  # all ranks must cut the same chunks
+        spare = rows * weight.shape[1] * weight.itemsize
     if not kept:
         return Sweep(p, operands, held=True, spare=spare)
     plain = Sweep(p, operands, held=False)
