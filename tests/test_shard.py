@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastpost as fp
+from fastpost.door import open_door
+from fastpost.eager import eager_sweep
 from fastpost.types import Head, LowRank, Shard
 from problems import (
     DIVERGENCES,
@@ -172,6 +174,17 @@ def traffic() -> dict[str, tuple[list[int], list[int]]]:
     }
 
 
+def eager_rows() -> list[int]:
+    """Of a chunk whose logits are held, and of one that is kept, each beside a trained weight; small ones."""
+    p = in_pieces(made("fp32", True))
+    door = open_door(p.hidden, p.head, p.target, ("logp",), None, 1.0, 0.5, -100)
+    with pytest.MonkeyPatch.context() as patch:
+        small_tiles(patch, columns=64)
+        patch.setattr("fastpost.sweep.WORKSPACE", {"cpu": 8_000})
+        patch.setattr("fastpost.eager._in_place", lambda sweep: False)
+        return [eager_sweep(door.problem, door.operands, kept=kept).rows_each for kept in (False, True)]
+
+
 def refusals() -> dict[str, str]:
     p, whole = in_pieces(made("lora", True)), made("lora", True)
     teacher = fp.TopK(torch.zeros(13, 1, dtype=torch.int64), torch.zeros(13, 1))
@@ -203,6 +216,7 @@ def on_rank(rank: int) -> dict:
         "ignored": all_ignored(),
         "twice": twice(),
         "traffic": traffic(),
+        "eager rows": eager_rows(),
         "refusals": refusals(),
         "top1": ours(in_pieces(made("fp32", True)), ("top1",)).top1,
         "shard": Shard.of(torch.empty(rank + 1, 1)).sizes,
@@ -296,6 +310,12 @@ def test_uneven_shards_cut_the_same_chunks(found):
     for rank in found:
         forward, _ = rank["traffic"]["held"]
         assert forward == flat((3 * rows, 14 * rows, 2 * rows) for rows in (4, 4, 4, 1))
+
+
+def test_uneven_shards_have_room_for_the_same_rows_where_a_weight_trains(found):
+    """What the gradient of the longer shard will take may be filled on both."""
+    first, second = (rank["eager rows"] for rank in found)
+    assert first == second and all(1 < rows < 13 for rows in first), (first, second)
 
 
 def flat(numbers: Iterable[tuple[int, ...]]) -> list[int]:
