@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastpost as fp
 from fastpost import losses
+from loss_problems import distant, entropic
 from problems import adapter, schedules_of, small_tiles, stat
-from test_schedules import distant, entropic
 
 ROWS, WIDTH, WORDS, WIDTH_Q = 32, 24, 300, 8
 G, G_Q = 2 * ROWS * WIDTH * WORDS, 2 * ROWS * WIDTH_Q * WORDS

@@ -13,8 +13,8 @@ import fastpost as fp
 from fastpost import losses, weights
 from fastpost import reference as plain
 from fastpost.losses import policy
+from loss_problems import CASES, T, both, fused, packed, positions, setting
 from problems import Problem, adapter, assert_loss_exact, gradients, graph_capture, schedules_of, small_tiles, stat
-from test_schedules import CASES, T, both, fused, packed, positions, setting
 
 ADDED = (*catalogue.PENALTY, "kl_estimator")  # what moves a token of advantage 0
 POLICY = {

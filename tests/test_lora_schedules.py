@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastpost as fp
 from fastpost import losses
 from fastpost.types import LowRank
+from loss_problems import distant
 from problems import Problem, assert_loss_exact, gradients, ours, schedules_of, small_tiles, theirs
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 from test_lora_head import HALF, ONE, lora_problem, with_reference
-from test_schedules import distant
 from test_workspace import MB, WORKSPACE, bytes_of, peak
 
 LOSSES = {

@@ -1,4 +1,4 @@
-"""fused_loss: each schedule gives the same loss and gradients, at the number of products that it promises."""
+"""fused_loss: each schedule gives the same loss and gradients, those of float64, however a batch is cut."""
 
 from __future__ import annotations
 
@@ -8,92 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import catalogue
 import fastpost as fp
 from fastpost import losses
-from fastpost.types import NEEDS_REFERENCE
+from loss_problems import CASES, LENGTHS, T, both, fused, longest_unit, packed, positions, referred, setting
 from problems import OWN as OWN_OUTPUTS
-from problems import Problem, assert_loss_exact, gradients, graph_capture, problem, schedules_of, small_tiles, stat
-
-LENGTHS = torch.tensor([21, 0, 29, 9, 24, 37, 1, 7])  # four pairs; one sequence is empty, one has a single position
-PROMPTS = (2, 0, 5, 1, 4, 2, 0, 1)  # positions at the head of each sequence that predict nothing; nor does the last
-T = int(LENGTHS.sum())
-
-
-@fp.loss(unit="token", reads=("logp", "entropy", "mean_logp"), differentiates=("logp", "entropy"))
-def entropic(stats: fp.Stats, batch: fp.Batch, *, beta: float = 0.1) -> Tensor:
-    """A loss of tokens with two differentiated statistics and one that is only looked at."""
-    return -stats.logp * stats.mean_logp.detach().exp() - beta * stats.entropy
-
-
-@fp.loss(unit="sequence", reads=("logp", "reverse_kl"))
-def distant(stats: fp.Stats, batch: fp.Batch) -> Tensor:
-    return torch.log1p(batch.per_sequence(stats.reverse_kl)) - 0.1 * batch.per_sequence(stats.logp)
-
-
-@fp.loss(unit="batch", reads=("logp", "log_sum_sq"))
-def spread(stats: fp.Stats, batch: fp.Batch) -> Tensor:
-    """A loss that cannot be cut: the variance over the batch."""
-    return (stats.logp + stats.log_sum_sq).var(correction=0)[None]
-
-
-OWN: dict[str, tuple[fp.Loss, dict]] = {
-    "entropic": (entropic, {"beta": 0.2}),
-    "distant": (distant, {}),
-    "spread": (spread, {}),
-}
-CASES = catalogue.CASES | OWN
-
-
-def positions(first: int, last: int) -> slice:
-    """Of sequences first..last."""
-    return slice(int(LENGTHS[:first].sum()), int(LENGTHS[:last].sum()))
-
-
-def packed() -> Tensor:  # (T,) bool
-    """Which positions predict a token."""
-    keep = torch.ones(T, dtype=torch.bool)
-    for i, prompt in enumerate(PROMPTS):
-        where = positions(i, i + 1)
-        keep[where][:prompt] = False
-        keep[where][-1:] = False
-    return keep
-
-
-def longest_unit(loss: fp.Loss) -> int:
-    """Kept tokens."""
-    each = [int(packed()[positions(i, i + 1)].sum()) for i in range(len(LENGTHS))]
-    pairs = [a + b for a, b in zip(each[::2], each[1::2], strict=True)]
-    return {"token": 1, "sequence": max(each), "pair": max(pairs), "batch": sum(each)}[loss.unit]
-
-
-def setting(loss: fp.Loss, dtype: torch.dtype = torch.float32, *, train_head: bool = True) -> tuple[Problem, fp.Batch]:
-    p = problem(dtype, T=T, bias=True, temperature=0.75)
-    hidden, head = torch.randn(T, 9), fp.Head(torch.randn(200, 9))
-    p = replace(p, reference=(hidden.to(dtype), head)).to(dtype, train_head=train_head)
-    with torch.no_grad():
-        logp = fp.token_stats(p.hidden, p.head, p.target, temperature=0.75).logp.float()
-    batch = fp.Batch(
-        torch.where(packed(), p.target, -100),
-        LENGTHS,
-        old_logp=logp + 0.2 * torch.randn(T),
-        ref_logp=logp + 0.2 * torch.randn(T),
-        advantage=torch.randn(len(LENGTHS)),
-        label=torch.arange(len(LENGTHS)) % 3 == 0,
-        kl=torch.tensor(0.1),
-    )
-    return p, replace(batch, weight=torch.rand(batch.units(loss.unit)) + 0.5)
-
-
-def referred(loss: fp.Loss, p: Problem, knobs: dict) -> dict:
-    """The reference, for a loss that reads a divergence from it."""
-    return {"reference": p.reference} if NEEDS_REFERENCE & set(loss.bind(**knobs).reads) else {}
-
-
-def fused(loss: fp.Loss, p: Problem, batch: fp.Batch, **knobs: object) -> Tensor:
-    total = fp.fused_loss(loss, p.hidden, p.head, batch, temperature=p.temperature, **referred(loss, p, knobs), **knobs)
-    assert isinstance(total, Tensor)
-    return total
+from problems import assert_loss_exact, gradients, schedules_of, small_tiles, stat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -135,123 +54,6 @@ def test_without_gradients_only_the_statistics_are_found(case):
     torch.testing.assert_close(value, fused(loss, p, batch, **knobs).detach())
 
 
-# ---- what is ignored ----
-
-IGNORED = {
-    "a sequence": ("gspo", positions(2, 3), slice(2, 3)),
-    "a pair": ("dpo", positions(2, 4), slice(1, 2)),
-    "tokens": ("grpo", slice(10, 12), slice(10, 12)),
-}
-
-
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-@pytest.mark.parametrize(
-    ("schedule", "what"),
-    [
-        *((schedule, what) for schedule in ("FrozenLogp", "EagerLoss") for what in IGNORED),
-        *(("LazyStats", what) for what in ("a sequence", "a pair")),  # a loss of tokens is never lazy
-    ],
-)
-def test_an_ignored_unit_is_exactly_nothing(schedule, what, poison, monkeypatch):
-    """Its fields may hold anything: the loss is never formed from them."""
-    case, where, units = IGNORED[what]
-    loss, knobs = CASES[case]
-    if schedule == "LazyStats":
-        small_tiles(monkeypatch, rows=8)
-    p, batch = setting(loss, train_head=schedule != "FrozenLogp")
-    batch.target[where] = -100
-    quiet = replace(batch, weight=batch.weight.index_fill(0, torch.arange(units.start, units.stop), 0.0))
-    loud = replace(batch, **{n: getattr(batch, n).clone() for n in ("old_logp", "ref_logp", "advantage")})
-    for name in ("old_logp", "ref_logp", "advantage"):
-        getattr(loud, name)[where] = poison
-    total, want = fused(loss, p, loud, **knobs), fused(loss, p, quiet, **knobs)
-    assert schedules_of(total) == {schedule}
-    assert torch.equal(total, want)
-    got = gradients(total, torch.ones(()), p)
-    assert not got["hidden"][where].any() and got["hidden"].any()
-    for leaf, gradient in gradients(want, torch.ones(()), p).items():
-        assert torch.equal(got[leaf], gradient)
-
-
-@pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
-def test_the_weight_of_an_ignored_unit_may_be_one_over_nothing(train_head):
-    p, batch = setting(losses.gspo, train_head=train_head)
-    batch.target[positions(2, 3)] = -100
-    weight = 1 / batch.per_sequence((batch.target >= 0).float())
-    assert weight.isinf().sum() == 3
-    total = fused(losses.gspo, p, replace(batch, weight=weight))
-    assert torch.equal(total, fused(losses.gspo, p, replace(batch, weight=weight.nan_to_num(posinf=0.0))))
-
-
-@pytest.mark.parametrize("schedule", ["FrozenLogp", "EagerLoss"])
-def test_one_side_of_a_pair_may_be_ignored(schedule):
-    p, batch = setting(losses.dpo, train_head=schedule == "EagerLoss")
-    rejected = positions(3, 4)  # the second pair's
-    batch.target[rejected] = -100
-    total = fused(losses.dpo, p, batch)
-    assert schedules_of(total) == {schedule}
-    assert_loss_exact(total, losses.dpo, p, batch)
-    assert not gradients(total, torch.ones(()), p)["hidden"][rejected].any()
-
-
-@pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
-@pytest.mark.parametrize("case", ["sft", "grpo", "gspo", "dpo", "entropic"])
-def test_nothing_kept_is_zero_and_connected(case, train_head):
-    loss, knobs = CASES[case]
-    p, batch = setting(loss, train_head=train_head)
-    target = torch.full_like(batch.target, -100)
-    for weight in (batch.weight, None):
-        nothing = replace(batch, target=target, weight=weight)
-        total, stats = fp.fused_loss(loss, p.hidden, p.head, nothing, return_stats=True, **knobs)
-        assert total.item() == 0 and total.requires_grad
-        assert stats.logp.shape == (T,) and not stats.logp.any()
-        assert all(not g.any() for g in gradients(total, torch.ones(()), p).values())
-
-
-@pytest.mark.parametrize("case", ["grpo", "gspo", "dpo"])
-def test_without_a_weight_it_is_the_mean_over_kept_units(case):
-    loss, knobs = CASES[case]
-    p, batch = setting(loss)
-    batch.target[positions(2, 4)] = -100  # the second pair
-    units = loss(fp.token_stats(p.hidden, p.head, batch.target, temperature=p.temperature), batch, **knobs)
-    kept = {"token": int((batch.target >= 0).sum()), "sequence": 4, "pair": 3}[loss.unit]
-    torch.testing.assert_close(fused(loss, p, replace(batch, weight=None), **knobs), units.sum() / kept)
-
-
-@pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
-@pytest.mark.parametrize("case", ["sft", "grpo", "entropic"])
-def test_under_graph_capture_ignored_rows_go_through_for_nothing(case, train_head, monkeypatch):
-    loss, knobs = CASES[case]
-    p, batch = setting(loss, train_head=train_head)
-    want = fused(loss, p, batch, **knobs)
-    grads, mean = gradients(want, torch.ones(()), p), fused(loss, p, replace(batch, weight=None), **knobs)
-    graph_capture(monkeypatch)
-    torch.testing.assert_close(fused(loss, p, replace(batch, weight=None), **knobs), mean)
-    total, stats = fp.fused_loss(
-        loss, p.hidden, p.head, batch, temperature=p.temperature, return_stats=True, outputs=("top1",), **knobs
-    )
-    torch.testing.assert_close(total, want)
-    torch.testing.assert_close(gradients(total, torch.ones(()), p), grads)
-    assert not gradients(total, torch.ones(()), p)["hidden"][~packed()].any()
-    assert not stats.logp[~packed()].any() and not stats.top1[~packed()].any()
-
-
-@pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])
-def test_under_graph_capture_fields_of_ignored_rows_may_hold_anything(train_head, monkeypatch):
-    graph_capture(monkeypatch)
-    p, batch = setting(losses.grpo, train_head=train_head)
-    batch.advantage[~packed()] = torch.nan
-    total = fused(losses.grpo, p, batch)
-    assert total.isfinite() and all(g.isfinite().all() for g in gradients(total, torch.ones(()), p).values())
-
-
-def test_under_graph_capture_only_tokens_can_be_units(monkeypatch):
-    graph_capture(monkeypatch)
-    p, batch = setting(losses.dpo)
-    with pytest.raises(ValueError, match="only a loss of tokens can run, and 'dpo' is one of pairs"):
-        fused(losses.dpo, p, batch)
-
-
 # ---- return_stats ----
 
 
@@ -290,11 +92,6 @@ def test_sequences_need_not_be_even_in_number(sequences):
 
 
 # ---- invariances ----
-
-
-def both(loss: fp.Loss, p: Problem, batch: fp.Batch, **knobs: object) -> tuple[Tensor, ...]:
-    total = fused(loss, p, batch, **knobs)
-    return total.detach(), *gradients(total, torch.ones(()), p).values()
 
 
 @pytest.mark.parametrize("train_head", [True, False], ids=["trained", "frozen"])

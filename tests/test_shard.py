@@ -18,6 +18,7 @@ import fastpost as fp
 from fastpost.door import open_door
 from fastpost.eager import eager_sweep
 from fastpost.types import Head, LowRank, Shard
+from loss_problems import CASES, fused, longest_unit, setting
 from problems import (
     DIVERGENCES,
     OWN,
@@ -34,7 +35,6 @@ from problems import (
     stat,
 )
 from ranks import RANKS, two_processes
-from test_schedules import CASES, fused, longest_unit, setting
 
 SIZES = {201: (64, 137), 200: (100, 100)}  # rows of each rank, by vocabulary
 ROWS_OF_VOCABULARY = ("weight", "bias", "b0", "b1")  # the leaves that a rank has a part of
