@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from growth import Growth
 from measurement import Measurement
@@ -62,7 +63,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     table = Table(title=title)
     for name in columns:
         table.add_column(name, no_wrap=True, justify="left" if name in columns[:2] else "right")
-    for line, following in zip(rows, [*rows[1:], None], strict=True):
+    for line, following in zip_longest(rows, rows[1:]):
         table.add_row(*line, end_section=following is None or following[0] != line[0])
     wide = Console(width=1000)  # a narrow terminal may wrap the lines; numbers are never cut
     Console(width=max(wide.measure(table).maximum, 80)).print(table)

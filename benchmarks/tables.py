@@ -2,7 +2,7 @@
 
 Between `<!-- table:head -->` and `<!-- /table -->`, and likewise for `families`, comes one table a file of that
 program, of the newest run in it, so that no number there is typed by hand. A program of which no file is given keeps
-its tables.
+its tables; one that has none there, `sweep` or `rows`, has its run shown here instead.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from growth import growths
 from measurement import Measurement, last_run
+from report import show, show_growth
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 COUNTED = (
@@ -21,14 +23,6 @@ COUNTED = (
     "and the flop a byte from memory."
 )
 OVER_FLOOR = "Time over the floor, which is as many plain products as the head of the {} says, and peak memory"
-
-
-def markdown(measurements: Sequence[Measurement]) -> str:
-    """Of the head, a row a contestant and a column a case; of the families, which are many, a row a case."""
-    setup = measurements[0].setup
-    versions = ", ".join(f"{package} {version}" for package, version in setup.machine.versions.items())
-    legend, *lines = (by_contestant if setup.bench == "head" else by_case)(measurements)
-    return "\n".join([f"{setup.title}; {versions}. {legend}", "", *lines]) + "\n"
 
 
 def by_contestant(measurements: Sequence[Measurement]) -> list[str]:
@@ -83,6 +77,27 @@ def _cell(m: Measurement | None, error: str | None = None) -> str:
     return f"{m.over_floor:.2f}{memory}" + (f", {m.errors[error]:.0e}" if error else "")
 
 
+# Of the head, a row a contestant and a column a case; of the families, which are many, a row a case.
+TABLES: dict[str, Callable[[Sequence[Measurement]], list[str]]] = {"head": by_contestant, "families": by_case}
+
+
+def markdown(measurements: Sequence[Measurement]) -> str:
+    setup = measurements[0].setup
+    versions = ", ".join(f"{package} {version}" for package, version in setup.machine.versions.items())
+    legend, *lines = TABLES[setup.bench](measurements)
+    return "\n".join([f"{setup.title}; {versions}. {legend}", "", *lines]) + "\n"
+
+
+def show_instead(file: Path, measurements: Sequence[Measurement]) -> None:
+    """A run that has no place in the README, as its own program shows it."""
+    bench = measurements[0].setup.bench
+    print(f"{file}: the README has no table of {bench!r}, so nothing in it was changed; this is the run")
+    if bench == "sweep":
+        show_growth(growths(measurements))
+    else:
+        show(measurements)
+
+
 def rewritten(text: str, bench: str, tables: Sequence[str]) -> str:
     marked = re.compile(rf"(<!-- table:{bench} -->\n).*?(<!-- /table -->)", re.DOTALL)
     if len(marked.findall(text)) != 1:
@@ -97,13 +112,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=README)
     options = parser.parse_args(argv)
     try:
-        text, runs = options.readme.read_text(), [last_run(file) for file in options.files]
-        for bench in dict.fromkeys(run[0].setup.bench for run in runs):
-            text = rewritten(text, bench, [markdown(run) for run in runs if run[0].setup.bench == bench])
+        text, runs = options.readme.read_text(), {file: last_run(file) for file in options.files}
+        for bench in TABLES.keys() & {run[0].setup.bench for run in runs.values()}:
+            text = rewritten(text, bench, [markdown(run) for run in runs.values() if run[0].setup.bench == bench])
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     options.readme.write_text(text)
+    for file, run in runs.items():
+        if run[0].setup.bench not in TABLES:
+            show_instead(file, run)
     return 0
 
 

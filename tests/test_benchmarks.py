@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -265,46 +264,6 @@ def test_contestants_take_turns_and_the_warm_up_is_not_counted():
     runs = {name: (lambda name=name: turns.append(name)) for name in "ab"}
     seconds = harness.interleaved(runs, 2, torch.device("cpu"))
     assert turns == ["a", "b"] * 3 and all(value >= 0 for value in seconds.values())
-
-
-def test_the_tables_of_a_readme_come_from_the_file(tmp_path):
-    import contest
-    import head
-    import tables
-
-    output, readme = tmp_path / "cpu.jsonl", tmp_path / "README.md"
-    contest.main(head.HEAD, [*TINY, "--providers", *NO_LIBRARY, "--output", str(output), "--cases", "logp"])
-    readme.write_text("before\n<!-- table:head -->\nold 1.23\n<!-- /table -->\nafter\n")
-    assert tables.main([str(output), "--readme", str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- table:head -->\n") and text.endswith("<!-- /table -->\nafter\n")
-    assert "old 1.23" not in text and "T 16, D 24, V 301, bfloat16" in text
-    assert "| | logp, W frozen (2 G) | logp, W trained (3 G) | worst logp error |" in text
-    assert "| **fastpost token_stats** | " in text and "quack" not in text
-    (counted,) = (line for line in text.splitlines() if line.startswith("| fastpost token_stats, counted |"))
-    assert len(re.findall(r" \d+\.\d\d, \d+ flop/B \|", counted)) == 2
-    assert tables.main([str(output), "--readme", str(readme)]) == 0 and readme.read_text() == text
-    readme.write_text("no marks")
-    assert tables.main([str(output), "--readme", str(readme)]) == 2
-
-
-def test_a_program_has_its_own_table_and_the_others_keep_theirs(tmp_path):
-    import contest
-    import families
-    import tables
-
-    output, readme = tmp_path / "families.jsonl", tmp_path / "README.md"
-    options = ["--providers", "fastpost", "naive torch", "--cases", "dpo", "gkd", "--output", str(output)]
-    contest.main(families.FAMILIES, [*TINY, *options])
-    head = "<!-- table:head -->\nof the head\n<!-- /table -->\n"
-    readme.write_text(f"{head}<!-- table:families -->\nold\n<!-- /table -->\n")
-    assert tables.main([str(output), "--readme", str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith(f"{head}<!-- table:families -->\n") and "old" not in text
-    assert "| | **fastpost** | naive torch |\n" in text
-    for row in ("dpo, W frozen (3 G)", "dpo, W trained (4 G)", "gkd, W frozen (3 G)", "gkd, W trained (4 G)"):
-        (line,) = (line for line in text.splitlines() if line.startswith(f"| {row} | "))
-        assert len(re.findall(r"\d+\.\d\d(, \d+ MB)?, \de-\d\d", line)) == 2, line
 
 
 def test_tokens_that_do_not_make_whole_sequences_are_refused(capsys):
