@@ -121,15 +121,14 @@ void fold_block(const Fold& fold, const Operands& p, const std::optional<Operand
 }
 
 void grads_block(const Grads& grads, const Operands& p, const std::optional<Operands>& q, bool made,
-                 const Wanted& wanted) {
+                 const at::Tensor& dlogits, const MaybeTensor& dhidden) {
   const int64_t R = grads.columns.rows, B = grads.columns.columns, D = p.weight.size(1);
   const Products products(p, R, nullptr, made);
   const std::optional<Products> products_q = products_of(q, p, products, R, made);
-  check_bf16(wanted.dlogits, "dlogits", R, B);
-  const Matrix dlogits = matrix(wanted.dlogits);
-  const at::Tensor right = wanted.dhidden ? packed_right(matrix(p.weight).transposed()) : at::Tensor();
-  if (wanted.dhidden) check(*wanted.dhidden, "dhidden", {R, D});
-  if (wanted.dweight) check(*wanted.dweight, "dweight", {B, D});
+  check_bf16(dlogits, "dlogits", R, B);
+  const Matrix rounded = matrix(dlogits);
+  const at::Tensor right = dhidden ? packed_right(matrix(p.weight).transposed()) : at::Tensor();
+  if (dhidden) check(*dhidden, "dhidden", {R, D});
 
   each_group(R, [&](const auto& each) {
     at::Tensor tiles = floats(products.scratch() + (products_q ? products_q->scratch() : 0));
@@ -143,22 +142,38 @@ void grads_block(const Grads& grads, const Operands& p, const std::optional<Oper
       for (int64_t i = 0; i < rows; ++i) {
         const float* raw_q = products_q ? tile_q.data + i * tile_q.stride : nullptr;
         grads.row(row + i, tile.data + i * tile.stride, raw_q, d, scratch.data_ptr<float>());
-        round_row(d, B, dlogits.row(row + i));
+        round_row(d, B, rounded.row(row + i));
       }
-      if (!wanted.dhidden) return;
-      pack_left(dlogits.part(row, rows), data(left));
-      multiply(data(left), panels(right), B, block(*wanted.dhidden, row, rows), true, Sums::kLong);
+      if (!dhidden) return;
+      pack_left(rounded.part(row, rows), data(left));
+      multiply(data(left), panels(right), B, block(*dhidden, row, rows), true, Sums::kLong);
     });
   });
-  if (!wanted.dweight) return;
+}
 
-  TORCH_CHECK(wanted.hidden, "dweight wants the hidden states");
-  const at::Tensor hidden = packed_right(matrix(*wanted.hidden).transposed());
+void weight_block(const at::Tensor& dlogits, const at::Tensor& hidden, const at::Tensor& dweight, bool fresh) {
+  const int64_t R = dlogits.size(0), B = dlogits.size(1), D = dweight.size(1);
+  const bool rounds = dweight.scalar_type() == at::kBFloat16;
+  check_bf16(dlogits, "dlogits", R, B);
+  rounds ? check_bf16(dweight, "dweight", B, D) : check(dweight, "dweight", {B, D});
+  TORCH_CHECK(fresh || !rounds, "a bf16 dweight must be fresh: nothing adds up in it");
+  TORCH_CHECK(hidden.sizes() == at::IntArrayRef({panels_of(D, kPanelColumns), units_of(R) * kPanelColumns}),
+              "hidden must be packed across, with ", R, " rows and ", D, " columns, got ", hidden.sizes());
+  const Matrix columns = matrix(dlogits).transposed();
+  // What lies where the results go is read before the first of them.
+  const bool inside = dlogits.is_alias_of(dweight);
+  const at::Tensor all = inside ? packed_left(columns) : at::Tensor();
+
   each_group(B, [&](const auto& each) {
-    at::Tensor left = units(kPanelsTogether * kPanelRows * units_of(R));
-    each([&](int64_t column, int64_t columns) {
-      pack_left(dlogits.transposed().part(column, columns), data(left));
-      multiply(data(left), panels(hidden), R, block(*wanted.dweight, column, columns), !wanted.fresh, Sums::kLong);
+    constexpr int64_t kColumns = kPanelsTogether * kPanelRows;
+    at::Tensor some = units(inside ? 0 : kColumns * units_of(R)), sums = floats(rounds ? kColumns * D : 0);
+    each([&](int64_t column, int64_t count) {
+      if (!inside) pack_left(columns.part(column, count), data(some));
+      const uint32_t* left = inside ? panels(all) + column * units_of(R) : data(some);
+      const Block out = rounds ? Block{sums.data_ptr<float>(), D, count, D} : block(dweight, column, count);
+      multiply(left, panels(hidden), R, out, !fresh, Sums::kLong);
+      for (int64_t i = 0; rounds && i < count; ++i)
+        round_row(out.data + i * D, D, matrix(dweight).row(column + i));
     });
   });
 }

@@ -18,15 +18,13 @@ struct Operands {
 void fold_block(const Fold& fold, const Operands& p, const std::optional<Operands>& q, const MaybeTensor& total,
                 const MaybeTensor& kept);
 
-// The gradients: `grads` of rows.py. dlogits (R, B) bf16 is written; dhidden (R, D) and dweight (B, D), fp32, are added
-// to, or dweight is written where it is `fresh`. hidden (R, D) is for dweight. `made`: the products are in p.held and
-// q.held already.
-struct Wanted {
-  at::Tensor dlogits;
-  MaybeTensor dhidden, hidden, dweight;
-  bool fresh;
-};
+// The gradients: `grads` of rows.py. dlogits (R, B) bf16 is written and dhidden (R, D) fp32, if any, is added to. `made`:
+// the products are in p.held and q.held already.
 void grads_block(const Grads& grads, const Operands& p, const std::optional<Operands>& q, bool made,
-                 const Wanted& wanted);
+                 const at::Tensor& dlogits, const MaybeTensor& dhidden);
+
+// dweight (B, D) += dlogits^T hidden, or it is written where it is `fresh`; only then may it be bf16. dlogits (R, B)
+// bf16 may lie in dweight's own memory. hidden: what `pack_across` made of it.
+void weight_block(const at::Tensor& dlogits, const at::Tensor& hidden, const at::Tensor& dweight, bool fresh);
 
 }  // namespace fastpost

@@ -10,7 +10,7 @@
 namespace fastpost {
 namespace {
 
-constexpr int kLayout = 4;  // of the state, of the coefficients and of the arguments; LAYOUT in rows.py
+constexpr int kLayout = 5;  // of the state, of the coefficients and of the arguments; LAYOUT in rows.py
 constexpr int64_t kRowsPerTask = 8;
 
 using PythonOperands = std::tuple<at::Tensor, at::Tensor, MaybeTensor>;
@@ -117,10 +117,10 @@ void fold_products(const at::Tensor& state, const at::Tensor& target, int64_t st
 void grads_products(const at::Tensor& target, int64_t start, const Shape& shape, const MaybeTensor& inverse_temperature,
                     const at::Tensor& c, bool at_1, const PythonOperands& p, const MaybeOperands& q,
                     const std::optional<Shape>& shape_q, bool made, const at::Tensor& dlogits,
-                    const MaybeTensor& dhidden, const MaybeTensor& hidden, const MaybeTensor& dweight, bool fresh) {
+                    const MaybeTensor& dhidden) {
   const int64_t B = std::get<1>(p).size(0);
   const Grads kernel(c, Columns(target, start, B, inverse_temperature, shape, shape_q), at_1);
-  grads_block(kernel, operands(p), operands(q), made, {dlogits, dhidden, hidden, dweight, fresh});
+  grads_block(kernel, operands(p), operands(q), made, dlogits, dhidden);
 }
 
 }  // namespace
@@ -136,6 +136,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("rescale", &rescale, unlocked);
   m.def("product", &product, unlocked);
   m.def("pack", [](const at::Tensor& x) { return packed_left(matrix(x)); }, unlocked);
+  m.def("pack_across", [](const at::Tensor& x) { return packed_right(matrix(x).transposed()); }, unlocked);
   m.def("fold_block", &fold_products, unlocked);
   m.def("grads_block", &grads_products, unlocked);
+  m.def("weight_block", &weight_block, unlocked);
 }

@@ -72,7 +72,11 @@ def grads_block(
     made: bool,  # the held tiles have their products already
     dlogits: Tensor,  # (R, B) bf16, written
     dhidden: Tensor | None,  # (R, D) fp32, added to
-    hidden: Tensor | None,  # (R, D) bf16, for dweight
-    dweight: Tensor | None,  # (B, D) fp32, added to
-    fresh: bool,  # dweight is written instead
+) -> None: ...
+def pack_across(hidden: Tensor) -> Tensor: ...  # (R, D) bf16 -> what the next step takes
+def weight_block(
+    dlogits: Tensor,  # (R, B) bf16, which may lie in dweight's memory
+    hidden: Tensor,  # packed across
+    dweight: Tensor,  # (B, D) fp32, added to
+    fresh: bool,  # it is written instead, and may be bf16
 ) -> None: ...

@@ -156,16 +156,21 @@ class Totals(NamedTuple):
     low: Tensor | None  # (N, r)
     b: Tensor | None  # (V, r)
 
-    def room(self, s: Sweep, block: Columns, *, aside: bool = False) -> Tensor | None:  # (B, D)
-        """Where the products of a block of dW add up: not in a narrow dtype, nor `aside` where their operand lies."""
+    def add_weight(self, s: Sweep, chunk: Chunk, block: Columns, left: Tensor, across: Tensor | None) -> None:
+        """A block of dW += left^T hidden, left (R, B) = dL/dtile, which may lie where dW will; across: `packed_across`
+        of the chunk."""
         if self.weight is None:
-            return None
-        return s.scratch_columns(block) if aside or self.weight.dtype != s.wide else self.weight[block.span]
-
-    def settle(self, block: Columns, room: Tensor | None) -> None:
-        """What has added up elsewhere comes to its place."""
-        if self.weight is not None and room is not None and room.data_ptr() != self.weight[block.span].data_ptr():
-            self.weight[block.span] = room
+            return
+        there = self.weight[block.span]
+        if across is not None and there.dtype in (s.p.dtype, s.wide):
+            fused.add_weight(s, left, across, there, fresh=chunk.first)
+            return
+        # Sums are not made in a narrow dtype, nor where their operand lies.
+        inside = left.untyped_storage().data_ptr() == there.untyped_storage().data_ptr()
+        room = s.scratch_columns(block) if inside or there.dtype != s.wide else there
+        s.gemm.add_product(room, left.T, chunk.hidden, fresh=chunk.first)
+        if room is not there:
+            there.copy_(room)
 
 
 def keep_chunk(
@@ -177,16 +182,13 @@ def keep_chunk(
     totals: Totals,
 ) -> None:
     """What these rows add to the totals of the head, from what `fold_chunk` kept."""
-    for number, block in enumerate(s.columns(multiplied=False)):
-        left = kept.dlogits(s, chunk, block, stats, dlogp, number)
+    across = s.packed_across(chunk) if totals.weight is not None else None
+    for block, left in zip(s.columns(multiplied=False), kept.dlogits(s, chunk, stats, dlogp), strict=True):
         if totals.bias is not None:
             totals.bias[block.span] += left.sum(0, dtype=totals.bias.dtype)
         if totals.b is not None and chunk.low is not None:
             s.gemm.add_product(totals.b[block.span], left.T, chunk.low)
-        room = totals.room(s, block, aside=kept.in_place)
-        if room is not None:
-            s.gemm.add_product(room, left.T, chunk.hidden, fresh=chunk.first)
-        totals.settle(block, room)
+        totals.add_weight(s, chunk, block, left, across)
 
 
 def grad_chunk(
@@ -203,17 +205,15 @@ def grad_chunk(
     on_teacher = {n: g for n, g in d.items() if n not in on_rows}
     c = row_math.coefficients(stats, on_rows, s.vocabulary, p.jsd_beta)
     named = None if not on_teacher else Named(s, chunk, stats, on_teacher, c, on_rows.keys())
+    across = s.packed_across(chunk) if totals.weight is not None else None
     for block in s.columns(again=s.held):
-        room = totals.room(s, block)
         if s.fused is not None and "jsd" not in on_rows:
-            left = fused.grads(s, chunk, block, c, on_rows.keys(), dhidden, room)
+            left = fused.grads(s, chunk, block, c, on_rows.keys(), dhidden)
         else:
             left = _grad_tile(s, chunk, block, c, on_rows.keys(), named)
             if dhidden is not None:
                 s.gemm.add_product(dhidden, left, block.weight)
-            if room is not None:
-                s.gemm.add_product(room, left.T, chunk.hidden, fresh=chunk.first)
-        totals.settle(block, room)
+        totals.add_weight(s, chunk, block, left, across)
         if totals.low is not None and block.b is not None:
             s.gemm.add_product(totals.low[chunk.rows], left, block.b)
         if totals.b is not None and chunk.low is not None:

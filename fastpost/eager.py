@@ -174,7 +174,7 @@ def _kept(s: Sweep, plan: Plan, needs: Sequence[bool]) -> Made:
     there = totals.weight.view(s.gemm.tile_dtype) if totals.weight is not None and _in_place(s) else None
     for part in plan.parts(s.rows_each):
         chunk = s.open(part.rows)
-        kept = Kept(s.kept_room(chunk) if there is None else there, there is not None)
+        kept = Kept(s.kept_room(chunk) if there is None else there)
         U = None if dhidden is None else zeros(s, len(chunk.target), s.D)
         U_low = None if chunk.low is None or totals.low is None else torch.zeros_like(chunk.low)
         stats = fold_chunk(s, chunk, U, U_low, kept)

@@ -49,15 +49,28 @@ def grads(
     c: Tensor,  # (COEFFICIENT_ROWS, R)
     wants: AbstractSet[str],
     dhidden: Tensor | None,  # (R, D), added to
-    dweight: Tensor | None,  # (B, D), written by the first chunk, added to by the others
 ) -> Tensor:  # (R, B)
-    """`grads` of the row kernels, and both products with what it makes, dL/dtile, which is returned."""
+    """`grads` of the row kernels, and dhidden += dL/dtile weight; dL/dtile is returned."""
     assert s.fused is not None
     p, q = _sides(chunk, block)
     q, shape_q = (q, block.shape_q) if wants & {"reverse_kl", "forward_kl"} else (None, None)
     dlogits, inverse, at_1 = s.dlogits(chunk, block), chunk.inverse_temperature, "logp@1" in wants
     s.fused.grads_block(
         chunk.target, block.span.start, block.shape, inverse, c, at_1, p, q, shape_q, s.held,
-        dlogits, dhidden, chunk.hidden, dweight, chunk.first,
+        dlogits, dhidden,
     )  # fmt: skip
     return dlogits
+
+
+def add_weight(
+    s: Sweep,
+    left: Tensor,  # (R, B) dL/dtile, which may lie where the result will
+    across: Tensor,  # the hidden states, from `Sweep.packed_across`
+    dweight: Tensor,  # (B, D)
+    *,
+    fresh: bool,
+) -> None:
+    """dweight += left^T hidden, or it is written where it is `fresh`, and then rounded to the dtype of the operands if
+    that is its own."""
+    assert s.gemm.native is not None
+    s.gemm.native.weight_block(left, across, dweight, fresh)

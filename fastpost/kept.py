@@ -11,7 +11,7 @@ takes half the room of its logits, and the gradient no second exponential: 3 G w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -26,30 +26,31 @@ class Kept:
     """The exponentials of a chunk, a tile (R, B) for each block, and the maxima (R,) that each is relative to."""
 
     room: Tensor  # (V, K): the first R B numbers of a block's rows hold its tile
-    in_place: bool  # the room is that of dW
-    tiles: list[Tensor] = field(default_factory=list)
+    tiles: list[tuple[slice, Tensor]] = field(default_factory=list)
     maxima: list[Tensor] = field(default_factory=list)
 
     def tile(self, chunk: Chunk, block: Columns) -> Tensor:  # (R, B)
         """Where the next tile goes."""
         rows, columns = len(chunk.target), block.span.stop - block.span.start
-        self.tiles.append(self.room[block.span].view(-1)[: rows * columns].view(rows, columns))
-        return self.tiles[-1]
+        tile = self.room[block.span].view(-1)[: rows * columns].view(rows, columns)
+        self.tiles.append((block.span, tile))
+        return tile
 
     def note(self, maximum: Tensor) -> None:
         self.maxima.append(maximum.clone())
 
     def dlogits(
-        self, s: Sweep, chunk: Chunk, block: Columns, stats: Mapping[str, Tensor], dlogp: Tensor, number: int
-    ) -> Tensor:  # (R, B)
-        """dL/dlogits of tile `number`, in its place."""
-        tile = self.tiles[number]
+        self, s: Sweep, chunk: Chunk, stats: Mapping[str, Tensor], dlogp: Tensor
+    ) -> Iterator[Tensor]:  # (R, B) each
+        """dL/dlogits of the tiles, in turn, each in its place."""
+        if not self.tiles:
+            return
         tempered = dlogp if chunk.inverse_temperature is None else dlogp * chunk.inverse_temperature
-        shrunk = (self.maxima[number] - stats["max"] - stats["log_sum"]).exp()
+        shrunk = torch.stack(self.maxima).sub_(stats["max"]).sub_(stats["log_sum"]).exp_()  # (tiles, R)
         # The target's own slope; the other columns have the cap's already.
-        slope = s.slope(stats["logit"][:, None], None)[:, 0]
-        own = -torch.expm1(stats["logp"]) * tempered * slope
+        own = -torch.expm1(stats["logp"]) * tempered * s.slope(stats["logit"][:, None], None)[:, 0]
         # (torch alone would make an fp32 copy of a bf16 tile)
         rescale = row_math.rescale if s.gemm.native is None else s.gemm.native.rescale
-        rescale(tile, -s.p.scale * tempered * shrunk, chunk.target, block.span.start, own)
-        return tile
+        for (span, tile), factor in zip(self.tiles, shrunk.mul_(-s.p.scale * tempered), strict=True):
+            rescale(tile, factor, chunk.target, span.start, own)
+            yield tile

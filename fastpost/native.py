@@ -3,7 +3,7 @@
 NativeRows    the row kernels for fp32 tiles: one pass over a row in place of one for each operation. The JSD and
               float64 are left to `TorchRows`.
 product       bf16 operands, fp32 results, where the CPU multiplies pairs of bf16 (AVX512-BF16)
-fold_block, grads_block
+fold_block, grads_block, weight_block
               there, products and row kernels of a block of the vocabulary in one go: a tile of logits never leaves
               the second-level cache
 """
@@ -27,7 +27,9 @@ product = _native.product
 multiplies_bf16 = _native.multiplies_bf16
 fold_block = _native.fold_block
 grads_block = _native.grads_block
+weight_block = _native.weight_block
 pack = _native.pack
+pack_across = _native.pack_across
 rescale = _native.rescale  # of bf16 tiles
 
 

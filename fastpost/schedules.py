@@ -54,7 +54,9 @@ def zeros(s: Sweep, *shape: int) -> Tensor:
 def scaled(x: Tensor, g: Tensor | None, dtype: torch.dtype) -> Tensor:
     """g * x in this dtype, without a second tensor of x's size and precision: in x, if it is its own."""
     if x.dtype == dtype:
-        return x if g is None else x.mul_(g)
+        if g is None or (g.device.type == "cpu" and g.item() == 1.0):  # (to ask a GPU is to wait for it)
+            return x
+        return x.mul_(g)
     out = torch.empty_like(x, dtype=dtype)
     rows = max(1, PASS["cpu" if x.device.type == "cpu" else "cuda"] // max(1, x[:1].numel()))
     for part, result in zip(x.split(rows), out.split(rows), strict=True):

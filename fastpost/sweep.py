@@ -188,8 +188,9 @@ class Sweep:
         columns = min(columns, V)
         if self.fused is None:
             a_block, a_row = columns * widths * size, size * (columns * (14 if dense else 8) + 2 * widths)
-        else:  # panels of the block, twice, and of the hidden states; an accumulator, and the gradient of a tile
-            a_block, a_row = 2 * size * columns * widths, size * 2 * widths + 2 * columns
+        else:  # panels of the block, twice; hidden states and theirs both ways, an accumulator, a tile's gradient
+            narrow = self.gemm.tile_dtype.itemsize
+            a_block, a_row = 2 * size * columns * widths, (3 * narrow + size) * widths + narrow * columns
         room = WORKSPACE[kind] - a_block
         if self.held:
             a_row += size * V * (2 if dense else 1)
@@ -235,6 +236,10 @@ class Sweep:
 
     def _packed(self, hidden: Tensor | None) -> Tensor | None:
         return self.fused.pack(hidden) if self.fused is not None and hidden is not None else None
+
+    def packed_across(self, chunk: Chunk) -> Tensor | None:
+        """A chunk's hidden states as the products of dW take them."""
+        return None if self.gemm.native is None else self.gemm.native.pack_across(chunk.hidden)
 
     def columns(self, *, multiplied: bool = True, again: bool = False) -> Iterator[Columns]:
         """Blocks of the vocabulary; unless they are to be multiplied no weight is widened, and `again`, for tiles that

@@ -41,7 +41,12 @@ def setting(
 def kept(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Grows by whether it was in place of dW, with each chunk of what is kept."""
     seen, keep_chunk = [], eager.keep_chunk
-    monkeypatch.setattr(eager, "keep_chunk", lambda *x: seen.append(x[2].in_place) or keep_chunk(*x))
+
+    def watched(s, chunk, kept, stats, dlogp, totals) -> None:
+        seen.append(totals.weight is not None and kept.room.data_ptr() == totals.weight.data_ptr())
+        keep_chunk(s, chunk, kept, stats, dlogp, totals)
+
+    monkeypatch.setattr(eager, "keep_chunk", watched)
     return seen
 
 

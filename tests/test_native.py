@@ -238,6 +238,26 @@ def test_a_product_is_exact_to_fp32(M, N, K, accumulate, logits):
 
 
 @bf16_cpu
+@pytest.mark.parametrize(("R", "columns", "D"), [(1, 1, 1), (25, 200, 33), (96, 12, 96), (3, 700, 40), (1100, 31, 8)])
+def test_the_gradient_of_a_block_of_the_weight(R, columns, D):
+    """Written or added to in fp32; rounded once to bf16, even where its operand lies in the way."""
+    hidden, room = torch.randn(R, D).bfloat16(), torch.empty(max(R, D) * columns).bfloat16()
+    inside = room[: R * columns].view(R, columns).copy_(torch.randn(R, columns))
+    apart, across = inside.clone(), native.pack_across(hidden)
+    written, added = torch.full((columns, D), torch.nan), torch.randn(columns, D)
+    before, summed = added.clone(), apart.double().T @ hidden.double()
+    native.weight_block(apart, across, written, True)
+    native.weight_block(apart, across, added, False)
+    bound = R * torch.finfo(torch.float32).eps * (apart.double().abs().T @ hidden.double().abs() + before.abs())
+    assert bool(((written - summed).abs() <= bound).all())
+    assert bool(((added - before - summed).abs() <= bound).all())
+    for left, place in ((apart, torch.empty_like(room)), (inside, room)):
+        rounded = place[: columns * D].view(columns, D)
+        native.weight_block(left, across, rounded, True)
+        assert torch.equal(rounded, written.bfloat16())
+
+
+@bf16_cpu
 def test_the_number_of_threads_changes_no_bit_of_a_call():
     hidden, weight = torch.randn(150, 40).bfloat16(), torch.randn(2100, 40).bfloat16()
     target, threads, found = torch.randint(2100, (150,)), torch.get_num_threads(), []
@@ -263,3 +283,7 @@ def test_operands_that_it_cannot_read_are_refused():
         native.product(x[:, ::2], x.T, torch.empty(4, 4), False, True)
     with pytest.raises(RuntimeError, match=r"left \[4, 8\] and right \[4, 4\] do not fit"):
         native.product(x, x[:, :4], torch.empty(4, 4), False, True)
+    with pytest.raises(RuntimeError, match="a bf16 dweight must be fresh"):
+        native.weight_block(x, native.pack_across(x), torch.empty(8, 8).bfloat16(), False)
+    with pytest.raises(RuntimeError, match="hidden must be packed across, with 4 rows and 40 columns"):
+        native.weight_block(x, native.pack_across(x), torch.empty(8, 40), True)
