@@ -38,6 +38,7 @@ pytestmark = pytest.mark.slow
 Gradients = dict[str, Tensor]
 IDS = (torch.arange(2 * RANKS * 9).view(2 * RANKS, 9) * 7 + 3) % 97  # two sequences for each rank
 WAYS = ("logits", "head", "fused")
+ADAPTER_WAYS = (*WAYS, "fused first")  # before FSDP2 wraps it
 
 
 def inputs(rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -162,6 +163,14 @@ def tensor_parallel(saved: Path, how: str, way: str) -> Gradients:
     return gradients(model)
 
 
+def unnamed() -> Gradients:
+    model = colwise(lm("untied"), tp_mesh())
+    ids, labels = inputs()
+    with fuse_head(model, same_tokens=True):
+        model(ids, labels=labels).loss.backward()
+    return gradients(model)
+
+
 def replicated(same_tokens: bool) -> Tensor:
     """The gradient of a replicated weight: that of the same tokens, or the mean over the ranks' own."""
     model = lm("untied")
@@ -202,6 +211,7 @@ def refusals() -> dict[str, str]:
 
     calls = {
         "no names": lambda: fp.Head.of(colwise(lm("untied"), tp_mesh())),
+        "no names, fused": lambda: fuse_head(colwise(lm("untied"), tp_mesh())),
         "a strange name": lambda: fp.Head.of(colwise(lm("untied"), tp_mesh("ranks"))),
         "columns": lambda: fp.Head.of(by_columns()),
         "padded": lambda: fp.Head.of(padded()),
@@ -230,17 +240,25 @@ def adapted() -> Any:
 
 def adapter_steps(rank: int, way: str) -> list[Gradients]:
     model = adapted()
-    if way == "fused":
-        fuse_head(model)  # its check runs the model inside PEFT's, which FSDP2 would not see
+    if way == "fused first":
+        fuse_head(model)
     fully_shard(model.base_model.model.model.layers[0])
     fully_shard(model, reshard_after_forward=True)
     found = []
     for _ in range(2):
         ids, labels = inputs(rank)
-        loss = model(ids, labels=labels).loss if way == "fused" else loss_of(model, ids, labels, way)
+        loss = model(ids, labels=labels).loss if way == "fused first" else loss_of(model, ids, labels, way)
         loss.backward()
         found.append(gradients(model))
     return found
+
+
+def gathered(model: Any, root: Any) -> list[str]:
+    """What an optimizer that is made after fuse_head would not find the shards of."""
+    fully_shard(root.model.layers[0])
+    fully_shard(model)
+    fuse_head(model)
+    return [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
 
 
 def on_rank(saved: Path, rank: int) -> dict:
@@ -248,7 +266,9 @@ def on_rank(saved: Path, rank: int) -> dict:
         "fsdp": {(*case, way): two_steps(rank, *case, way) for case in FSDP_CASES for way in WAYS},
         "tp": {(how, way): tensor_parallel(saved, how, way) for how in PARALLEL for way in WAYS},
         "replicated": [replicated(same) for same in (True, False)],
-        "adapter": {way: adapter_steps(rank, way) for way in WAYS},
+        "unnamed": unnamed(),
+        "adapter": {way: adapter_steps(rank, way) for way in ADAPTER_WAYS},
+        "gathered": [gathered(model := lm("untied"), model), gathered(model := adapted(), model.get_base_model())],
         "probe": accepted(by_hand()),
         "sizes": fp.Head.of(colwise(lm("untied"), tp_mesh()), same_tokens=True).shard.sizes,
         "refusals": refusals(),
@@ -275,10 +295,15 @@ def test_under_fsdp_two_steps_are_those_of_the_models_own_forward(found, wrappin
             torch.testing.assert_close(ours[step], own[step])
 
 
-@pytest.mark.parametrize("way", ["head", "fused"])
+@pytest.mark.parametrize("way", ADAPTER_WAYS[1:])
 def test_an_adapter_on_a_head_under_fsdp_trains_as_in_the_models_own_forward(found, way):
     for rank in found:
         torch.testing.assert_close(rank["adapter"][way], rank["adapter"]["logits"])
+
+
+def test_fuse_head_leaves_every_parameter_in_its_shards(found):
+    """While FSDP2 has them gathered they are others, which an optimizer would train in vain."""
+    assert [rank["gathered"] for rank in found] == [[[], []]] * RANKS
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -288,6 +313,13 @@ def test_tensor_parallel_is_one_process(found, how, way):
     loss_of(model, *inputs(), "logits").backward()
     for rank in found:
         torch.testing.assert_close(rank["tp"][how, way], gradients(model))
+
+
+def test_fuse_head_may_be_told_that_the_ranks_have_the_same_tokens(found):
+    model = lm("untied")
+    loss_of(model, *inputs(), "logits").backward()
+    for rank in found:
+        torch.testing.assert_close(rank["unnamed"], gradients(model))
 
 
 def test_a_replicated_weight_has_the_gradient_of_the_same_tokens_or_the_mean(found):
@@ -306,7 +338,8 @@ def test_a_shard_is_held_against_the_models_own_logits(found):
 
 
 REFUSALS = {
-    "no names": r"a mesh of \(2,\) ranks without names.*call Head.of\(model, same_tokens=True\)",
+    "no names": r"a mesh of \(2,\) ranks without names.*pass same_tokens=True for tensor parallelism",
+    "no names, fused": r"a mesh of \(2,\) ranks without names.*pass same_tokens=True for tensor parallelism",
     "a strange name": r"ranks named \('ranks',\), and it is not known whether",
     "columns": r"sharded over a mesh of \(2,\) ranks named \('tp',\) as .*takes rows of the vocabulary, Shard\(0\)",
     "padded": "the head's 97 rows are padded from a vocabulary of 90, and sharded over ranks",

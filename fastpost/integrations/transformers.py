@@ -14,7 +14,8 @@ ways, and refuses a model whose own loss is another one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -30,6 +31,7 @@ from fastpost.head import fused_loss, token_stats
 from fastpost.integrations.routers import router_coefficient, router_loss
 from fastpost.losses import sft
 from fastpost.models.heads import unwrapped
+from fastpost.models.sharded import fsdp_modules
 from fastpost.types import IGNORE, NEEDS_REFERENCE, OUTPUTS, Batch, Head, nearest
 
 
@@ -62,6 +64,7 @@ class Options:
     temperature: float = 1.0
     differentiable: bool = False
     loss: Loss = sft
+    same_tokens: bool | None = None
 
     def __post_init__(self):
         known = [name for name in OUTPUTS if name not in NEEDS_REFERENCE]
@@ -189,7 +192,7 @@ def _scored(
     """The sum of the token losses over `items`, or their mean; and the statistics asked for, by field."""
     if target.shape != hidden.shape[:-1]:
         raise ValueError(f"labels {tuple(target.shape)} must have the shape of the input, {tuple(hidden.shape[:-1])}")
-    head = Head.of(lm)
+    head = Head.of(lm, same_tokens=options.same_tokens)
     flat, target = hidden.flatten(0, -2).to(head.weight.device), target.to(head.weight.device)
     kept = target.flatten() != IGNORE
     count = kept.sum() if items is None else torch.as_tensor(items, device=flat.device)
@@ -207,8 +210,23 @@ def _scored(
     return total, {OUTPUTS[name]: getattr(stats, OUTPUTS[name]).view(target.shape) for name in outputs}
 
 
+@contextmanager
+def _left_as_it_was(lm: Any, groups: Sequence[Any]) -> Iterator[None]:
+    """The model is in evaluation meanwhile. What FSDP2 gathers for that are other parameters than its shards: were they
+    left in place, an optimizer made next would train them in vain."""
+    modes = [(module, module.training) for module in lm.modules()]
+    lm.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for group in groups:
+            group.reshard()
+
+
 @torch.no_grad()
-def _check(lm: Any) -> None:
+def _check(model: nn.Module, lm: Any, same_tokens: bool | None) -> None:
     """ValueError unless a fused forward gives the model's own loss on six tokens, to the rounding of its logits."""
     if hasattr(lm, "_original_forward") and not hasattr(lm._original_forward, "fastpost_patch"):
         raise ValueError(
@@ -218,18 +236,16 @@ def _check(lm: Any) -> None:
     embedding = lm.get_input_embeddings().weight
     ids = (torch.arange(6, device=embedding.device) * 7 + 2)[None] % len(embedding)
     labels = ids.masked_fill(torch.arange(6, device=ids.device) < 2, IGNORE)
-    modes = [(module, module.training) for module in lm.modules()]
-    patch = Patch.on(lm)
+    groups, patch = fsdp_modules(model), Patch.on(lm)
+    whole = next((group for group in groups if lm in group.modules()), lm)  # its hooks gather what lm needs
     patch.options = None
-    lm.eval()
-    try:
-        theirs = lm(input_ids=ids, labels=labels)
-        patch.options = Options()
-        ours = lm(input_ids=ids, labels=labels)
-    finally:
-        patch.remove(lm)
-        for module, training in modes:
-            module.training = training
+    with _left_as_it_was(lm, groups):
+        try:
+            theirs = whole(input_ids=ids, labels=labels)
+            patch.options = Options(same_tokens=same_tokens)
+            ours = whole(input_ids=ids, labels=labels)
+        finally:
+            patch.remove(lm)
     # Accelerate's mixed precision rounds the logits to half precision, and returns them in fp32.
     dtype = torch.bfloat16 if hasattr(lm, "_original_forward") else theirs.logits.dtype
     rounding = (torch.finfo(dtype).eps + 1e-5) * theirs.logits.abs().max()
@@ -266,8 +282,9 @@ def fuse_head(
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
     differentiable: bool = False,
+    same_tokens: bool | None = None,
 ) -> FusedHead:
-    """Makes a causal LM, wrapped by PEFT, DDP or torch.compile or not, compute its loss without logits.
+    """Makes a causal LM, wrapped by PEFT, DDP, FSDP2 or torch.compile or not, compute its loss without logits.
 
     Until the handle's `restore()`, or the end of a `with` block, `model(input_ids, ..., labels=labels)` returns a
     FusedOutput: the loss, `logits` None, and a field for each of `outputs`. Without labels nothing is different.
@@ -281,13 +298,15 @@ def fuse_head(
     label_smoothing: in place of TrainingArguments.label_smoothing_factor, with which Trainer wants logits.
     differentiable: False: only the loss is, and costs 3 products of the head (2 if its weight is frozen). True: so are
     the statistics, for a loss of your own from `model(...).logp`, for 4 (3; 2 where logp is all that is asked).
+    same_tokens: as in `Head.of`: whether the ranks that share a sharded head have the same tokens; None: as the names
+    of its mesh say.
 
     A second call replaces the first. In Trainer's evaluation the outputs other than the loss, per-token statistics,
     stand where `compute_metrics` finds predictions; `prediction_loss_only=True` drops them. ValueError for a head that
     `Head.of` refuses, and for a model whose own loss is not this one.
     """
     names = (outputs,) if isinstance(outputs, str) else tuple(dict.fromkeys(outputs))
-    options = Options(names, float(temperature), differentiable, sft.bind(label_smoothing=label_smoothing))
+    options = Options(names, float(temperature), differentiable, sft.bind(label_smoothing=label_smoothing), same_tokens)
     lm = _causal_lm(model)
-    _check(lm)
+    _check(model, lm, same_tokens)
     return FusedHead(lm, options)

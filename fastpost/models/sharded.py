@@ -14,7 +14,9 @@ is gathered here has the dtype in which the parameter is kept, not that of a Mix
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastpost.types import Shard
@@ -26,6 +28,15 @@ OWN_TOKENS = ("dp", "ddp", "fsdp", "dp_replicate", "dp_shard", "dp_shard_cp", "d
 def is_sharded(x: Tensor) -> bool:
     """Whether it is a DTensor; without importing that where there can be none."""
     return type(x).__name__ == "DTensor"
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """Those of its modules that FSDP2 has wrapped, outer ones first."""
+    if not dist.is_available() or not dist.is_initialized():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @dataclass(frozen=True)
@@ -70,20 +81,15 @@ class Reader:
         mesh = x.device_mesh
         if self.same_tokens is not None:
             return [self.same_tokens] * mesh.ndim
-        if mesh.mesh_dim_names is None and self._is_fsdp():
+        if mesh.mesh_dim_names is None and fsdp_modules(self.model):
             return [False] * mesh.ndim
         names = mesh.mesh_dim_names or ()
         if not names or any(name not in SAME_TOKENS + OWN_TOKENS for name in names):
             raise ValueError(
                 f"the head's weight is a DTensor over {_mesh(x)}, and it is not known whether those ranks have the "
-                "same tokens: call Head.of(model, same_tokens=True) for tensor parallelism, False for FSDP"
+                "same tokens: pass same_tokens=True for tensor parallelism, False for FSDP"
             )
         return [name in SAME_TOKENS for name in names]
-
-    def _is_fsdp(self) -> bool:
-        from torch.distributed.fsdp import FSDPModule
-
-        return any(isinstance(module, FSDPModule) for module in self.model.modules())
 
 
 def _mesh(x) -> str:
