@@ -170,6 +170,20 @@ def test_models_it_cannot_stand_in_for_are_refused():
         assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+def test_logits_that_are_widened_once_they_are_rounded_are_no_other_ones():
+    model, inputs = tiny.model().bfloat16(), batch()
+    own = model.forward
+
+    def widened(*args: Any, **kwargs: Any) -> Any:
+        out = own(*args, **kwargs)
+        return transformers.modeling_outputs.CausalLMOutput(loss=out.loss, logits=out.logits.float())
+
+    model.forward = widened
+    with fuse_head(model):
+        assert model(**inputs).logits is None
+    assert not model.lm_head._forward_hooks
+
+
 def test_a_loss_of_the_models_own_is_noticed():
     model = tiny.model()
     model.loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()

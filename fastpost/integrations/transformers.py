@@ -238,17 +238,19 @@ def _check(model: nn.Module, lm: Any, same_tokens: bool | None) -> None:
     labels = ids.masked_fill(torch.arange(6, device=ids.device) < 2, IGNORE)
     groups, patch = fsdp_modules(model), Patch.on(lm)
     whole = next((group for group in groups if lm in group.modules()), lm)  # its hooks gather what lm needs
-    patch.options = None
+    patch.options, dtypes = None, []
+    hook = lm.get_output_embeddings().register_forward_hook(lambda *call: dtypes.append(call[-1].dtype))
     with _left_as_it_was(lm, groups):
         try:
             theirs = whole(input_ids=ids, labels=labels)
             patch.options = Options(same_tokens=same_tokens)
             ours = whole(input_ids=ids, labels=labels)
         finally:
+            hook.remove()
             patch.remove(lm)
-    # Accelerate's mixed precision rounds the logits to half precision, and returns them in fp32.
-    dtype = torch.bfloat16 if hasattr(lm, "_original_forward") else theirs.logits.dtype
-    rounding = (torch.finfo(dtype).eps + 1e-5) * theirs.logits.abs().max()
+    # What widens them afterwards (Accelerate, FSDP2's output_dtype) does not make them more precise.
+    eps = max(torch.finfo(dtype).eps for dtype in (*dtypes, theirs.logits.dtype))
+    rounding = (eps + 1e-5) * theirs.logits.abs().max()
     if not (ours.loss - theirs.loss).abs() <= rounding:
         raise ValueError(
             f"{type(lm).__name__} computes its loss otherwise than fuse_head would: {float(theirs.loss):.6g} for six "
