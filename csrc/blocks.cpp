@@ -89,7 +89,7 @@ void each_group(int64_t rows, const Body& groups) {
 
 void fold_block(const Fold& fold, const Operands& p, const std::optional<Operands>& q, const MaybeTensor& total,
                 const MaybeTensor& kept) {
-  const int64_t R = fold.columns.rows, B = fold.columns.columns, D = p.weight.size(1);
+  const int64_t R = fold.columns.forms.rows, B = fold.columns.forms.columns, D = p.weight.size(1);
   const Products products(p, R, nullptr, false);
   const std::optional<Products> products_q = products_of(q, p, products, R, false);
   const at::Tensor right = total ? packed_right(matrix(p.weight).transposed()) : at::Tensor();
@@ -122,7 +122,7 @@ void fold_block(const Fold& fold, const Operands& p, const std::optional<Operand
 
 void grads_block(const Grads& grads, const Operands& p, const std::optional<Operands>& q, bool made,
                  const at::Tensor& dlogits, const MaybeTensor& dhidden) {
-  const int64_t R = grads.columns.rows, B = grads.columns.columns, D = p.weight.size(1);
+  const int64_t R = grads.columns.forms.rows, B = grads.columns.forms.columns, D = p.weight.size(1);
   const Products products(p, R, nullptr, made);
   const std::optional<Products> products_q = products_of(q, p, products, R, made);
   check_bf16(dlogits, "dlogits", R, B);

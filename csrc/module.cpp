@@ -3,6 +3,8 @@
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
+#include <functional>
+
 #include "blocks.h"
 #include "gemm.h"
 #include "rows.h"
@@ -29,19 +31,26 @@ struct Rows {
   int64_t stride;
 };
 
-// work(r, written, scratch) for the rows of a tile in memory, and what it wrote into `out`, fp32 or bf16, if any.
+// work(r, raw, raw_q, written, scratch) for the rows of tiles in memory, and what it wrote into `out`, fp32 or bf16, if
+// any.
 template <typename Work>
-void each_row(int64_t rows, int64_t columns, int64_t scratch, const MaybeTensor& out, const Work& work) {
+void each_row(const Forms& forms, const at::Tensor& tile, const MaybeTensor& tile_q, int64_t scratch,
+              const MaybeTensor& out, const Work& work) {
+  const int64_t R = forms.rows, B = forms.columns;
+  check(tile, "tile", {R, B});
+  if (tile_q) check(*tile_q, "tile_q", {R, B});
   const bool rounds = out && out->scalar_type() == at::kBFloat16;
-  if (out && !rounds) check(*out, "out", {rows, columns});
-  TORCH_CHECK(!rounds || (out->sizes() == at::IntArrayRef{rows, columns} && out->stride(1) == 1),
-              "out must have the tile's shape [", rows, ", ", columns, "] and contiguous rows, got ", out->sizes());
-  at::parallel_for(0, rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory(scratch + columns);
+  if (out && !rounds) check(*out, "out", {R, B});
+  TORCH_CHECK(!rounds || (out->sizes() == at::IntArrayRef{R, B} && out->stride(1) == 1),
+              "out must have the tile's shape [", R, ", ", B, "] and contiguous rows, got ", out->sizes());
+  const Rows t(tile), q(tile_q.value_or(tile));
+  at::parallel_for(0, R, kRowsPerTask, [&](int64_t begin, int64_t end) {
+    std::vector<float> memory(scratch + B);
     float* aside = memory.data() + scratch;
     for (int64_t r = begin; r < end; ++r) {
-      work(r, out && !rounds ? out->data_ptr<float>() + r * out->stride(0) : aside, memory.data());
-      if (rounds) round_row(aside, columns, static_cast<uint16_t*>(out->data_ptr()) + r * out->stride(0));
+      float* written = out && !rounds ? out->data_ptr<float>() + r * out->stride(0) : aside;
+      work(r, t[r], tile_q ? q[r] : nullptr, written, memory.data());
+      if (rounds) round_row(aside, B, static_cast<uint16_t*>(out->data_ptr()) + r * out->stride(0));
     }
   });
 }
@@ -49,27 +58,15 @@ void each_row(int64_t rows, int64_t columns, int64_t scratch, const MaybeTensor&
 void fold(const at::Tensor& state, const at::Tensor& tile, const at::Tensor& target, int64_t start, const Shape& shape,
           const MaybeTensor& inverse_temperature, bool at_1, const MaybeTensor& tile_q,
           const std::optional<Shape>& shape_q, const MaybeTensor& out) {
-  const int64_t R = tile.size(0), B = tile.size(1);
-  const Fold kernel(state, Columns(target, start, B, inverse_temperature, shape, shape_q), at_1);
-  check(tile, "tile", {kernel.columns.rows, B});
-  if (tile_q) check(*tile_q, "tile_q", {R, B});
-  const Rows t(tile), q(tile_q.value_or(tile));
-  each_row(R, B, kernel.columns.scratch(), out, [&](int64_t r, float* e, float* scratch) {
-    kernel.row(r, t[r], tile_q ? q[r] : nullptr, e, scratch);
-  });
+  const Fold kernel(state, Columns(target, start, tile.size(1), inverse_temperature, shape, shape_q), at_1);
+  each_row(kernel.columns.forms, tile, tile_q, kernel.columns.scratch(), out, std::bind_front(&Fold::row, &kernel));
 }
 
 void grads(const at::Tensor& tile, const at::Tensor& target, int64_t start, const Shape& shape,
            const MaybeTensor& inverse_temperature, const at::Tensor& c, bool at_1, const at::Tensor& out,
            const MaybeTensor& tile_q, const std::optional<Shape>& shape_q) {
-  const int64_t R = tile.size(0), B = tile.size(1);
-  const Grads kernel(c, Columns(target, start, B, inverse_temperature, shape, shape_q), at_1);
-  check(tile, "tile", {kernel.columns.rows, B});
-  if (tile_q) check(*tile_q, "tile_q", {R, B});
-  const Rows t(tile), q(tile_q.value_or(tile));
-  each_row(R, B, kernel.columns.scratch(), out, [&](int64_t r, float* d, float* scratch) {
-    kernel.row(r, t[r], tile_q ? q[r] : nullptr, d, scratch);
-  });
+  const Grads kernel(c, Columns(target, start, tile.size(1), inverse_temperature, shape, shape_q), at_1);
+  each_row(kernel.columns.forms, tile, tile_q, kernel.columns.scratch(), out, std::bind_front(&Grads::row, &kernel));
 }
 
 // tile (R, B) bf16 times factor (R,); and in the target's column own (R,).

@@ -174,33 +174,45 @@ void Form::times_slope(const float* logits, int64_t columns, bool by_scale, floa
     times(out, scale, columns, out);
 }
 
-Columns::Columns(const at::Tensor& targets, int64_t first, int64_t count, const MaybeTensor& inverse,
-                 const Shape& shape, const std::optional<Shape>& shape_q)
-    : rows(targets.numel()), start(first), columns(count), form(shape, count) {
-  TORCH_CHECK(targets.scalar_type() == at::kLong && targets.is_contiguous(),
-              "target must be a contiguous int64 tensor, got ", targets.scalar_type(), " ", targets.sizes());
+Forms::Forms(int64_t rows, int64_t columns, const MaybeTensor& inverse, const Shape& shape,
+             const std::optional<Shape>& shape_q)
+    : rows(rows), columns(columns), p(shape, columns) {
   if (inverse) check(*inverse, "inverse_temperature", {rows});
-  if (shape_q) form_q.emplace(*shape_q, count);
-  target = targets.const_data_ptr<int64_t>();
   inverse_temperature = inverse ? inverse->const_data_ptr<float>() : nullptr;
+  if (shape_q) q.emplace(*shape_q, columns);
 }
 
-const float* Columns::tempered(int64_t r, const float* logits, float* out) const {
+Row Forms::row(int64_t r, const float* raw, const float* raw_q, float* scratch) const {
+  const float* at_1 = p.logits(raw, columns, scratch);
+  const float* z = tempered(r, at_1, scratch + columns);
+  float* out = scratch + 2 * columns;
+  return {at_1, z, raw_q ? tempered(r, q->logits(raw_q, columns, out), out) : nullptr};
+}
+
+const float* Forms::tempered(int64_t r, const float* logits, float* out) const {
   if (!inverse_temperature) return logits;
   times(logits, inverse_temperature[r], columns, out);
   return out;
 }
 
+Columns::Columns(const at::Tensor& targets, int64_t first, int64_t count, const MaybeTensor& inverse,
+                 const Shape& shape, const std::optional<Shape>& shape_q)
+    : start(first), forms(targets.numel(), count, inverse, shape, shape_q) {
+  TORCH_CHECK(targets.scalar_type() == at::kLong && targets.is_contiguous(),
+              "target must be a contiguous int64 tensor, got ", targets.scalar_type(), " ", targets.sizes());
+  target = targets.const_data_ptr<int64_t>();
+}
+
 Fold::Fold(const at::Tensor& state, Columns shared, bool at_1) : columns(std::move(shared)), at_1_(at_1) {
-  check(state, "state", {kStateRows, columns.rows});
+  check(state, "state", {kStateRows, columns.forms.rows});
   state_ = state.data_ptr<float>();
   stride_ = state.stride(0);
 }
 
 float Fold::row(int64_t r, const float* raw, const float* raw_q, float* out, float* scratch) const {
-  const int64_t B = columns.columns;
+  const int64_t B = columns.forms.columns;
   const auto at = [&](State slot) -> float& { return state_[slot * stride_ + r]; };
-  const float* logits = columns.form.logits(raw, B, scratch);
+  const auto [logits, z, zq] = columns.forms.row(r, raw, raw_q, scratch);
   float* e = scratch + 4 * B;  // not yet out, which may be what is still to be read
   if (columns.has(r)) at(TARGET) = logits[columns.target[r] - columns.start];
   if (at_1_) {
@@ -208,13 +220,11 @@ float Fold::row(int64_t r, const float* raw, const float* raw_q, float* out, flo
     at(SUM_1) = at(SUM_1) * std::exp(at(MAX_1) - max) + sum_row(logits, max, B, e).e;
     at(MAX_1) = max;
   }
-  const float* z = columns.tempered(r, logits, scratch + B);
   const float max = std::max(at(MAX), maximum(z, B));
   const float shift = at(MAX) - max, decay = std::exp(shift);
   const Sums sums = sum_row(z, max, B, e);
-  if (raw_q) {
+  if (zq) {
     float* eq = scratch + 3 * B;
-    const float* zq = columns.tempered(r, columns.form_q->logits(raw_q, B, scratch + 2 * B), scratch + 2 * B);
     const float max_q = std::max(at(MAX_Q), maximum(zq, B));
     const float shift_q = at(MAX_Q) - max_q, decay_q = std::exp(shift_q);
     const Sums sums_q = sum_row(zq, max_q, B, eq);
@@ -229,41 +239,39 @@ float Fold::row(int64_t r, const float* raw, const float* raw_q, float* out, flo
   at(TOTAL) += sums.z;
   at(SUM) = at(SUM) * decay + sums.e;
   at(MAX) = max;
-  columns.form.times_slope(logits, B, false, e);
+  columns.forms.p.times_slope(logits, B, false, e);
   if (columns.has(r)) e[columns.target[r] - columns.start] = 0.0f;
   std::copy(e, e + B, out);
   return decay;
 }
 
 Grads::Grads(const at::Tensor& c, Columns shared, bool at_1) : columns(std::move(shared)), at_1_(at_1) {
-  check(c, "c", {kCoefficientRows, columns.rows});
+  check(c, "c", {kCoefficientRows, columns.forms.rows});
   c_ = c.const_data_ptr<float>();
   stride_ = c.stride(0);
 }
 
 void Grads::row(int64_t r, const float* raw, const float* raw_q, float* out, float* scratch) const {
-  const int64_t B = columns.columns;
+  const int64_t B = columns.forms.columns;
   const auto at = [&](Coefficient slot) { return c_[slot * stride_ + r]; };
-  const float* logits = columns.form.logits(raw, B, scratch);
-  const float* z = columns.tempered(r, logits, scratch + B);
+  const auto [logits, z, zq] = columns.forms.row(r, raw, raw_q, scratch);
   // p^2 / sum p^2 = p * p / sum p^2: no second exponential
   const Slopes slopes{at(C_ONE), at(C_P), at(C_PLOGP), at(C_PSQ) * std::exp(-at(C_LOG_SUM_SQ))};
   const Norm norm{at(C_MAX), at(C_LOG_SUM)};
   float* d = scratch + 3 * B;  // not yet out, which may be what is still to be read
-  if (raw_q) {
+  if (zq) {
     const Norm norm_q{at(C_MAX_Q), at(C_LOG_SUM_Q)};
-    const float* zq = columns.tempered(r, columns.form_q->logits(raw_q, B, scratch + 2 * B), scratch + 2 * B);
     grads_row_across(z, norm, slopes, zq, norm_q, at(C_APART_Q), at(C_Q), B, d);
   } else {
     grads_row(z, norm, slopes, B, d);
   }
   if (columns.has(r)) d[columns.target[r] - columns.start] += at(C_TARGET);
-  if (columns.inverse_temperature) times(d, columns.inverse_temperature[r], B, d);
+  if (columns.forms.inverse_temperature) times(d, columns.forms.inverse_temperature[r], B, d);
   if (at_1_) {
     subtract_softmax(logits, {at(C_MAX_1), at(C_LOG_SUM_1)}, at(C_AT_1), B, d);
     if (columns.has(r)) d[columns.target[r] - columns.start] += at(C_AT_1);
   }
-  columns.form.times_slope(logits, B, true, d);
+  columns.forms.p.times_slope(logits, B, true, d);
   std::copy(d, d + B, out);
 }
 

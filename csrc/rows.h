@@ -27,20 +27,39 @@ class Form {
   float scale_, softcap_;  // no cap: 0
 };
 
-// What all rows of a block share.
+// A row of logits, and of its reference's.
+struct Row {
+  const float* at_1;  // p's at temperature 1
+  const float* z;     // the same over the temperature
+  const float* zq;    // q's, or null
+};
+
+// What all rows of a block share: how their raw products become logits.
+struct Forms {
+  Forms(int64_t rows, int64_t columns, const MaybeTensor& inverse_temperature, const Shape& shape,
+        const std::optional<Shape>& shape_q);
+  // Row r, in up to 3 * columns of scratch; raw_q may be null.
+  Row row(int64_t r, const float* raw, const float* raw_q, float* scratch) const;
+
+  int64_t rows, columns;
+  const float* inverse_temperature;  // (R,) or null
+  Form p;
+  std::optional<Form> q;
+
+ private:
+  const float* tempered(int64_t r, const float* logits, float* out) const;
+};
+
+// And where their targets are.
 struct Columns {
   Columns(const at::Tensor& target, int64_t start, int64_t columns, const MaybeTensor& inverse_temperature,
           const Shape& shape, const std::optional<Shape>& shape_q);
-  bool has(int64_t r) const { return target[r] >= start && target[r] < start + columns; }
-  // Logits over the temperature, in `out` unless there is none.
-  const float* tempered(int64_t r, const float* logits, float* out) const;
-  int64_t scratch() const { return 5 * columns; }
+  bool has(int64_t r) const { return target[r] >= start && target[r] < start + forms.columns; }
+  int64_t scratch() const { return 5 * forms.columns; }
 
-  const int64_t* target;             // (R,)
-  const float* inverse_temperature;  // (R,) or null
-  int64_t rows, start, columns;
-  Form form;
-  std::optional<Form> form_q;
+  const int64_t* target;  // (R,)
+  int64_t start;
+  Forms forms;
 };
 
 class Fold {
