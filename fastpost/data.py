@@ -1,4 +1,4 @@
-"""Files of rows -> token sequences: TRL's column formats, chat templates, and loud checks on the way.
+"""Rows -> token sequences: TRL's column formats, chat templates, and loud checks on the way.
 
 A row is one of  prompt + completion | messages | text  (sft),  prompt + anything  (grpo). A prompt or completion is a
 string or a list of {"role": ..., "content": ...}; the columns `tools` and `chat_template_kwargs` go to the template.
@@ -7,18 +7,15 @@ What is cut, dropped or odd is counted, and the counts are printed: silence abou
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 
+from fastpost.files import Row, Rows
 from fastpost.packing import Example
 from fastpost.types import nearest
 
-Row = dict[str, Any]
-Rows = Any  # a list of rows or a datasets.Dataset: both have len(), iteration over dicts, indexing by an integer
 Messages = list[dict[str, Any]]
 Verb = Literal["sft", "grpo"]
 
@@ -27,7 +24,6 @@ FORMATS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sft": (("prompt", "completion"), ("messages",), ("text",)),
     "grpo": (("prompt",),),
 }
-SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -62,80 +58,6 @@ class Prompt:
     prompt: str | Messages
     input_ids: list[int]
     columns: Row  # every other column of the row
-
-
-def read_rows(path: str | PathLike[str]) -> Rows:
-    """The rows of a .jsonl, .json or .parquet file, or of a directory that `datasets` saved."""
-    file = Path(path).expanduser()
-    if not file.exists():
-        near = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise ValueError(f"dataset {str(path)!r} does not exist{nearest(file.name, near)}")
-    if file.is_file() and file.suffix not in SUFFIXES:
-        raise ValueError(
-            f"dataset {str(path)!r} must end in {', '.join(SUFFIXES)}, or be a directory saved by datasets"
-        )
-    read = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
-    rows = _saved_dataset(file) if file.is_dir() else read[file.suffix](file)
-    if not len(rows):
-        raise ValueError(f"{path} has no rows")
-    return rows
-
-
-def _jsonl(file: Path) -> list[Row]:
-    """One object a line; blank lines are skipped."""
-    rows = []
-    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
-        if line.strip():
-            rows.append(_object(_parsed(line, f"{file}, line {number}"), f"{file}, line {number}"))
-    return rows
-
-
-def _json(file: Path) -> list[Row]:
-    """One array of objects."""
-    rows = _parsed(file.read_bytes(), str(file))
-    if not isinstance(rows, list):
-        raise ValueError(f"{file} must hold one array of objects, got {type(rows).__name__}: is it .jsonl?")
-    return [_object(row, f"{file}, element {i}") for i, row in enumerate(rows)]
-
-
-def _parsed(text: bytes, where: str) -> Any:
-    try:
-        return json.loads(text.decode("utf-8"))
-    except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if error.lineno > 1 else ""
-        raise ValueError(f"{where}{line}, column {error.colno}: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: byte {error.start + 1} is not UTF-8 ({error.reason})") from None
-
-
-def _object(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise ValueError(f'{where}: a row must be an object like {{"prompt": ...}}, got {type(row).__name__}')
-    return row
-
-
-def _parquet(file: Path) -> Rows:
-    import datasets
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return datasets.Dataset(parquet.read_table(file))
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file} is not a Parquet file: {error}") from None
-
-
-def _saved_dataset(directory: Path) -> Rows:
-    import datasets
-
-    if not any((directory / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise ValueError(f"dataset {str(directory)!r} is a directory, but not one that datasets' save_to_disk wrote")
-    rows = datasets.load_from_disk(str(directory))
-    if isinstance(rows, datasets.DatasetDict):
-        raise ValueError(
-            f"dataset {str(directory)!r} holds the splits {sorted(rows)}: pass the directory of one of them"
-        )
-    return rows
 
 
 def check_columns(rows: Rows, verb: Verb, path: str | PathLike[str]) -> None:

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from fastpost.data import check_columns, prompts, read_rows
+from fastpost.data import check_columns, prompts
+from fastpost.files import read_rows
 from fastpost.models.loading import load_model
 from fastpost.rewards import load_reward
 from fastpost.rollout import Sampling

@@ -48,23 +48,24 @@ MAY_IMPORT = {
     "head": ("types", "equation", "gemm", "sweep", "schedules", "eager", "door"),
     "functional": ("types", "gemm", "losses", "head"),
     "": ("types", "equation", "losses", "advantages", "weights", "metrics", "packing", "head", "functional"),
-    "data": ("types", "packing"),
+    "files": ("types",),
+    "data": ("types", "packing", "files"),
     "models": ("types", "quantised", "packing", "head"),
     "rollout": ("types", "packing", "head", "models"),
     "integrations": ("", "types", "door", "equation", "losses", "head", "models"),
     "rewards": ("types", "packing", "head", "models", "rollout"),
     "trainers": (
         *("", "types", "losses", "advantages", "weights", "metrics", "packing", "head"),
-        *("data", "models", "rollout", "rewards"),
+        *("files", "data", "models", "rollout", "rewards"),
     ),
-    "demo": ("", "types", "data", "models", "rollout", "rewards", "trainers"),
+    "demo": ("", "types", "files", "data", "models", "rollout", "rewards", "trainers"),
     "cli": ("", "types", "data", "models", "rewards", "trainers", "demo"),
 }
 # Doors that lead up, opened when called and not on import: (module, what it imports).
 DOORS = {("fastpost.types.head", "fastpost.models.heads")}
 
 # Parts that import more than torch; `import fastpost` reaches none of them.
-WITH_EXTRAS = {"data", "models", "integrations", "rollout", "rewards", "trainers", "demo", "cli"}
+WITH_EXTRAS = {"files", "data", "models", "integrations", "rollout", "rewards", "trainers", "demo", "cli"}
 OUTSIDE = {part: {"torch"} for part in MAY_IMPORT.keys() - WITH_EXTRAS} | {
     "kernels": {"torch", "triton"},
     "quantised": {"torch", "bitsandbytes"},  # imported where a weight of it is read

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from fastpost.advantages import group_centred
-from fastpost.data import Prompt, check_columns, prompts, read_rows
+from fastpost.data import Prompt, check_columns, prompts
+from fastpost.files import read_rows
 from fastpost.models.saving import save_model
 from fastpost.packing import Packed
 from fastpost.rewards import load_reward

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from fastpost import Head, fused_loss, losses, metrics
-from fastpost.data import check_columns, read_rows, sft_examples
+from fastpost.data import check_columns, sft_examples
+from fastpost.files import read_rows
 from fastpost.models.saving import save_model
 from fastpost.models.trunk import hidden_states, positions
 from fastpost.packing import Example, pack
