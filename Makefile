@@ -1,12 +1,10 @@
 # Each target sets up what it needs: a fresh clone wants Python >= 3.11, git and make, and a second run installs nothing.
-#   make demo ARGS="--seed 1"      make test PYTHON=python3.13      make gpu      make bench BENCH=sweep
+#   make demo ARGS="--seed 1"      make test PYTHON=python3.13      make gpu ARGS="head sweep"      make bench BENCH=sweep
 # PYTHON makes .venv; `make gpu` runs in it directly where it has torch with a GPU.
 
 PYTHON ?= python3
 ARGS ?=
 BENCH ?= head families
-# What `make gpu` sweeps: two cases on a grid a quarter as large, in a minute or two.
-SHORT := --tokens 4096 --hidden 2048 --vocab 65536 --cases logp grpo --repeats 5
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Two workers of one thread each: most tests are many small ops, which a second thread does not help.
@@ -31,18 +29,10 @@ gpu:
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
 		$(PYTHON) -c 'import fastpost.kernels' 2>/dev/null \
 			|| $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .; \
-		$(MAKE) --no-print-directory .gpu-run RUN=$(PYTHON); \
+		$(PYTHON) tests/gpu.py $(ARGS); \
 	else \
-		$(MAKE) --no-print-directory .venv/.dev,gpu,bench && $(MAKE) --no-print-directory .gpu-run RUN=$(BIN)/python; \
+		$(MAKE) --no-print-directory .venv/.dev,gpu,bench && $(BIN)/python tests/gpu.py $(ARGS); \
 	fi
-
-.PHONY: .gpu-run
-.gpu-run:
-	$(RUN) -m pytest -m gpu $(ARGS)
-	$(RUN) tests/sanitize.py
-	$(RUN) benchmarks/rows.py
-	$(RUN) benchmarks/head.py
-	$(RUN) benchmarks/sweep.py $(SHORT)
 
 lint: .venv/.dev
 	$(BIN)/ruff check

@@ -20,7 +20,7 @@ import datetime
 import gc
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -97,10 +97,12 @@ def check_all(x: Inputs, cases: Sequence[Case], peers: Sequence[Peer]) -> dict[C
     return checked
 
 
-def measure(x: Inputs, cases: Sequence[Case], peers: Sequence[Peer], setup: Setup) -> list[Measurement]:
+def measure(x: Inputs, cases: Sequence[Case], peers: Sequence[Peer], setup: Setup) -> Iterator[Measurement]:
+    """All are checked before the first is timed."""
     checked = check_all(x, cases, peers)
     copied = bandwidth(setup.repeats, x.hidden.device)
-    return [m for case in cases for m in time_case(case, checked[case], x, setup, copied)]
+    for case in cases:
+        yield from time_case(case, checked[case], x, setup, copied)
 
 
 def time_case(
@@ -177,12 +179,14 @@ def main(contest: Contest, argv: Sequence[str] | None = None) -> int:
     setup, cases, peers, output = opened(contest, options)
     dtype, device = getattr(torch, setup.dtype), torch.device(options.device)
     x = make_inputs(setup.tokens, setup.hidden, setup.vocab, dtype, device)
+    measurements: list[Measurement] = []
     try:
-        measurements = measure(x, cases, peers, setup)
+        for measured in measure(x, cases, peers, setup):
+            append(output, [measured])  # one that is ended by a time limit leaves what it has
+            measurements.append(measured)
     except ArithmeticError as error:
         _say(f"fastpost is wrong, so nothing was timed\n{error}")
         return 1
-    append(output, measurements)
     show(measurements)
     print(f"written to {output}")
     return 0

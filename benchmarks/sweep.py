@@ -55,7 +55,7 @@ def measure(setup: Setup, cases: Sequence[contest.Case], peers: Sequence[peers.P
     dtype, device = getattr(torch, setup.dtype), torch.device(setup.machine.device)
     try:
         x = make_inputs(setup.tokens, setup.hidden, setup.vocab, dtype, device)
-        return contest.measure(x, cases, peers, setup)
+        return list(contest.measure(x, cases, peers, setup))
     except torch.OutOfMemoryError as error:
         print(f"left out, {setup.title}: {error}".splitlines()[0], file=sys.stderr)
         return []

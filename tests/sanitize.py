@@ -1,8 +1,8 @@
 """Every Triton kernel under NVIDIA's compute-sanitizer: `python tests/sanitize.py`, on a GPU.
 
 memcheck finds accesses out of bounds, racecheck hazards in shared memory. Only the kernels of kernels/triton are
-watched, launched here on small, odd shapes. An error is a failure; that the tool is not there is said, and is
-none.
+watched, launched here on small, odd shapes. An error is a failure. That the tool is absent, or not made for this GPU,
+is said, and is none.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fastpost.types import OUTPUTS
 
 SOURCES = Path(__file__).resolve().parent.parent / "kernels" / "triton"
 TOOLS = ("memcheck", "racecheck")
+UNSUPPORTED = "device not supported"  # what they say of a GPU that they may not watch, virtual or too new
 T, D, D_Q, V = 13, 24, 10, 301
 STATISTICS = tuple(name for name in OUTPUTS if name != "top1")
 
@@ -77,6 +78,19 @@ def command(sanitizer: str, tool: str) -> list[str]:
     return [sanitizer, "--tool", tool, "--error-exitcode", "1", *watched, sys.executable, __file__, "--launch"]
 
 
+def watch(sanitizer: str, tool: str) -> int:
+    """The exit code of a tool, 0 where it cannot watch."""
+    # An allocation of its own for each tensor: in torch's pool one that runs over its end meets the next.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    words = command(sanitizer, tool)
+    found = subprocess.run(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(found.stdout, end="")
+    unsupported = found.returncode != 0 and UNSUPPORTED in found.stdout.lower()
+    verdict = f"failed with exit code {found.returncode}" if found.returncode else "no error"
+    print(f"compute-sanitizer, {tool}: {'does not take this device, skipped' if unsupported else verdict}", flush=True)
+    return 0 if unsupported else found.returncode
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     if "--launch" in (sys.argv[1:] if argv is None else argv):
         launch(torch.device("cuda"))
@@ -90,14 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Compiles, so that the tools below find the kernels in Triton's cache.
     launch(torch.device("cuda"))
     launch_forward(torch.device("cuda"))
-    # An allocation of its own for each tensor: in torch's pool one that runs over its end meets the next.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for tool in TOOLS:
-        print(f"compute-sanitizer, {tool}", flush=True)
-        if code := subprocess.run(command(sanitizer, tool), env=environment).returncode:
-            print(f"compute-sanitizer, {tool}: failed with exit code {code}")
-            return code
-    return 0
+    return max([watch(sanitizer, tool) for tool in TOOLS], key=abs)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ import sanitize
 def pretended(tmp_path, monkeypatch) -> Path:
     """A compute-sanitizer that writes its words down and finds an error in what $FINDS names."""
     program = tmp_path / "compute-sanitizer"
-    program.write_text(
-        f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" >> {tmp_path}/words\n[ "$2" != "$FINDS" ]\n'
-    )
+    words = f'echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" >> {tmp_path}/words'
+    program.write_text(f'#!/bin/sh\n{words}\necho "========= $SAYS"\n[ "$2" != "$FINDS" ]\n')
     program.chmod(program.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(sanitize, "launch", lambda device: None)
@@ -39,6 +38,18 @@ def test_both_tools_watch_every_kernel(pretended):
 def test_an_error_is_a_failure(pretended, monkeypatch, tool):
     monkeypatch.setenv("FINDS", tool)
     assert sanitize.main([]) == 1
+    assert len(pretended.read_text().splitlines()) == 2, "the other tool runs all the same"
+
+
+def test_a_device_that_cannot_be_watched_is_said_and_is_no_failure(pretended, monkeypatch, capsys):
+    monkeypatch.setenv("FINDS", "racecheck")
+    monkeypatch.setenv("SAYS", "Error: Device not supported. Please refer to the documentation")
+    assert sanitize.main([]) == 0
+    verdicts = [line for line in capsys.readouterr().out.splitlines() if line.startswith("compute-sanitizer")]
+    assert verdicts == [
+        "compute-sanitizer, memcheck: no error",
+        "compute-sanitizer, racecheck: does not take this device, skipped",
+    ]
 
 
 def test_without_the_tool_it_says_so(monkeypatch, capsys):
