@@ -2,10 +2,13 @@
 
 import pytest
 
+pytest.importorskip("datasets")
+pytest.importorskip("transformers")
+
+import datasets
+
 import tiny
 from fastpost.data import check_columns, prompts, sft_examples
-
-datasets = pytest.importorskip("datasets")
 
 TOKENIZER = tiny.tokenizer()
 USER = {"role": "user", "content": "hi"}

@@ -15,13 +15,10 @@ import torch
 import fastpost as fp
 from fastpost import rows as row_math
 from fastpost import sweep
-from fastpost.cli import main
 from fastpost.gemm import exact_products
 from fastpost.packing import Example, pack
 from fastpost.rows import TorchRows
 from rules import assert_close_to_truth
-from tiny import model as tiny_model
-from tiny import tokenizer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -209,10 +206,14 @@ def by_torch(p, q, target, inverse, wants, wide):
 
 
 def test_sft_and_grpo_run_by_their_verbs(tmp_path):
-    pytest.importorskip("datasets")
+    for extra in ("transformers", "peft", "datasets"):
+        pytest.importorskip(extra)
+    import tiny
+    from fastpost.cli import main
+
     model = tmp_path / "model"
-    tiny_model().save_pretrained(model)
-    tokenizer().save_pretrained(model)
+    tiny.model().save_pretrained(model)
+    tiny.tokenizer().save_pretrained(model)
     rows = [{"prompt": f"{i} plus {i} is", "completion": f" {2 * i}", "answer": str(2 * i)} for i in range(8)]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytest.importorskip("transformers")
+
 import tiny
 from fastpost.advantages import group_centred
 from fastpost.cli import main

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from torch import nn
+
+pytest.importorskip("peft")
+
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 
 import fastpost as fp
 import tiny

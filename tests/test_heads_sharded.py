@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers")
+pytest.importorskip("peft")
 
 import torch
 import torch.distributed as dist

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers")
+pytest.importorskip("peft")
 
 import peft
 import torch

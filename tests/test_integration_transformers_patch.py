@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers")
+pytest.importorskip("peft")
 
 import accelerate
 import torch

@@ -5,6 +5,11 @@ import os
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("bitsandbytes")
+
+import bitsandbytes
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import fastpost as fp
@@ -16,8 +21,6 @@ from fastpost.models.saving import save_model, written_aside
 from fastpost.models.trunk import hidden_states
 from fastpost.packing import Example, pack
 from fastpost.quantised import Quantised
-
-bitsandbytes = pytest.importorskip("bitsandbytes")
 
 PACKED = pack([Example([5, 6, 7], [False, True, True]), Example([8, 9], [False, True])])
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.importorskip("transformers")
+
 import tiny
 from fastpost.models import attention
 from fastpost.models.probe import check_packing

@@ -6,8 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+
+import bitsandbytes
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import fastpost as fp
 import tiny
@@ -30,8 +35,6 @@ from problems import (
 from problems import problem as dense_problem
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 from test_workspace import MB, WORKSPACE, bytes_of, peak
-
-bitsandbytes = pytest.importorskip("bitsandbytes")
 
 EVERY = (*OWN, *DIVERGENCES)
 MANY = 64  # rows, enough that torch's error, the yardstick, is no stroke of luck

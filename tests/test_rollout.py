@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.importorskip("transformers")
+
 import tiny
 from fastpost.rollout import Sampling, generate
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytest.importorskip("transformers")
+
 import tiny
 from fastpost.models.loading import load_model
 from fastpost.packing import Example
