@@ -11,8 +11,9 @@ built: inside the patch it keeps fastpost's head for good, outside it is TRL's o
 
 An adapter on `lm_head`, which TRL refuses, is trained, where `Head.of` takes it.
 
-Left alone: vLLM, Liger and server paths, the asynchronous trainers, encoder-decoder models. A head sharded by FSDP2 or
-ZeRO-3 is refused by `Head.of`. CPO's and ORPO's `logits/*` are means over the scored positions; TRL's take in padding.
+Left alone: vLLM, Liger and server paths, the asynchronous trainers, encoder-decoder models. A head sharded by ZeRO-3 is
+refused by `Head.of`; one of FSDP2 is gathered, and has not been tried with TRL's trainers. CPO's and ORPO's `logits/*`
+are means over the scored positions; TRL's take in padding.
 """
 
 from __future__ import annotations
