@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,27 +12,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastpost as fp
 from fastpost import losses
+from fastpost.gemm import native_products
+from flops import products
 from loss_problems import distant, entropic
 from problems import adapter, schedules_of, small_tiles, stat
 
 ROWS, WIDTH, WORDS, WIDTH_Q = 32, 24, 300, 8
 G, G_Q = 2 * ROWS * WIDTH * WORDS, 2 * ROWS * WIDTH_Q * WORDS
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # bf16 may be the extension's
 
 
-def products(function: Callable[[], Tensor | None]) -> int:
-    """Flop of the products in a call, and in the backward pass of what it returns."""
-    with FlopCounterMode(display=False) as counter:
-        value = function()
-        if value is not None and value.requires_grad:
-            value.sum().backward()
-    return counter.get_total_flops()
-
-
-def workload(*, hidden: bool = True, weight: bool = True) -> tuple[Tensor, Tensor, fp.Batch, dict]:
-    h, w = torch.randn(ROWS, WIDTH, requires_grad=hidden), torch.randn(WORDS, WIDTH, requires_grad=weight)
+def workload(
+    *, hidden: bool = True, weight: bool = True, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, fp.Batch, dict]:
+    draw = partial(torch.randn, dtype=dtype)
+    h, w = draw(ROWS, WIDTH, requires_grad=hidden), draw(WORDS, WIDTH, requires_grad=weight)
     target, lengths = torch.randint(0, WORDS, (ROWS,)), torch.tensor([16, 16])
     batch = fp.Batch(target, lengths, advantage=torch.ones(2), ref_logp=torch.zeros(ROWS))
-    return h, w, batch, {"reference": (torch.randn(ROWS, WIDTH_Q), torch.randn(WORDS, WIDTH_Q))}
+    return h, w, batch, {"reference": (draw(ROWS, WIDTH_Q), draw(WORDS, WIDTH_Q))}
 
 
 TRAINED = [
@@ -55,9 +52,10 @@ TRAINED = [
 ]
 
 
+@DTYPES
 @pytest.mark.parametrize(("loss", "hidden", "weight", "rows", "flop"), TRAINED)
-def test_a_loss_costs_what_its_schedule_promises(loss, hidden, weight, rows, flop, monkeypatch):
-    h, w, batch, reference = workload(hidden=hidden, weight=weight)
+def test_a_loss_costs_what_its_schedule_promises(loss, hidden, weight, rows, flop, dtype, monkeypatch):
+    h, w, batch, reference = workload(hidden=hidden, weight=weight, dtype=dtype)
     small_tiles(monkeypatch, rows=rows)
     needs = reference if "reverse_kl" in loss.reads else {}
     assert products(lambda: fp.fused_loss(loss, h, w, batch, **needs)) == flop
@@ -74,9 +72,10 @@ STATISTICS = [
 ]
 
 
+@DTYPES
 @pytest.mark.parametrize(("outputs", "hidden", "weight", "flop"), STATISTICS)
-def test_statistics_cost_what_their_schedule_promises(outputs, hidden, weight, flop):
-    h, w, batch, reference = workload(hidden=hidden, weight=weight)
+def test_statistics_cost_what_their_schedule_promises(outputs, hidden, weight, flop, dtype):
+    h, w, batch, reference = workload(hidden=hidden, weight=weight, dtype=dtype)
     differentiable = [name for name in outputs if name != "top1"]
 
     def function() -> Tensor:
@@ -84,6 +83,17 @@ def test_statistics_cost_what_their_schedule_promises(outputs, hidden, weight, f
         return sum(stat(stats, name) for name in differentiable)
 
     assert products(function) == flop
+
+
+@pytest.mark.parametrize("rows", [ROWS, WIDTH], ids=["kept apart", "kept where dW will be"])
+def test_the_products_of_the_extension_are_counted_where_torch_sees_none(rows):
+    if native_products(torch.bfloat16, torch.device("cpu")) is None:
+        pytest.skip("the native extension is not here, or this CPU does not multiply bf16")
+    h, w, batch, _ = workload(dtype=torch.bfloat16)
+    batch.target[rows:] = -100
+    with FlopCounterMode(display=False) as torchs:
+        found = products(lambda: fp.fused_loss(losses.sft, h, w, batch))
+    assert (found, torchs.get_total_flops()) == (3 * G * rows // ROWS, 0)
 
 
 @pytest.mark.parametrize(("weight", "flop"), [(True, 4 * G + G_Q), (False, 2 * G + G_Q)])
