@@ -11,7 +11,7 @@
 namespace fastpost {
 namespace {
 
-constexpr float kLowest = -1e30f;
+constexpr float kLowest = -1e30f, kNothing = -1e38f;  // a banned logit, a maximum over no column: see rows.py
 
 // The rows of the state and of the coefficients, in the order of rows.py (LAYOUT there, kLayout in module.cpp).
 enum State {
@@ -54,7 +54,7 @@ EACH_CPU void times_cap_slope(const float* logit, float softcap, float scale, in
 }
 
 EACH_CPU float maximum(const float* z, int64_t n) {
-  float best = kLowest;
+  float best = kNothing;
 #pragma omp simd reduction(max : best)
   for (int64_t i = 0; i < n; ++i) best = z[i] > best ? z[i] : best;
   return best;

@@ -30,6 +30,8 @@ from torch import Tensor
 # A logit of -inf (a banned token, through the bias) is taken as this: exp gives 0, and 0 * LOWEST is 0 where 0 * inf is
 # not.
 LOWEST = -1e30
+# A running maximum before the first tile: below LOWEST at any scale and temperature.
+NOTHING = -1e38
 
 # Rows of the state: the running maxima and sums of each row.
 MAX, SUM, TARGET, SUM_Z, SUM_SQ, TOTAL, MAX_Q, SUM_Q, APART_P, APART_Q, MAX_1, SUM_1, P_M, Q_M = range(14)
@@ -54,7 +56,7 @@ class Shape(NamedTuple):
 def new_state(rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:  # (STATE_ROWS, R)
     state = torch.zeros(STATE_ROWS, rows, device=device, dtype=dtype)
     for slot in (MAX, MAX_Q, MAX_1):
-        state[slot] = LOWEST
+        state[slot] = NOTHING
     state[TARGET] = torch.nan  # a target outside the vocabulary is met by no tile, and says so
     return state
 

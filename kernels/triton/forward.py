@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from fastpost.kernels import sums
 from fastpost.kernels.launch import COPY_ENGINE, FORWARD, Product, architecture
-from fastpost.kernels.logits import LOWEST, shaped
+from fastpost.kernels.logits import NOTHING, shaped
 from torch import Tensor
 
 import triton
@@ -91,19 +91,19 @@ def _forward_kernel(
         o_v = i_v * BN + tl.arange(0, BN)[None, :]
         m_v = o_v < V
         b_acc = _product(hidden, weight, hidden_stride, weight_stride, i_m, i_v, R, V, D, BM, BN, BK, TMA, EVEN)
-        b_at_1 = tl.where(m_v, shaped(b_acc, bias, o_v, m_v, scale, softcap, HAS_BIAS, CAPPED), LOWEST)
+        b_at_1 = tl.where(m_v, shaped(b_acc, bias, o_v, m_v, scale, softcap, HAS_BIAS, CAPPED), NOTHING)
         # state[TARGET] = where(here, at_1.gather(column), state[TARGET])
         here = (b_column >= i_v * BN) & (b_column < i_v * BN + BN) & (b_column < V)
         b_found = tl.sum(tl.where(o_v == b_column[:, None], b_at_1, 0.0), 1)
         b_target = tl.where(here, b_found, s[sums.TARGET])
-        b_z = tl.where(m_v, b_at_1 * b_inverse, LOWEST)
+        b_z = tl.where(m_v, b_at_1 * b_inverse, NOTHING)
         b_zq = b_z
         if DENSE:
             b_zq = _product(
                 hidden_q, weight_q, hidden_q_stride, weight_q_stride, i_m, i_v, R, V, D_q, BM, BN, BK, TMA, EVEN
             )
             b_zq = shaped(b_zq, bias_q, o_v, m_v, scale_q, softcap_q, HAS_BIAS_Q, CAPPED_Q) * b_inverse
-            b_zq = tl.where(m_v, b_zq, LOWEST)
+            b_zq = tl.where(m_v, b_zq, NOTHING)
         s = sums.folded(s, b_target, b_at_1, b_z, b_zq, m_v, SLOTS)
     sums.store(parts + i_p.to(tl.int64) * sums.STATE_ROWS * R + o_r, R, m_r, s, SLOTS)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-1e30)
+LOWEST = tl.constexpr(-1e30)  # a banned logit, before scale and temperature
+NOTHING = tl.constexpr(-1e38)  # one of a column that is not there, and a maximum over none
 
 
 @triton.jit

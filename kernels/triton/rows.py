@@ -20,7 +20,7 @@ from collections.abc import Set as AbstractSet
 
 from fastpost.kernels import sums
 from fastpost.kernels.launch import ROWS, Row
-from fastpost.kernels.logits import LOWEST, loaded, logaddexp
+from fastpost.kernels.logits import NOTHING, loaded, logaddexp
 from torch import Tensor
 
 import triton
@@ -68,11 +68,11 @@ def _fold_kernel(
     for v in range(0, BV if ONCE else B, BV):
         o_v = v + tl.arange(0, BV)[None, :]
         m_v = o_v < B
-        b_at_1 = tl.where(m_v, loaded(p_tile, bias, o_v, m_v, scale, softcap, HAS_BIAS, CAPPED), LOWEST)
-        b_z, b_zq = tl.where(m_v, b_at_1 * b_inverse, LOWEST), b_at_1
+        b_at_1 = tl.where(m_v, loaded(p_tile, bias, o_v, m_v, scale, softcap, HAS_BIAS, CAPPED), NOTHING)
+        b_z, b_zq = tl.where(m_v, b_at_1 * b_inverse, NOTHING), b_at_1
         if DENSE:
             b_zq = loaded(p_tile_q, bias_q, o_v, m_v, scale_q, softcap_q, HAS_BIAS_Q, CAPPED_Q)
-            b_zq = tl.where(m_v, b_zq * b_inverse, LOWEST)
+            b_zq = tl.where(m_v, b_zq * b_inverse, NOTHING)
         s = sums.folded(s, b_target, b_at_1, b_z, b_zq, m_v, SLOTS)
         if WRITE and ONCE:
             b_left = _left(b_at_1, b_z, s[sums.MAX], o_v == column, softcap, CAPPED)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
 
-from fastpost.kernels.logits import LOWEST
+from fastpost.kernels.logits import NOTHING
 
 import triton
 import triton.language as tl
@@ -53,7 +53,7 @@ def has(slots, slot):
 def nothing(ROWS: tl.constexpr):
     """The sums over no column. A target that no column meets stays NaN, and says so."""
     zero = tl.zeros([ROWS], tl.float32)
-    low, nan = zero + LOWEST, zero + float("nan")
+    low, nan = zero + NOTHING, zero + float("nan")
     return (low, zero, nan, zero, zero, zero, low, zero, zero, zero, low, zero)
 
 
@@ -119,7 +119,7 @@ def added(s, t):
 @triton.jit
 def folded(s, b_target, b_at_1, b_z, b_zq, m_v, SLOTS: tl.constexpr):
     """The sums with a tile more: its logits at temperature 1, the tempered ones and the reference's, (rows, columns);
-    a column that is not there is LOWEST in each."""
+    a column that is not there is NOTHING in each."""
     b_max, b_max_q, b_max_1 = tl.maximum(s[MAX], tl.max(b_z, 1)), s[MAX_Q], s[MAX_1]
     if has(SLOTS, MAX_Q):
         b_max_q = tl.maximum(b_max_q, tl.max(b_zq, 1))
