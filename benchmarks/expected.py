@@ -35,6 +35,12 @@ def _rows_of_unit(case: Case, x: Inputs) -> int:
     return {"token": 1, "sequence": T // S, "pair": 2 * T // S, "batch": T}[case.loss.unit]
 
 
+def _rows(s: Sweep) -> int:
+    """Of a chunk, where any may be its last."""
+    first = next(s.chunks(), slice(0, 1))
+    return first.stop - first.start
+
+
 def _of_call(door: Door, carrying: tuple[str, ...], unit: int | None) -> Cost:
     """`unit`: how many rows must be seen together; None: the statistics are tensors of the caller's."""
     p, operands = door.problem, door.operands
@@ -63,11 +69,12 @@ def _of_call(door: Door, carrying: tuple[str, ...], unit: int | None) -> Cost:
     )
     back_work = backward_work(work)
     back_sweep = Sweep(p if back_work.D_q else replace(p, reference=None), operands, held=False)
-    back = Pass(back_work, back_sweep.rows_each, back_sweep.columns_each, held=False)
+    back = Pass(back_work, _rows(back_sweep), back_sweep.columns_each, held=False)
     if schedule in ("kept", "eager"):
         assert unit is not None
-        there = Pass(work, held.rows_each // unit * unit, held.columns_each, held=not keeps)
+        rows = _rows(held) if unit == 1 else held.rows_each // unit * unit
+        there = Pass(work, rows, held.columns_each, held=not keeps)
     else:
         sweep = Sweep(p, operands, held=work.jsd)
-        there = Pass(work, sweep.rows_each, sweep.columns_each, held=work.jsd)
+        there = Pass(work, _rows(sweep), sweep.columns_each, held=work.jsd)
     return cost(schedule, there, back)

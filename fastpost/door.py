@@ -39,6 +39,7 @@ class Rows(NamedTuple):
     index: Tensor | None  # (N,) ascending; None: all
     idle: Tensor | None = None  # (M,) kept ones that are left out, their coefficient being zero; None: none
     mask: Tensor | None = None  # (T,) bool, where ignored rows could not be left out (graph capture) and are zeroed
+    lengths: Tensor | None = None  # (S,) on the host, how many of each sequence are multiplied, if that was counted
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Door:
     shape: torch.Size  # of target
     kept: Tensor | None  # (T,) bool, Rows.mask
     idle: Tensor | None  # (M,) Rows.idle
+    lengths: Tensor | None  # (S,) Rows.lengths
     renamed: dict[str, str]  # an end of the JSD family -> the KL that it is
 
     @property
@@ -100,7 +102,7 @@ def open_door(
     _check_hidden(hidden, head, target)
     _check_outputs(outputs, reference, jsd_beta)
     flat = target.reshape(-1).contiguous()
-    index, idle, mask = _find_rows(flat, ignore_index, head.vocabulary, kept, lengths, live)
+    index, idle, mask, multiplied = _find_rows(flat, ignore_index, head.vocabulary, kept, lengths, live)
     if mask is not None:
         flat = torch.where(mask, flat, 0)
     rows = flat if index is None else flat.index_select(0, index)
@@ -120,7 +122,7 @@ def open_door(
         dtype=dtype,
         shard=head.shard,
     )
-    return Door(_operands(hidden, head, index, dtype), problem, target.shape, mask, idle, renamed)
+    return Door(_operands(hidden, head, index, dtype), problem, target.shape, mask, idle, multiplied, renamed)
 
 
 def _operands(hidden: Tensor, head: Head, index: Tensor | None, dtype: torch.dtype) -> Operands:
@@ -226,18 +228,24 @@ def _find_rows(
         return Rows(None, mask=mask)  # nothing may depend on a count: ignored rows go through, with coefficient 0
     live = mask if live is None else live
     outside = mask & ((target < 0) | (target >= vocabulary))
-    # A Batch has looked at lengths that are on the host; others are looked at here, in the same transfer.
-    if lengths is None or lengths.device.type == "cpu":
-        total = torch.full((), len(target), device=mask.device)
-    else:
-        total = lengths.sum().to(mask.device)
-    kept, alive, bad, total = torch.stack([mask.sum(), live.sum(), outside.sum(), total]).tolist()
+    # Lengths on the host were looked at by the Batch; others are looked at here, in the same transfer.
+    ends = target.new_zeros(0) if lengths is None else lengths.to(mask.device, non_blocking=True).cumsum(0)
+    total = ends[-1:] if len(ends) else torch.full((1,), len(target), device=mask.device)
+    seen = torch.stack([mask.sum(), live.sum(), outside.sum()])
+    kept, alive, bad, total, *each = torch.cat([seen, total, _between(live, ends)]).tolist()
     if bad:
         _check_range(target[mask], vocabulary)
     if total != len(target):
         raise ValueError(f"batch.lengths must sum to the {len(target)} positions of batch.target, got a sum of {total}")
     index = None if alive == len(target) else _where(live, alive)
-    return Rows(index, None if alive == kept else _where(mask & ~live, kept - alive))
+    idle = None if alive == kept else _where(mask & ~live, kept - alive)
+    return Rows(index, idle, lengths=None if lengths is None else torch.tensor(each, dtype=torch.int64))
+
+
+def _between(mask: Tensor, ends: Tensor) -> Tensor:  # (T,) bool, (S,) -> (S,)
+    """How many positions of each sequence are true."""
+    before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
+    return before.index_select(0, ends.clamp(0, len(mask))).diff(prepend=before[:1])
 
 
 def _where(mask: Tensor, count: int) -> Tensor:  # (T,) bool -> (count,)

@@ -10,6 +10,7 @@ beside them; another one, of a graph that was retained, makes them anew.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -80,6 +81,7 @@ class Plan:
         grads = torch.autograd.grad(value, [leaves[n] for n in names], allow_unused=True)
         return value.detach(), {n: g for n, g in zip(names, grads, strict=True) if g is not None}
 
+    @functools.cached_property
     def ends(self) -> list[tuple[int, int]] | None:
         """(sequences, rows) after which each unit ends; None where a unit is a token and any row may be the last."""
         if self.loss.unit == "token":
@@ -89,15 +91,14 @@ class Plan:
         return [(i + 1, ends[i]) for i in range(each - 1, len(ends), each)]
 
     def longest_unit(self) -> int:
-        ends = self.ends()
+        ends = self.ends
         return 1 if ends is None else max(b - a for (_, a), (_, b) in zip([(0, 0), *ends], ends, strict=False))
 
-    def parts(self, most_rows: int) -> list[Part]:
-        """As many whole units to a part as fit in `most_rows`."""
-        N, ends = len(self.batch.target), self.ends()
+    def parts(self, s: Sweep) -> list[Part]:
+        """As many whole units to a part as fit in a chunk."""
+        ends, most_rows = self.ends, s.rows_each
         if ends is None:
-            spans = [slice(a, min(a + most_rows, N)) for a in range(0, N, most_rows)]
-            return [Part(rows, rows, self.batch.tokens(rows)) for rows in spans]
+            return [Part(rows, rows, self.batch.tokens(rows)) for rows in s.chunks()]
         parts, first, (sequences, row) = [], 0, (0, 0)
         for unit, (_, end) in enumerate(ends):
             last = unit + 1 == len(ends)
@@ -132,31 +133,34 @@ def eager_sweep(p: Problem, operands: Operands, *, kept: bool) -> Sweep:
     return plain if _in_place(plain) else Sweep(p, operands, held=False, keeps=True, spare=spare)
 
 
+def fits(plan: Plan, operands: Operands) -> bool:
+    """Whether the schedule can be used: every unit within a chunk, and no gradient in fp16, which cannot hold one
+    before the caller's loss scale has multiplied it."""
+    narrow = any(isinstance(x, Tensor) and x.dtype == torch.float16 for x in operands)
+    if narrow or plan.problem.dtype == torch.float16:
+        return False
+    return plan.longest_unit() <= eager_sweep(plan.problem, operands, kept=plan.of_logp_alone).rows_each
+
+
 def _in_place(s: Sweep) -> bool:
     """Whether one chunk is all, and each block of dW, in the weight's own dtype, has the room for what is kept."""
     weight, size = s.operands.weight, s.gemm.tile_dtype.itemsize
-    if not isinstance(weight, Tensor) or not weight.requires_grad or not _holds(weight.dtype):
+    if not isinstance(weight, Tensor) or not weight.requires_grad:
         return False
     row = s.D * weight.itemsize
     return 0 < len(s.p) <= s.rows_each and len(s.p) * size <= row and row % size == 0
 
 
-def _holds(dtype: torch.dtype | None) -> bool:
-    """fp16 cannot hold a gradient before the caller's loss scale has multiplied it."""
-    return dtype != torch.float16
-
-
 def _room(s: Sweep, needs: Sequence[bool]) -> tuple[Tensor | None, Totals]:
     """Where gradients go."""
-    x, dhidden = s.operands.hidden, None
-    if needs[0]:
-        dhidden = torch.zeros(x.shape, dtype=x.dtype if _holds(x.dtype) else torch.float32, device=x.device)
-    return dhidden, totals_of(s, needs, visited=len(s.p) > 0, final=_holds(s.operands.weight.dtype))
+    x = s.operands.hidden
+    dhidden = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
+    return dhidden, totals_of(s, needs, visited=len(s.p) > 0)
 
 
 def _held(s: Sweep, plan: Plan, needs: Sequence[bool]) -> Made:
     (dhidden, totals), total, parts = _room(s, needs), zeros(s), []
-    for part in plan.parts(s.rows_each):
+    for part in plan.parts(s):
         chunk = s.open(part.rows)
         stats = fold_chunk(s, chunk)
         value, d = plan.loss_and_grads(stats, part)
@@ -172,7 +176,7 @@ def _held(s: Sweep, plan: Plan, needs: Sequence[bool]) -> Made:
 def _kept(s: Sweep, plan: Plan, needs: Sequence[bool]) -> Made:
     (dhidden, totals), total, parts, p, x = _room(s, needs), zeros(s), [], s.p, s.operands
     there = totals.weight.view(s.gemm.tile_dtype) if totals.weight is not None and _in_place(s) else None
-    for part in plan.parts(s.rows_each):
+    for part in plan.parts(s):
         chunk = s.open(part.rows)
         kept = Kept(s.kept_room(chunk) if there is None else there)
         U = None if dhidden is None else zeros(s, len(chunk.target), s.D)

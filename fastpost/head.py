@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastpost.door import Door, eager_only, open_door
-from fastpost.eager import EagerLoss, Plan, eager_sweep
+from fastpost.eager import EagerLoss, Plan, fits
 from fastpost.equation import Loss
 from fastpost.gemm import wide
 from fastpost.schedules import FrozenLogp, LazyStats, statistics
@@ -159,7 +159,7 @@ def _scheduled(plan: Plan, door: Door) -> tuple[Tensor, dict[str, Tensor]]:
         found = statistics(p, operands)
     elif not door.needs_head and carrying <= {"logp"}:
         found = dict(zip(p.names, FrozenLogp.apply(*operands, p), strict=True))
-    elif plan.longest_unit() <= eager_sweep(p, operands, kept=plan.of_logp_alone).rows_each:
+    elif fits(plan, operands):
         total, *values = EagerLoss.apply(*operands, plan)
         return total, dict(zip(p.names, values, strict=True))
     else:
@@ -203,7 +203,7 @@ def _plan_loss(loss: Loss, batch: Batch, door: Door) -> Plan:
     if door.kept is not None and loss.unit != "token":
         raise ValueError(f"under graph capture only a loss of tokens can run, and {loss.name!r} is one of {loss.unit}s")
     device = door.operands.hidden.device
-    inner = batch.at(torch.arange(len(p), device=device) if p.index is None else p.index)
+    inner = batch.at(torch.arange(len(p), device=device) if p.index is None else p.index, door.lengths)
     if door.kept is not None:
         inner = inner.blank(door.kept)
     if batch.weight is None:

@@ -27,20 +27,19 @@ from fastpost.gemm import exact_products
 from fastpost.once import differentiable_once
 from fastpost.quantised import Quantised, Weight
 from fastpost.shard import add_up, target_rows
-from fastpost.sweep import Chunk, Operands, Problem, Sweep, put
+from fastpost.sweep import Chunk, Operands, Problem, Sweep, put, spans
 from fastpost.types import NEEDS_REFERENCE
 
-ROWS = 4096  # of a (T, D) tensor that are rescaled together: what fp32 needs meanwhile is bounded
-PASS = {"cpu": 1 << 18, "cuda": 1 << 24}  # numbers of a gradient that are converted together: on a CPU, in cache
+PASS = {"cpu": 1 << 18, "cuda": 1 << 24}  # numbers that are rescaled or converted together: on a CPU, in cache
 
 
-def totals_of(s: Sweep, needs: Sequence[bool], *, visited: bool, final: bool = True) -> Totals:
-    """The accumulators: of dW one in fp32 and no other (V, D) tensor, or if one chunk is all, and it is to be `final`,
-    one in the weight's own dtype. The first chunk writes it, if any is `visited`."""
+def totals_of(s: Sweep, needs: Sequence[bool], *, visited: bool) -> Totals:
+    """The accumulators: of dW one in fp32 and no other (V, D) tensor, or if one chunk is all one in the weight's own
+    dtype. The first chunk writes it, if any is `visited`."""
     _, weight, *others = (x if need else None for x, need in zip(s.operands, needs, strict=True))
     dweight = None
     if isinstance(weight, Tensor):
-        dtype = weight.dtype if final and len(s.p) <= s.rows_each else s.wide
+        dtype = weight.dtype if len(s.p) <= s.rows_each else s.wide
         dweight = torch.empty(weight.shape, dtype=dtype, device=s.device)
         if not visited:
             dweight.zero_()
@@ -58,10 +57,14 @@ def scaled(x: Tensor, g: Tensor | None, dtype: torch.dtype) -> Tensor:
             return x
         return x.mul_(g)
     out = torch.empty_like(x, dtype=dtype)
-    rows = max(1, PASS["cpu" if x.device.type == "cpu" else "cuda"] // max(1, x[:1].numel()))
-    for part, result in zip(x.split(rows), out.split(rows), strict=True):
+    for part, result in zip(x.split(_at_once(x)), out.split(_at_once(x)), strict=True):
         result.copy_(part if g is None else part * g)
     return out
+
+
+def _at_once(x: Tensor) -> int:
+    """How many rows, so that what fp32 needs meanwhile is bounded."""
+    return max(1, PASS["cpu" if x.device.type == "cpu" else "cuda"] // max(1, x[:1].numel()))
 
 
 def _of_dtype(total: Tensor | None, like: Weight | None) -> Tensor | None:
@@ -136,8 +139,7 @@ class FrozenLogp(torch.autograd.Function):
         (U, U_low), dlogp = ctx.saved_tensors, upstream[ctx.p.names.index("logp")]
         shape, dtype = ctx.like
         dhidden = torch.zeros(shape, dtype=dtype, device=U.device)
-        for start in range(0, len(U), ROWS):
-            rows = slice(start, min(start + ROWS, len(U)))
+        for rows in spans(len(U), _at_once(U)):
             put(dhidden, ctx.p.index, rows, U[rows] * dlogp[rows, None])
         return dhidden, None, None, None if U_low is None else U_low * dlogp[:, None], None, None
 

@@ -27,6 +27,7 @@ from fastpost.types import NEEDS_REFERENCE, Shard, TopK
 WORKSPACE = {"cpu": 56 << 20, "cuda": 384 << 20}
 COLUMNS = {"cpu": 960, "cuda": 8192}  # 960: whole panels of 12 and of 32, see csrc/gemm.h
 MOST_ROWS = 4096
+PANEL = {"cpu": 12, "cuda": 128}  # rows of a tile that are multiplied together: a chunk has whole ones
 
 
 class Operands(NamedTuple):
@@ -102,6 +103,16 @@ def put(x: Tensor, index: Tensor | None, rows: slice, values: Tensor) -> None:
         x.index_copy_(0, index[rows], values.to(x.dtype))
 
 
+def spans(total: int, most: int, multiple: int = 1) -> Iterator[slice]:
+    """As few pieces as `most` allows, and alike: of as many multiples each, but for the last."""
+    if total > most > multiple:
+        most -= most % multiple
+    pieces = max(1, -(-total // most))
+    each = max(1, min(most, -(-total // (pieces * multiple)) * multiple))
+    for start in range(0, total, each):
+        yield slice(start, min(start + each, total))
+
+
 def row_kernels(device: torch.device, dtype: torch.dtype):
     """The fastest row kernels for tiles of `dtype`: Triton's on a GPU, the C++ twin's on a CPU, else torch's."""
     try:
@@ -168,6 +179,8 @@ class Sweep:
         self.V, self.D = operands.weight.shape
         self.vocabulary = self.V if p.shard is None else p.shard.vocabulary
         self.device = operands.weight.device
+        self.kind = "cpu" if self.device.type == "cpu" else "cuda"
+        self.panel = PANEL[self.kind]
         self.wide = wide(p.dtype)
         self.gemm = Gemm(p.dtype, self.device)
         self.kernels = row_kernels(self.device, self.wide)
@@ -182,8 +195,8 @@ class Sweep:
         """(columns, rows) of a tile, by bytes: scratch tiles and accumulators a row, after one block of the weight."""
         size, dense = self.wide.itemsize, self.p.dense
         widths = self.operands.width + (dense.operands.width if dense else 0)
-        kind = "cpu" if self.device.type == "cpu" else "cuda"
-        columns = max(64, min(COLUMNS[kind], WORKSPACE[kind] // (6 * widths * size)))
+        workspace = WORKSPACE[self.kind]
+        columns = max(64, min(COLUMNS[self.kind], workspace // (6 * widths * size)))
         V = self.V if self.p.shard is None else max(self.p.shard.sizes)  # all ranks must cut the same chunks
         columns = min(columns, V)
         if self.fused is None:
@@ -191,7 +204,7 @@ class Sweep:
         else:  # panels of the block, twice; hidden states and theirs both ways, an accumulator, a tile's gradient
             narrow = self.gemm.tile_dtype.itemsize
             a_block, a_row = 2 * size * columns * widths, (3 * narrow + size) * widths + narrow * columns
-        room = WORKSPACE[kind] - a_block
+        room = workspace - a_block
         if self.held:
             a_row += size * V * (2 if dense else 1)
         if keeps:
@@ -209,8 +222,7 @@ class Sweep:
         return held[:numel].view(shape)
 
     def chunks(self) -> Iterator[slice]:
-        for start in range(0, len(self.p), self.rows_each):
-            yield slice(start, min(start + self.rows_each, len(self.p)))
+        return spans(len(self.p), self.rows_each, self.panel)
 
     def open(self, rows: slice) -> Chunk:
         p, n = self.p, rows.stop - rows.start

@@ -267,6 +267,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, *, columns: int = 64, rows: int
     """Tiles so small that a tiny problem has many, of unequal size, and units that do not fit in one."""
     monkeypatch.setattr("fastpost.sweep.COLUMNS", {"cpu": columns, "cuda": columns})
     monkeypatch.setattr("fastpost.sweep.MOST_ROWS", rows)
+    monkeypatch.setattr("fastpost.sweep.PANEL", {"cpu": 1, "cuda": 1})
 
 
 def graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:

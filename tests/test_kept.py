@@ -64,7 +64,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [4096, 7], ids=["in place of dW", "in chunks"])
 @pytest.mark.parametrize("in_torch", [False, True], ids=["native", "torch"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -75,7 +75,7 @@ def test_it_is_exact(options, in_torch, rows, dtype, kept, monkeypatch):
     small_tiles(monkeypatch, columns=64, rows=rows)
     p, batch = setting(dtype, **options)
     total = of(losses.ppo, p, batch)
-    assert kept == ([dtype != torch.float16] if rows > T else 3 * [False])
+    assert kept == ([True] if rows > T else 3 * [False])
     assert_loss_exact(total, losses.ppo, p, batch)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastpost as fp
 from fastpost import losses
+from fastpost.sweep import spans
 from loss_problems import CASES, LENGTHS, T, both, fused, longest_unit, packed, positions, referred, setting
 from problems import OWN as OWN_OUTPUTS
 from problems import assert_loss_exact, gradients, schedules_of, small_tiles, stat
@@ -20,12 +21,13 @@ from problems import assert_loss_exact, gradients, schedules_of, small_tiles, st
 @pytest.mark.parametrize("rows", [8, 60, 4096], ids="{} rows a chunk".format)
 @pytest.mark.parametrize("case", CASES)
 def test_every_schedule_is_exact(case, rows, train_head, dtype, monkeypatch):
-    """60 rows hold a pair or several sequences, and not the whole batch; 8 hold no unit of more than a token."""
+    """60 rows hold a pair or several sequences, and not the whole batch; 8 hold no unit of more than a token. fp16
+    holds no gradient before the loss scale has come."""
     loss, knobs = CASES[case]
     p, batch = setting(loss, dtype, train_head=train_head)
     small_tiles(monkeypatch, rows=rows)
     total = fused(loss, p, batch, **knobs)
-    schedule = "EagerLoss" if longest_unit(loss) <= rows else "LazyStats"
+    schedule = "EagerLoss" if longest_unit(loss) <= rows and dtype != torch.float16 else "LazyStats"
     if loss.bind(**knobs).differentiates == ("logp",) and not train_head:
         schedule = "FrozenLogp"
     assert schedules_of(total) == {schedule}
@@ -197,3 +199,16 @@ def test_what_the_frozen_schedule_only_looks_at_is_what_statistics_are(outputs, 
     assert schedules_of(stat(found, "logp")) == {"FrozenLogp"}
     for name in outputs:
         assert torch.equal(stat(found, name), stat(want, name)), name
+
+
+@pytest.mark.parametrize("multiple", [1, 12, 128])
+@pytest.mark.parametrize("most", [1, 11, 12, 60, 399])
+def test_chunks_are_few_alike_and_of_whole_panels(most, multiple):
+    for total in range(400):
+        pieces = list(spans(total, most, multiple))
+        sizes = [x.stop - x.start for x in pieces]
+        assert [i for x in pieces for i in range(x.start, x.stop)] == list(range(total))
+        assert all(0 < size <= most for size in sizes)
+        if most > multiple:
+            assert all(size % multiple == 0 for size in sizes[:-1])
+            assert len(sizes) == (1 if 0 < total <= most else -(-total // (most - most % multiple)))

@@ -151,12 +151,13 @@ class Batch:
         """Other positions. The weight, which belongs to units, is not carried, and all positions are kept ones."""
         return replace(self, **cut, lengths=lengths, weight=None, kept=None, kept_lengths=None)
 
-    def at(self, rows: Tensor) -> Batch:  # (N,) ascending positions
-        """The same sequences with only these positions left in them."""
+    def at(self, rows: Tensor, lengths: Tensor | None = None) -> Batch:  # (N,) ascending positions, (S,)
+        """The same sequences with only these positions left in them: `lengths` of each, where they were counted."""
         if len(rows) == self.target.numel():
-            return self._of_kept(self.lengths, {})
-        lengths = self.kept_lengths
-        if self.kept is None or lengths is None or len(rows) != len(self.kept):
+            return self._of_kept(self.lengths if lengths is None else lengths, {})
+        if lengths is None and self.kept is not None and len(rows) == len(self.kept):
+            lengths = self.kept_lengths
+        if lengths is None:
             lengths = torch.zeros_like(self.lengths, device=rows.device).index_add(
                 0, self.sequence.index_select(0, rows), torch.ones_like(rows, dtype=self.lengths.dtype)
             )
