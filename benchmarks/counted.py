@@ -24,6 +24,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fastpost.eager import fits_in_gradient
+
 Schedule = Literal["statistics", "frozen", "kept", "eager", "lazy"]  # kept: eager, of logp alone
 Side = Literal["tile", "rows", "columns"]
 
@@ -149,7 +151,7 @@ class Pass:
     def in_place(self) -> bool:
         """Whether what is kept lies where dW will be."""
         x = self.work
-        return "weight" in x.trains and x.T <= self.R and x.T * x.multiplied <= x.D * x.stored
+        return "weight" in x.trains and fits_in_gradient(x.T, self.R, x.multiplied, x.D * x.stored)
 
     @property
     def accumulated(self) -> int:

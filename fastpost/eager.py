@@ -143,12 +143,16 @@ def fits(plan: Plan, operands: Operands) -> bool:
 
 
 def _in_place(s: Sweep) -> bool:
-    """Whether one chunk is all, and each block of dW, in the weight's own dtype, has the room for what is kept."""
-    weight, size = s.operands.weight, s.gemm.tile_dtype.itemsize
+    """Whether what is kept goes where dW, in the weight's own dtype, will be."""
+    weight = s.operands.weight
     if not isinstance(weight, Tensor) or not weight.requires_grad:
         return False
-    row = s.D * weight.itemsize
-    return 0 < len(s.p) <= s.rows_each and len(s.p) * size <= row and row % size == 0
+    return fits_in_gradient(len(s.p), s.rows_each, s.gemm.tile_dtype.itemsize, s.D * weight.itemsize)
+
+
+def fits_in_gradient(rows: int, rows_each: int, logit_bytes: int, row_bytes: int) -> bool:
+    """Whether one chunk is all, and a row of dW has the room for what is kept of a column of logits."""
+    return 0 < rows <= rows_each and rows * logit_bytes <= row_bytes and row_bytes % logit_bytes == 0
 
 
 def _room(s: Sweep, needs: Sequence[bool]) -> tuple[Tensor | None, Totals]:
