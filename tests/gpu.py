@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NINE_MINUTES = 9 * 60
 GRACE = 10  # seconds between being asked to end and being made to
 OUT_OF_TIME = (124, -9)  # of coreutils' `timeout`, where it ended a command; by force, itself too
+GATE = ("tests/test_gpu.py", "tests/test_device.py")
 SHORT = "--tokens 4096 --hidden 2048 --vocab 65536 --cases logp grpo --repeats 5"  # a grid a quarter as large
 
 
@@ -31,11 +32,11 @@ class Stage:
 
 
 STAGES = (
-    Stage("gate", "-m pytest tests/test_gpu.py", expected=70, limit=150),
+    Stage("gate", " ".join(("-m pytest -m gpu", *GATE)), expected=90, limit=180),
     Stage("rows", "benchmarks/rows.py", expected=50, limit=100),
     Stage("head", "benchmarks/head.py", expected=150, limit=240),
     Stage("sweep", f"benchmarks/sweep.py {SHORT}", expected=40, limit=100),
-    Stage("tests", "-m pytest -m gpu --ignore tests/test_gpu.py", expected=130, limit=240),
+    Stage("tests", " --ignore ".join(("-m pytest -m gpu", *GATE)), expected=120, limit=240),
     Stage("sanitize", "tests/sanitize.py", expected=60, limit=120),
 )
 
