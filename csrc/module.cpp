@@ -12,7 +12,7 @@
 namespace fastpost {
 namespace {
 
-constexpr int kLayout = 5;  // of the state, of the coefficients and of the arguments; LAYOUT in rows.py
+constexpr int kLayout = 6;  // of the state, of the coefficients and of the arguments; LAYOUT in rows.py
 constexpr int64_t kRowsPerTask = 8;
 
 using PythonOperands = std::tuple<at::Tensor, at::Tensor, MaybeTensor>;
@@ -62,10 +62,20 @@ void fold(const at::Tensor& state, const at::Tensor& tile, const at::Tensor& tar
   each_row(kernel.columns.forms, tile, tile_q, kernel.columns.scratch(), out, std::bind_front(&Fold::row, &kernel));
 }
 
+void mixture(const at::Tensor& state, const at::Tensor& tile, const Shape& shape,
+             const MaybeTensor& inverse_temperature, const at::Tensor& tile_q, const Shape& shape_q, double beta) {
+  const int64_t R = tile.size(0), B = tile.size(1);
+  const Mixture kernel(state, Forms(R, B, inverse_temperature, shape, shape_q), beta);
+  each_row(kernel.forms, tile, tile_q, 3 * B, std::nullopt,
+           [&](int64_t r, const float* raw, const float* raw_q, float*, float* scratch) {
+             kernel.row(r, raw, raw_q, scratch);
+           });
+}
+
 void grads(const at::Tensor& tile, const at::Tensor& target, int64_t start, const Shape& shape,
            const MaybeTensor& inverse_temperature, const at::Tensor& c, bool at_1, const at::Tensor& out,
-           const MaybeTensor& tile_q, const std::optional<Shape>& shape_q) {
-  const Grads kernel(c, Columns(target, start, tile.size(1), inverse_temperature, shape, shape_q), at_1);
+           const MaybeTensor& tile_q, const std::optional<Shape>& shape_q, std::optional<double> beta) {
+  const Grads kernel(c, Columns(target, start, tile.size(1), inverse_temperature, shape, shape_q), at_1, beta);
   each_row(kernel.columns.forms, tile, tile_q, kernel.columns.scratch(), out, std::bind_front(&Grads::row, &kernel));
 }
 
@@ -113,10 +123,10 @@ void fold_products(const at::Tensor& state, const at::Tensor& target, int64_t st
 
 void grads_products(const at::Tensor& target, int64_t start, const Shape& shape, const MaybeTensor& inverse_temperature,
                     const at::Tensor& c, bool at_1, const PythonOperands& p, const MaybeOperands& q,
-                    const std::optional<Shape>& shape_q, bool made, const at::Tensor& dlogits,
-                    const MaybeTensor& dhidden) {
+                    const std::optional<Shape>& shape_q, std::optional<double> beta, bool made,
+                    const at::Tensor& dlogits, const MaybeTensor& dhidden) {
   const int64_t B = std::get<1>(p).size(0);
-  const Grads kernel(c, Columns(target, start, B, inverse_temperature, shape, shape_q), at_1);
+  const Grads kernel(c, Columns(target, start, B, inverse_temperature, shape, shape_q), at_1, beta);
   grads_block(kernel, operands(p), operands(q), made, dlogits, dhidden);
 }
 
@@ -129,6 +139,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("LAYOUT") = kLayout;
   m.def("multiplies_bf16", &multiplies_bf16);
   m.def("fold", &fold, unlocked);
+  m.def("mixture", &mixture, unlocked);
   m.def("grads", &grads, unlocked);
   m.def("rescale", &rescale, unlocked);
   m.def("product", &product, unlocked);

@@ -79,11 +79,13 @@ EACH_CPU Sums sum_row(const float* z, float max, int64_t n, float* out) {
   return {e_sum, ex_sum, ee_sum, z_sum};
 }
 
+// Sums over what is p's and over what is q's.
 struct Crossed {
-  float p = 0, q = 0;  // sums of e (x - xq) and eq (xq - x)
+  float p = 0, q = 0;
 };
 
-// e and eq are what sum_row wrote of p and of q: by the same loop, so that a distribution is no distance from itself.
+// Those of e (x - xq) and of eq (xq - x). e and eq are what sum_row wrote of p and of q: by the same loop, so that a
+// distribution is no distance from itself.
 EACH_CPU Crossed sum_across(const float* z, float max, const float* e, const float* zq, float max_q, const float* eq,
                             int64_t n) {
   float p_sum = 0, q_sum = 0;
@@ -102,9 +104,34 @@ struct Norm {
   float log_probability(float z) const { return (z - max) - log_sum; }
 };
 
-// What multiplies 1, p, p log p and p^2 in dL/dz.
+struct Mixed {
+  float p, q, log_p_m, log_q_m;
+};
+
+// With g = |log p - log q|, m is the larger of the two times s e^-g + (1 - s), s the share of the smaller. No logarithm
+// is taken of m itself, so that a distribution is no distance from its mixture with itself.
+inline Mixed mix(float logp, float logq, Shares shares) {
+  const bool more_q = logq > logp;
+  const float gap = std::fabs(logp - logq), e = exponential(-gap);
+  const float larger = -logarithm(more_q ? shares.p * e + shares.q : shares.q * e + shares.p), smaller = larger - gap;
+  return {exponential(logp), exponential(logq), more_q ? smaller : larger, more_q ? larger : smaller};
+}
+
+// Those of p log p/m and of q log q/m.
+EACH_CPU Crossed sum_mixed(const float* z, Norm norm, const float* zq, Norm norm_q, Shares shares, int64_t n) {
+  float p_sum = 0, q_sum = 0;
+#pragma omp simd reduction(+ : p_sum, q_sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const Mixed x = mix(norm.log_probability(z[i]), norm_q.log_probability(zq[i]), shares);
+    p_sum += x.p * x.log_p_m;
+    q_sum += x.q * x.log_q_m;
+  }
+  return {p_sum, q_sum};
+}
+
+// What multiplies 1, p, p log p and p^2 in dL/dz, and, with a reference, p log p/q, q and p log p/m.
 struct Slopes {
-  float one, p, p_logp, p_p;
+  float one, p, p_logp, p_p, p_over_q, q, p_over_m;
 };
 
 EACH_CPU void grads_row(const float* z, Norm norm, Slopes c, int64_t n, float* out) {
@@ -115,14 +142,24 @@ EACH_CPU void grads_row(const float* z, Norm norm, Slopes c, int64_t n, float* o
   }
 }
 
-// The same with a reference: p log p/q and q have their multipliers too.
-EACH_CPU void grads_row_across(const float* z, Norm norm, Slopes c, const float* zq, Norm norm_q, float apart_q,
-                               float c_q, int64_t n, float* out) {
+EACH_CPU void grads_row_across(const float* z, Norm norm, Slopes c, const float* zq, Norm norm_q, int64_t n,
+                               float* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const float logp = norm.log_probability(z[i]), p = exponential(logp);
     const float logq = norm_q.log_probability(zq[i]);
-    out[i] = c.one + p * (c.p + c.p_logp * logp + c.p_p * p + apart_q * (logp - logq)) + c_q * exponential(logq);
+    out[i] = c.one + p * (c.p + c.p_logp * logp + c.p_p * p + c.p_over_q * (logp - logq)) + c.q * exponential(logq);
+  }
+}
+
+EACH_CPU void grads_row_mixed(const float* z, Norm norm, Slopes c, const float* zq, Norm norm_q, Shares shares,
+                              int64_t n, float* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float logp = norm.log_probability(z[i]), logq = norm_q.log_probability(zq[i]);
+    const Mixed x = mix(logp, logq, shares);
+    const float across = c.p_over_q * (logp - logq) + c.p_over_m * x.log_p_m;
+    out[i] = c.one + x.p * (c.p + c.p_logp * logp + c.p_p * x.p + across) + c.q * x.q;
   }
 }
 
@@ -245,7 +282,24 @@ float Fold::row(int64_t r, const float* raw, const float* raw_q, float* out, flo
   return decay;
 }
 
-Grads::Grads(const at::Tensor& c, Columns shared, bool at_1) : columns(std::move(shared)), at_1_(at_1) {
+Mixture::Mixture(const at::Tensor& state, Forms shared, double beta) : forms(std::move(shared)), shares_(beta) {
+  check(state, "state", {kStateRows, forms.rows});
+  state_ = state.data_ptr<float>();
+  stride_ = state.stride(0);
+}
+
+void Mixture::row(int64_t r, const float* raw, const float* raw_q, float* scratch) const {
+  const auto at = [&](State slot) -> float& { return state_[slot * stride_ + r]; };
+  const auto [_, z, zq] = forms.row(r, raw, raw_q, scratch);
+  const Norm norm{at(MAX), std::log(at(SUM))}, norm_q{at(MAX_Q), std::log(at(SUM_Q))};
+  const Crossed sums = sum_mixed(z, norm, zq, norm_q, shares_, forms.columns);
+  at(P_M) += sums.p;
+  at(Q_M) += sums.q;
+}
+
+Grads::Grads(const at::Tensor& c, Columns shared, bool at_1, std::optional<double> beta)
+    : columns(std::move(shared)), at_1_(at_1) {
+  if (beta) shares_.emplace(*beta);
   check(c, "c", {kCoefficientRows, columns.forms.rows});
   c_ = c.const_data_ptr<float>();
   stride_ = c.stride(0);
@@ -256,15 +310,16 @@ void Grads::row(int64_t r, const float* raw, const float* raw_q, float* out, flo
   const auto at = [&](Coefficient slot) { return c_[slot * stride_ + r]; };
   const auto [logits, z, zq] = columns.forms.row(r, raw, raw_q, scratch);
   // p^2 / sum p^2 = p * p / sum p^2: no second exponential
-  const Slopes slopes{at(C_ONE), at(C_P), at(C_PLOGP), at(C_PSQ) * std::exp(-at(C_LOG_SUM_SQ))};
-  const Norm norm{at(C_MAX), at(C_LOG_SUM)};
+  const float p_p = at(C_PSQ) * std::exp(-at(C_LOG_SUM_SQ));
+  const Slopes slopes{at(C_ONE), at(C_P), at(C_PLOGP), p_p, at(C_APART_Q), at(C_Q), at(C_APART_M)};
+  const Norm norm{at(C_MAX), at(C_LOG_SUM)}, norm_q{at(C_MAX_Q), at(C_LOG_SUM_Q)};
   float* d = scratch + 3 * B;  // not yet out, which may be what is still to be read
-  if (zq) {
-    const Norm norm_q{at(C_MAX_Q), at(C_LOG_SUM_Q)};
-    grads_row_across(z, norm, slopes, zq, norm_q, at(C_APART_Q), at(C_Q), B, d);
-  } else {
+  if (!zq)
     grads_row(z, norm, slopes, B, d);
-  }
+  else if (shares_)
+    grads_row_mixed(z, norm, slopes, zq, norm_q, *shares_, B, d);
+  else
+    grads_row_across(z, norm, slopes, zq, norm_q, B, d);
   if (columns.has(r)) d[columns.target[r] - columns.start] += at(C_TARGET);
   if (columns.forms.inverse_temperature) times(d, columns.forms.inverse_temperature[r], B, d);
   if (at_1_) {

@@ -1,5 +1,5 @@
-// fold and grads of fastpost/rows.py, one row of a block of columns at a time: it is read once from memory and worked
-// on in the first-level cache. Every sum costs less than asking for it, so all are kept, wanted or not.
+// fold, mixture and grads of fastpost/rows.py, one row of a block of columns at a time: it is read once from memory and
+// worked on in the first-level cache. Every sum costs less than asking for it, so all are kept, wanted or not.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -77,9 +77,30 @@ class Fold {
   bool at_1_;
 };
 
+// m = b q + (1 - b) p. (Rounded, they still add up to 1.)
+struct Shares {
+  explicit Shares(double beta) : q(float(beta)), p(float(1.0 - beta)) {}
+  float q, p;
+};
+
+class Mixture {
+ public:
+  Mixture(const at::Tensor& state, Forms forms, double beta);  // state: (14, R), updated
+  // Row r, whose maxima and sums are whole. Scratch as of Forms.
+  void row(int64_t r, const float* raw, const float* raw_q, float* scratch) const;
+
+  const Forms forms;
+
+ private:
+  float* state_;
+  int64_t stride_;
+  Shares shares_;
+};
+
 class Grads {
  public:
-  Grads(const at::Tensor& c, Columns columns, bool at_1);  // c: (16, R)
+  // c: (16, R); beta, if the JSD has a gradient.
+  Grads(const at::Tensor& c, Columns columns, bool at_1, std::optional<double> beta);
   // Row r: out becomes dL/draw. It may be raw.
   void row(int64_t r, const float* raw, const float* raw_q, float* out, float* scratch) const;
 
@@ -89,6 +110,7 @@ class Grads {
   const float* c_;
   int64_t stride_;
   bool at_1_;
+  std::optional<Shares> shares_;
 };
 
 // A bf16 row times a factor.

@@ -19,6 +19,15 @@ def fold(
     shape_q: Shape | None,
     out: Tensor | None,  # (R, B) fp32 or bf16
 ) -> None: ...
+def mixture(
+    state: Tensor,  # (STATE_ROWS, R) fp32, updated
+    tile: Tensor,  # (R, B) fp32
+    shape: Shape,
+    inverse_temperature: Tensor | None,  # (R,) fp32
+    tile_q: Tensor,  # (R, B)
+    shape_q: Shape,
+    beta: float,
+) -> None: ...
 def grads(
     tile: Tensor,  # (R, B) fp32
     target: Tensor,  # (R,) int64
@@ -30,6 +39,7 @@ def grads(
     out: Tensor,  # (R, B) fp32 or bf16, may be the tile
     tile_q: Tensor | None,  # (R, B)
     shape_q: Shape | None,
+    beta: float | None,  # of the JSD, if it has a gradient
 ) -> None: ...
 def rescale(
     tile: Tensor,  # (R, B) bf16, updated
@@ -69,6 +79,7 @@ def grads_block(
     p: tuple[Tensor, Tensor, Tensor | None],
     q: tuple[Tensor, Tensor, Tensor | None] | None,
     shape_q: Shape | None,
+    beta: float | None,
     made: bool,  # the held tiles have their products already
     dlogits: Tensor,  # (R, B) bf16, written
     dhidden: Tensor | None,  # (R, D) fp32, added to

@@ -207,7 +207,7 @@ def grad_chunk(
     named = None if not on_teacher else Named(s, chunk, stats, on_teacher, c, on_rows.keys())
     across = s.packed_across(chunk) if totals.weight is not None else None
     for block in s.columns(again=s.held):
-        if s.fused is not None and "jsd" not in on_rows:
+        if s.fused is not None:
             left = fused.grads(s, chunk, block, c, on_rows.keys(), dhidden)
         else:
             left = _grad_tile(s, chunk, block, c, on_rows.keys(), named)

@@ -11,6 +11,7 @@ from collections.abc import Set as AbstractSet
 from torch import Tensor
 
 from fastpost.sweep import Chunk, Columns, Sweep
+from fastpost.types import NEEDS_REFERENCE
 
 Side = tuple[Tensor, Tensor, Tensor | None]  # the packed hidden states, the block's weight, where its tile is held
 
@@ -53,10 +54,11 @@ def grads(
     """`grads` of the row kernels, and dhidden += dL/dtile weight; dL/dtile is returned."""
     assert s.fused is not None
     p, q = _sides(chunk, block)
-    q, shape_q = (q, block.shape_q) if wants & {"reverse_kl", "forward_kl"} else (None, None)
+    q, shape_q = (q, block.shape_q) if wants & NEEDS_REFERENCE else (None, None)
     dlogits, inverse, at_1 = s.dlogits(chunk, block), chunk.inverse_temperature, "logp@1" in wants
+    beta = s.p.jsd_beta if "jsd" in wants else None
     s.fused.grads_block(
-        chunk.target, block.span.start, block.shape, inverse, c, at_1, p, q, shape_q, s.held,
+        chunk.target, block.span.start, block.shape, inverse, c, at_1, p, q, shape_q, beta, s.held,
         dlogits, dhidden,
     )  # fmt: skip
     return dlogits

@@ -50,7 +50,7 @@ def _fold_block(state, target, start, shape, inverse, at_1, p: Side, q: Side | N
 
 
 def _grads_block(
-    target, start, shape, inverse, c, at_1, p: Side, q: Side | None, shape_q, held: bool, dlogits, dhidden
+    target, start, shape, inverse, c, at_1, p: Side, q: Side | None, shape_q, beta, held: bool, dlogits, dhidden
 ) -> int:
     again = 0 if held else _tiles(len(target), p, q)
     return again + (_tiles(len(target), p) if dhidden is not None else 0)

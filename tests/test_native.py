@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 import fastpost as fp
 from fastpost import rows
 from fastpost.rows import Shape, TorchRows
+from fastpost.types import NEEDS_REFERENCE
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
 # (the reason says which: it was not built, or for other sources)
@@ -20,6 +23,8 @@ from fastpost.native import NativeRows
 PLAIN = Shape(bias=None, scale=1.0, softcap=None)
 OWN = frozenset({"top1", "entropy", "log_sum_sq", "mean_logp", "logp@1"})
 BOTH = OWN | {"reverse_kl", "forward_kl"}
+JSD = frozenset({"jsd"})
+ALL = BOTH | JSD
 V, START = 211, 64  # the target's columns are those of a vocabulary cut in tiles of these
 
 
@@ -32,6 +37,7 @@ def walk(
     zq: Tensor | None,
     width: int,
     shape: Shape = PLAIN,
+    beta: float = 0.5,
 ):
     """Statistics and dL/dtile of whole rows (R, V), tile by tile, in the dtype of z; L is a weighted sum."""
     inverse = None if inverse is None else inverse.to(z.dtype)
@@ -43,15 +49,18 @@ def walk(
         shape_q = None if zq is None else part(span)
         kernels.fold(state, z[:, span], target, span.start, part(span), inverse, wants, tile_q, shape_q)
     stats = rows.finish(state, wants, z.shape[1], inverse)
+    if zq is not None and "jsd" in wants:
+        for span in spans:
+            kernels.mixture(state, z[:, span], part(span), inverse, zq[:, span], part(span), beta)
+        stats |= rows.finish_mixture(state, beta)
     names = [name for name in ("logp", "lse", *sorted(wants)) if stats[name].is_floating_point()]
     d = {name: torch.linspace(-1, 1.5 + i, len(z), dtype=z.dtype) for i, name in enumerate(names)}
-    c = rows.coefficients(stats, d, z.shape[1], 0.5)
+    c = rows.coefficients(stats, d, z.shape[1], beta)
     grad = torch.empty_like(z)
     for span in spans:
         tile_q, shape_q = (None, None) if zq is None else (zq[:, span], part(span))
-        kernels.grads(
-            z[:, span], target, span.start, part(span), inverse, c, frozenset(names), grad[:, span], tile_q, shape_q
-        )
+        tile, out = z[:, span], grad[:, span]
+        kernels.grads(tile, target, span.start, part(span), inverse, c, frozenset(names), out, tile_q, shape_q, beta)
     return {name: stats[name] for name in ("logp", "lse", *sorted(wants))}, grad
 
 
@@ -63,24 +72,26 @@ def compare(
     zq: Tensor | None = None,
     width=64,
     shape: Shape = PLAIN,
+    beta: float = 0.5,
 ):
     wide = None if zq is None else zq.double()
-    exact, exact_grad = walk(TorchRows(), z.double(), target, wants, inverse, wide, z.shape[1], shape)
-    plain, plain_grad = walk(TorchRows(), z, target, wants, inverse, zq, width, shape)
-    ours, our_grad = walk(NativeRows(), z, target, wants, inverse, zq, width, shape)
+    exact, exact_grad = walk(TorchRows(), z.double(), target, wants, inverse, wide, z.shape[1], shape, beta)
+    plain, plain_grad = walk(TorchRows(), z, target, wants, inverse, zq, width, shape, beta)
+    ours, our_grad = walk(NativeRows(), z, target, wants, inverse, zq, width, shape, beta)
     for name in exact:
         assert_close_to_truth(ours[name].float(), plain[name].float(), exact[name].double(), name)
     assert_gradient_close_to_truth(our_grad, plain_grad, exact_grad)
 
 
-@pytest.mark.parametrize(
-    "wants", [frozenset(), frozenset({"entropy"}), OWN, BOTH], ids=["logp", "entropy", "own", "both"]
-)
+WANTS = {"logp": frozenset(), "entropy": frozenset({"entropy"}), "own": OWN, "both": BOTH, "jsd": JSD, "all": ALL}
+
+
+@pytest.mark.parametrize("wants", WANTS.values(), ids=WANTS.keys())
 @pytest.mark.parametrize("tempered", [False, True], ids=["temperature 1", "tempered"])
 def test_statistics_and_gradients(wants, tempered):
     z, zq = 3 * torch.randn(37, V), 3 * torch.randn(37, V)
     inverse = 0.5 + torch.rand(37) if tempered else None
-    compare(z, torch.randint(V, (37,)), wants, inverse, zq if wants is BOTH else None)
+    compare(z, torch.randint(V, (37,)), wants, inverse, zq if wants & NEEDS_REFERENCE else None)
 
 
 SHAPES = {
@@ -97,7 +108,37 @@ SHAPES = {
 @pytest.mark.parametrize("tempered", [False, True], ids=["temperature 1", "tempered"])
 def test_bias_scale_and_softcap(shape, tempered):
     z, zq, inverse = 3 * torch.randn(37, V), 3 * torch.randn(37, V), 0.5 + torch.rand(37) if tempered else None
-    compare(z, torch.randint(8, V, (37,)), BOTH - {"mean_logp"}, inverse, zq, shape=shape)
+    compare(z, torch.randint(8, V, (37,)), ALL - {"mean_logp"}, inverse, zq, shape=shape, beta=0.3)
+
+
+@pytest.mark.parametrize("beta", [1e-9, 0.1, 0.9, 1 - 1e-9], ids=str)
+@pytest.mark.parametrize("spread", [1e-3, 3.0, 1e4], ids=str)
+def test_the_jsd_from_one_kl_to_the_other(beta, spread):
+    z, zq = spread * torch.randn(16, V), spread * torch.randn(16, V)
+    z[:, 5], zq[:, 6], z[:, 7], zq[:, 7] = (rows.LOWEST,) * 4  # banned in one, in the other, in both
+    compare(z, torch.randint(8, V, (16,)), JSD, None, zq, beta=beta)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1 / 3, 0.5, 0.9, 0.999], ids=str)
+def test_a_distribution_is_at_no_distance_from_its_mixture_with_itself(beta):
+    z, state = 10 * torch.randn(9, V), rows.new_state(9, torch.device("cpu"), torch.float32)
+    NativeRows().fold(state, z, torch.zeros(9, dtype=torch.int64), 0, PLAIN, None, JSD, z, PLAIN)
+    NativeRows().mixture(state, z, PLAIN, None, z, PLAIN, beta)
+    c, out = torch.zeros(rows.COEFFICIENT_ROWS, 9), torch.empty_like(z)
+    c[[rows.C_MAX, rows.C_MAX_Q]], c[[rows.C_LOG_SUM, rows.C_LOG_SUM_Q]] = state[rows.MAX], state[rows.SUM].log()
+    c[rows.C_APART_M] = 1.0
+    NativeRows().grads(z, torch.full((9,), -1), 0, PLAIN, None, c, JSD, out, z, PLAIN, beta)
+    assert not state[[rows.P_M, rows.Q_M]].any() and not out.any()
+
+
+def test_the_logarithm_is_within_two_ulp():
+    """KL(q || m) = -log b where p has no mass of q's."""
+    z, zq = torch.full((1, 1), -200.0), torch.zeros(1, 1)
+    for beta in torch.cat([torch.linspace(0.001, 1, 1000)[:-1], torch.logspace(-37, -3, 100)]).tolist():
+        state = torch.zeros(rows.STATE_ROWS, 1)
+        state[[rows.SUM, rows.SUM_Q]] = 1.0
+        NativeRows().mixture(state, z, PLAIN, None, zq, PLAIN, beta)
+        assert float(state[rows.Q_M]) == pytest.approx(-math.log(beta), rel=2 * torch.finfo(torch.float32).eps, abs=0)
 
 
 def test_near_zero_a_softcap_is_as_exact_as_torchs():
@@ -119,12 +160,13 @@ def test_the_left_operand_may_be_bf16(shape):
 
 @pytest.mark.parametrize(("R", "columns", "width"), [(1, 1, 1), (1, 2, 1), (3, 7, 3), (2, 131, 131), (9, 1025, 1024)])
 def test_odd_shapes(R, columns, width):
-    compare(torch.randn(R, columns), torch.randint(columns, (R,)), width=width)
+    z, zq, target = torch.randn(R, columns), torch.randn(R, columns), torch.randint(columns, (R,))
+    compare(z, target, ALL, None, zq, width)
 
 
 @pytest.mark.parametrize("spread", [1e-4, 30.0, 1e4], ids=str)
 def test_flat_and_extreme_logits(spread):
-    compare(spread * torch.randn(16, V), torch.randint(V, (16,)))
+    compare(spread * torch.randn(16, V), torch.randint(V, (16,)), OWN | JSD, None, spread * torch.randn(16, V))
 
 
 def test_banned_tokens_have_no_mass_and_no_gradient():
@@ -142,6 +184,9 @@ def test_nan_and_infinity_are_not_hidden():
         z[1, 100] = bad
         stats, _ = walk(NativeRows(), z, torch.zeros(2, dtype=torch.int64), OWN, None, None, 64)
         assert bool(stats["logp"][0].isfinite()) and bool(stats["logp"][1].isnan())
+        for p, q in ((z, torch.randn(2, V)), (torch.randn(2, V), z)):
+            stats, grad = walk(NativeRows(), p, torch.zeros(2, dtype=torch.int64), JSD, None, q, 64)
+            assert bool(stats["jsd"][0].isfinite()) and bool(stats["jsd"][1].isnan()) and bool(grad[1].isnan().any())
     outside, _ = walk(NativeRows(), torch.randn(1, V), torch.tensor([V]), OWN, None, None, 64)
     assert bool(outside["logp"].isnan())
 
@@ -160,31 +205,31 @@ def test_the_gradient_may_overwrite_its_tile_whose_rows_need_not_touch():
     z, target, c = torch.randn(8, V), torch.randint(V, (8,)), torch.randn(rows.COEFFICIENT_ROWS, 8)
     apart, tile = torch.empty(8, START), z.clone()[:, START : 2 * START]
     for out in (apart, tile):
-        NativeRows().grads(tile, target, START, PLAIN, torch.full((8,), 0.7), c, frozenset({"logp@1"}), out)
+        NativeRows().grads(
+            tile, target, START, PLAIN, torch.full((8,), 0.7), c, JSD | {"logp@1"}, out, z[:, :START], PLAIN, 0.3
+        )
     assert torch.equal(apart, tile)
 
 
 def test_the_number_of_threads_changes_no_bit():
-    z, target = torch.randn(100, V), torch.randint(V, (100,))
+    z, zq, target = torch.randn(100, V), torch.randn(100, V), torch.randint(V, (100,))
     threads, found = torch.get_num_threads(), []
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            stats, grad = walk(NativeRows(), z, target, OWN, None, None, 64)
+            stats, grad = walk(NativeRows(), z, target, ALL, None, zq, 64)
             found.append(torch.cat([*(x.float() for x in stats.values()), grad.flatten()]))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*found)
 
 
-def test_float64_and_the_jsd_are_torchs_to_the_bit():
-    target = torch.randint(V, (5,))
-    for dtype, wants in ((torch.float64, OWN), (torch.float32, frozenset({"jsd"}))):
-        z, c = torch.randn(5, V, dtype=dtype), torch.randn(rows.COEFFICIENT_ROWS, 5, dtype=dtype)
-        found = [torch.empty_like(z) for _ in range(2)]
-        for kernels, grad in zip((TorchRows(), NativeRows()), found, strict=True):
-            kernels.grads(z, target, 0, PLAIN, None, c, wants, grad, z, PLAIN)
-        assert torch.equal(*found)
+def test_float64_is_torchs_to_the_bit():
+    (z, zq), target = torch.randn(2, 5, V, dtype=torch.float64), torch.randint(V, (5,))
+    (theirs, d_theirs), (ours, d_ours) = (
+        walk(kernels, z, target, ALL, None, zq, 64) for kernels in (TorchRows(), NativeRows())
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs) and torch.equal(d_ours, d_theirs)
 
 
 def test_a_tile_that_it_cannot_read_is_refused():
@@ -262,14 +307,16 @@ def test_the_gradient_of_a_block_of_the_weight(R, columns, D):
 def test_the_number_of_threads_changes_no_bit_of_a_call():
     hidden, weight = torch.randn(150, 40).bfloat16(), torch.randn(2100, 40).bfloat16()
     target, threads, found = torch.randint(2100, (150,)), torch.get_num_threads(), []
+    reference, batch = (hidden.flip(0), fp.Head(weight.flip(0))), fp.Batch(target, torch.tensor([150]))
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
             leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-            stats = fp.token_stats(*leaves, target, outputs=("logp", "entropy"))
-            found.append([stats.logp, *torch.autograd.grad((stats.logp - stats.entropy).sum(), leaves)])
-            total = fp.fused_loss(fp.losses.sft, *leaves, fp.Batch(target, torch.tensor([150])))
-            found[-1] += torch.autograd.grad(total, leaves)
+            stats = fp.token_stats(*leaves, target, outputs=("logp", "entropy", "jsd"), reference=reference)
+            total = (stats.logp - stats.entropy + stats.jsd).sum()
+            found.append([stats.logp, stats.jsd, *torch.autograd.grad(total, leaves)])
+            for loss, other in ((fp.losses.sft, None), (fp.losses.gkd, reference)):
+                found[-1] += torch.autograd.grad(fp.fused_loss(loss, *leaves, batch, reference=other), leaves)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
