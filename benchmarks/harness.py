@@ -33,25 +33,33 @@ PROCESS = Path("/proc/self")
 # ---- seconds ----
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+def interleaved(
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    before: Callable[[], object]
+    | None = None,  # done before each run, and not timed: what it leaves in the cache stays
+) -> dict[str, float]:
     """The median seconds of each, over rounds in which each is run once; one more round goes before, to warm up."""
-    clock = _cuda_clock(device) if device.type == "cuda" else _wall_clock
-    rounds = [{name: clock(run) for name, run in runs.items()} for _ in range(repeats + 1)]
+    clock, before = _cuda_clock(device) if device.type == "cuda" else _wall_clock, before or (lambda: None)
+    rounds = [{name: clock(run, before) for name, run in runs.items()} for _ in range(repeats + 1)]
     return {name: statistics.median(each[name] for each in rounds[1:]) for name in runs}
 
 
-def _wall_clock(run: Callable[[], object]) -> float:
+def _wall_clock(run: Callable[[], object], before: Callable[[], object]) -> float:
+    before()
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
+def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object], Callable[[], object]], float]:
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def clock(run: Callable[[], object]) -> float:
+    def clock(run: Callable[[], object], before: Callable[[], object]) -> float:
         flush.zero_()
+        before()
         start.record()
         run()
         end.record()

@@ -19,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from fastpost.kernels.forward import Logits, TritonForward, share
 from fastpost.kernels.launch import Product
+from forwards import VARIANTS, Given, by_forward, by_plain
 
 WANTS = frozenset({"entropy", "log_sum_sq", "mean_logp", "logp@1", "reverse_kl", "forward_kl", "top1"})
 ALONE = frozenset({"logp", "entropy"})
@@ -112,3 +113,12 @@ def test_a_share_is_never_worse_than_whole_rows(blocks, tiles, processors):
     assert 1 <= each <= tiles
     assert rounds(each) <= rounds(tiles)
     assert rounds(each) <= 1.1 * max(blocks * tiles / processors, -(-tiles // 64)) or blocks * tiles < 2 * processors
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_what_is_timed_is_the_statistics(variant):
+    """benchmarks/forwards.py, which runs on a GPU alone."""
+    (p, q), target = (logits_of(9, 8, 131, seed, None, biased=False) for seed in (0, 1)), torch.arange(9)
+    x = Given(p.hidden, p.weight, q.hidden, q.weight, target)
+    single, truth = (by_plain(variant, x.cut(9, dtype)) for dtype in (torch.float32, torch.float64))
+    assert_close_to_truth(by_forward(variant, x, fused(tma=False)), single, truth)
