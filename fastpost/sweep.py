@@ -23,8 +23,10 @@ from fastpost.rows import Shape
 from fastpost.types import NEEDS_REFERENCE, Shard, TopK
 
 # Bytes of tiles, blocks and accumulators that a sweep may hold, and the columns of a tile: on a CPU its scratch stays
-# near the caches.
+# near the caches. Where whole rows of logits are held every chunk reads and packs the head anew: at V 131072 that is a
+# third of the products of the 90 rows that 56 MB have room for, and a tenth of those of 240.
 WORKSPACE = {"cpu": 56 << 20, "cuda": 384 << 20}
+WORKSPACE_HELD = {"cpu": 128 << 20, "cuda": 384 << 20}
 COLUMNS = {"cpu": 960, "cuda": 8192}  # 960: whole panels of 12 and of 32, see csrc/gemm.h
 MOST_ROWS = 4096
 PANEL = {"cpu": 12, "cuda": 128}  # rows of a tile that are multiplied together: a chunk has whole ones
@@ -195,8 +197,7 @@ class Sweep:
         """(columns, rows) of a tile, by bytes: scratch tiles and accumulators a row, after one block of the weight."""
         size, dense = self.wide.itemsize, self.p.dense
         widths = self.operands.width + (dense.operands.width if dense else 0)
-        workspace = WORKSPACE[self.kind]
-        columns = max(64, min(COLUMNS[self.kind], workspace // (6 * widths * size)))
+        columns = max(64, min(COLUMNS[self.kind], WORKSPACE[self.kind] // (6 * widths * size)))
         V = self.V if self.p.shard is None else max(self.p.shard.sizes)  # all ranks must cut the same chunks
         columns = min(columns, V)
         if self.fused is None:
@@ -204,7 +205,7 @@ class Sweep:
         else:  # panels of the block, twice; hidden states and theirs both ways, an accumulator, a tile's gradient
             narrow = self.gemm.tile_dtype.itemsize
             a_block, a_row = 2 * size * columns * widths, (3 * narrow + size) * widths + narrow * columns
-        room = workspace - a_block
+        room = (WORKSPACE_HELD if self.held else WORKSPACE)[self.kind] - a_block
         if self.held:
             a_row += size * V * (2 if dense else 1)
         if keeps:

@@ -270,6 +270,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, *, columns: int = 64, rows: int
     monkeypatch.setattr("fastpost.sweep.PANEL", {"cpu": 1, "cuda": 1})
 
 
+def small_workspace(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """So many bytes."""
+    for name in ("WORKSPACE", "WORKSPACE_HELD"):
+        monkeypatch.setattr(f"fastpost.sweep.{name}", {"cpu": size, "cuda": size})
+
+
 def graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """The door finds the rows as it does then, when nothing may depend on a count."""
 

@@ -63,6 +63,8 @@ def test_every_schedule_is_exact(case, schedule, dtype, lora, monkeypatch):
     loss, knobs = LOSSES[case]
     if (schedule, case) in {("FrozenLogp", "distant"), ("LazyStats", "sft"), ("LazyStats", "grpo")}:
         pytest.skip("this loss never takes that schedule")
+    if (schedule, dtype) == ("EagerLoss", torch.float16):
+        pytest.skip("fp16 never takes that schedule: its loss scale comes with the gradient from above")
     p, batch = setting(loss, dtype, lora)
     p.head.lora[0].b.requires_grad_(schedule != "FrozenLogp")
     small_tiles(monkeypatch, rows=5 if schedule == "LazyStats" else 40)
@@ -81,7 +83,8 @@ def test_under_autocast_operands_are_those_of_linear_and_gradients_have_the_leaf
     truth = rounded.to(torch.float64, train_head=False)
     with torch.autocast("cpu", dtype):
         total, yardstick = fused(losses.gspo, p, batch), plain_gspo(same, batch)
-    assert schedules_of(total) == {schedule}
+    lazy = schedule == "EagerLoss" and dtype == torch.float16  # whose loss scale comes with the gradient from above
+    assert schedules_of(total) == {"LazyStats" if lazy else schedule}
     want = plain_gspo(truth, batch)
     assert_close_to_truth(total, plain_gspo(rounded.to(torch.float32), batch), want)
     got, truths, yardsticks = gradients(total, ONE, p), gradients(want, ONE, truth), gradients(yardstick, ONE, same)

@@ -13,7 +13,7 @@ from fastpost import losses
 from fastpost.sweep import spans
 from loss_problems import CASES, LENGTHS, T, both, fused, longest_unit, packed, positions, referred, setting
 from problems import OWN as OWN_OUTPUTS
-from problems import assert_loss_exact, gradients, schedules_of, small_tiles, stat
+from problems import assert_loss_exact, gradients, schedules_of, small_tiles, small_workspace, stat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -120,7 +120,7 @@ def test_the_size_of_chunks_is_invisible(case, rows, columns, monkeypatch):
 def test_a_smaller_workspace_is_invisible(monkeypatch):
     p, batch = setting(losses.gspo)
     want = both(losses.gspo, p, batch)
-    monkeypatch.setattr("fastpost.sweep.WORKSPACE", {"cpu": 40_000, "cuda": 40_000})
+    small_workspace(monkeypatch, 40_000)
     torch.testing.assert_close(both(losses.gspo, p, batch), want)
 
 

@@ -32,6 +32,7 @@ from problems import (
     random_upstream,
     schedules_of,
     small_tiles,
+    small_workspace,
     stat,
 )
 from ranks import RANKS, two_processes
@@ -157,7 +158,7 @@ def moved(call: Callable[[], Tensor], workspace: int = 1 << 20) -> tuple[list[in
 
     with pytest.MonkeyPatch.context() as patch:
         small_tiles(patch)
-        patch.setattr("fastpost.sweep.WORKSPACE", {"cpu": workspace})
+        small_workspace(patch, workspace)
         patch.setattr(dist, "all_reduce", counted)
         value = call()
         forward = list(calls)
@@ -180,7 +181,7 @@ def eager_rows() -> list[int]:
     door = open_door(p.hidden, p.head, p.target, ("logp",), None, 1.0, 0.5, -100)
     with pytest.MonkeyPatch.context() as patch:
         small_tiles(patch, columns=64)
-        patch.setattr("fastpost.sweep.WORKSPACE", {"cpu": 8_000})
+        small_workspace(patch, 8_000)
         patch.setattr("fastpost.eager._in_place", lambda sweep: False)
         return [eager_sweep(door.problem, door.operands, kept=kept).rows_each for kept in (False, True)]
 
