@@ -18,8 +18,8 @@ struct Operands {
 void fold_block(const Fold& fold, const Operands& p, const std::optional<Operands>& q, const MaybeTensor& total,
                 const MaybeTensor& kept);
 
-// The gradients: `grads` of rows.py. dlogits (R, B) bf16 is written and dhidden (R, D) fp32, if any, is added to. `made`:
-// the products are in p.held and q.held already.
+// The gradients: `grads` of rows.py. dlogits (R, B) bf16 is written and dhidden (R, D) fp32, if any, is added to.
+// `made`: the products are in p.held and q.held already.
 void grads_block(const Grads& grads, const Operands& p, const std::optional<Operands>& q, bool made,
                  const at::Tensor& dlogits, const MaybeTensor& dhidden);
 

@@ -194,25 +194,28 @@ class Sweep:
         self.columns_each, self.rows_each = self._plan(keeps, spare)
 
     def _plan(self, keeps: bool, spare: int) -> tuple[int, int]:
-        """(columns, rows) of a tile, by bytes: scratch tiles and accumulators a row, after one block of the weight."""
-        size, dense = self.wide.itemsize, self.p.dense
+        """(columns, rows) of a tile: as many rows as there is room for after what a block of the head takes."""
+        wide, narrow, dense = self.wide.itemsize, self.gemm.tile_dtype.itemsize, self.p.dense
         widths = self.operands.width + (dense.operands.width if dense else 0)
-        columns = max(64, min(COLUMNS[self.kind], WORKSPACE[self.kind] // (6 * widths * size)))
         V = self.V if self.p.shard is None else max(self.p.shard.sizes)  # all ranks must cut the same chunks
-        columns = min(columns, V)
-        if self.fused is None:
-            a_block, a_row = columns * widths * size, size * (columns * (14 if dense else 8) + 2 * widths)
-        else:  # panels of the block, twice; hidden states and theirs both ways, an accumulator, a tile's gradient
-            narrow = self.gemm.tile_dtype.itemsize
-            a_block, a_row = 2 * size * columns * widths, (3 * narrow + size) * widths + narrow * columns
-        room = (WORKSPACE_HELD if self.held else WORKSPACE)[self.kind] - a_block
-        if self.held:
-            a_row += size * V * (2 if dense else 1)
-        if keeps:
-            a_row += self.gemm.tile_dtype.itemsize * V
+        columns = min(V, max(64, min(COLUMNS[self.kind], WORKSPACE[self.kind] // (6 * widths * wide))))
+        fused = self.fused is not None
+        a_block = {
+            "the head, widened": 0 if fused else wide * widths * columns,
+            "its panels, and those of it transposed": 4 * narrow * widths * columns if fused else 0,
+        }
+        a_row = {
+            "hidden states, and an accumulator of their gradient": (narrow + wide) * widths,
+            "their panels, and those of them transposed": 2 * narrow * widths if fused else 0,
+            "tiles, and the scratch of the row kernels": 0 if fused else wide * columns * (14 if dense else 8),
+            "the gradient of a tile": narrow * columns if fused else 0,
+            "logits": wide * V * (2 if dense else 1) if self.held else 0,
+            "what is kept": narrow * V if keeps else 0,
+        }
+        room = (WORKSPACE_HELD if self.held else WORKSPACE)[self.kind] - sum(a_block.values())
         if self.held or keeps:
             room += spare
-        return columns, max(1, min(room // a_row, MOST_ROWS, len(self.p)))
+        return columns, max(1, min(room // sum(a_row.values()), MOST_ROWS, len(self.p)))
 
     def _buffer(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Scratch of this shape, kept between tiles."""
