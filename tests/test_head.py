@@ -18,6 +18,8 @@ from problems import (
     OWN,
     Problem,
     assert_exact,
+    assert_gradients_exact,
+    comparisons,
     gradients,
     ours,
     problem,
@@ -285,10 +287,9 @@ def test_a_banned_target_is_all_but_impossible_and_its_gradient_is_finite():
         p.head.bias[p.target[0]] = -torch.inf
     logp = ours(p, ["logp"]).logp
     assert (logp[p.target == p.target[0]] < -1e20).all() and not logp.isnan().any()
-    truth = p.to(torch.float64)
-    want = gradients(theirs(truth).logp, torch.ones(13), truth)
-    for leaf, gradient in gradients(logp, torch.ones(13), p).items():
-        torch.testing.assert_close(gradient.double(), want[leaf], rtol=1e-5, atol=1e-5)
+    truth, _, same = comparisons(p)
+    want, yardstick = (gradients(theirs(x).logp, torch.ones(13), x) for x in (truth, same))
+    assert_gradients_exact(gradients(logp, torch.ones(13), p), p, yardstick, want, "logp")
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.5, 1.0, 2.0])

@@ -183,6 +183,25 @@ def with_lora(kind: str, dtype: torch.dtype = torch.float32, **changes: object) 
     return made
 
 
+def dense_twin(made: PeftModel) -> PeftModel:
+    """The same model in float64, its head what the quantised one is dequantised to."""
+    base = tiny.model(hidden_size=D)
+    base.lm_head.weight = nn.Parameter(dequantised(made.get_base_model().lm_head.base_layer, torch.float32))
+    twin = get_peft_model(base, made.peft_config["default"])
+    twin.load_state_dict({name: x for name, x in made.state_dict().items() if "lora" in name}, strict=False)
+    return twin.double()
+
+
+def own_loss(made: nn.Module) -> Tensor:
+    return nn.functional.cross_entropy(made(IDS).logits[0, :-1], IDS[0, 1:])
+
+
+def trained(made: nn.Module, total: Tensor) -> dict[str, Tensor]:
+    """The gradient of what trains."""
+    leaves = {name: p for name, p in made.named_parameters() if p.requires_grad}
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+
 def of_model(made: nn.Module, dtype: torch.dtype) -> Problem:
     """Its head, and hidden states of this dtype."""
     head = fp.Head.of(made)
@@ -253,13 +272,14 @@ def test_a_lora_on_a_quantised_head_trains(kind, dtype):
 def test_a_step_of_training_is_that_of_the_models_own_logits(kind):
     made = with_lora(kind)
     hidden = made.get_base_model().model(IDS).last_hidden_state[0, :-1]
-    fp.fused_loss(losses.sft, hidden, fp.Head.of(made), fp.Batch(IDS[0, 1:], torch.tensor([8]))).backward()
-    got = {name: p.grad for name, p in made.named_parameters() if p.requires_grad}
-    made.zero_grad()
-    made(IDS, labels=IDS).loss.backward()
-    want = {name: p.grad for name, p in made.named_parameters() if p.requires_grad}
+    total = fp.fused_loss(losses.sft, hidden, fp.Head.of(made), fp.Batch(IDS[0, 1:], torch.tensor([8])))
+    twin = dense_twin(made)
+    got, theirs, want = (
+        trained(m, loss) for m, loss in ((made, total), (made, own_loss(made)), (twin, own_loss(twin)))
+    )
     assert len(got) == 6 and all(g.norm() > 0 for g in got.values())
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    for name, gradient in got.items():
+        assert_gradient_close_to_truth(gradient, theirs[name], want[name], name)
 
 
 @pytest.mark.parametrize("kind", ["nf4 twice", "int8"])
