@@ -16,10 +16,9 @@ from harness import plain_product
 from measurement import Measurement, Setup
 from torch import Tensor
 from trial import Trial
-from truth import BLOCK_ELEMENTS
+from truth import BLOCK_ELEMENTS, statistics
 
 import fastpost as fp
-from fastpost import reference as plain
 from fastpost import rows as row_math
 from fastpost.types import OUTPUTS
 
@@ -101,10 +100,15 @@ def forwards(v: Variant, device: torch.device) -> dict[str, object]:
 
 
 def by_plain(v: Variant, x: Given) -> Tensor:  # (outputs, T)
-    """With the logits in memory."""
-    q = (x.hidden_q, fp.Head(x.weight_q)) if v.dense else None
-    head = fp.Head(x.weight, softcap=v.softcap)
-    return stacked(v, plain.token_stats(x.hidden, head, x.target, reference=q)).double()
+    """With the logits in memory, of operands as they are given and in fp32 or wider."""
+    wide = torch.promote_types(x.hidden.dtype, torch.float32)
+    logits, logits_q = (
+        a @ b.T if a.dtype == wide else torch.mm(a, b.T, out_dtype=wide)
+        for a, b in ((x.hidden, x.weight), (x.hidden_q, x.weight_q))
+    )
+    if v.softcap is not None:
+        logits = v.softcap * torch.tanh(logits / v.softcap)
+    return stacked(v, statistics(logits, x.target, v.outputs, logits_q if v.dense else None)).double()
 
 
 def worst(truth: Tensor, found: Tensor) -> float:  # (outputs, some of the rows), (outputs, T)
@@ -117,7 +121,8 @@ def trials(setup: Setup, inputs: Inputs) -> Iterator[Trial]:
     rows = max(1, BLOCK_ELEMENTS // len(inputs.weight))
     for v in VARIANTS:
         x = whole.cut(setup.tokens // v.share, torch.float32 if v.name == "fp32" else inputs.hidden.dtype)
-        truth, single = (by_plain(v, x.cut(rows, dtype)) for dtype in (torch.float64, torch.float32))
+        same = x.hidden.dtype if x.hidden.is_cuda else torch.float32  # (a CPU has no such product of bf16)
+        truth, single = (by_plain(v, x.cut(rows, dtype)) for dtype in (torch.float64, same))
         runs = {UNFUSED: partial(by_token_stats, v, x)}
         runs |= {name: partial(by_forward, v, x, forward) for name, forward in forwards(v, x.hidden.device).items()}
         yield Trial(

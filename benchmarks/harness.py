@@ -1,7 +1,7 @@
 """How a run is measured: its seconds, its peak memory, and the machine it was on.
 
 seconds   the median of several; contestants take turns, so that a slow moment of the machine falls on all of them.
-          CUDA: between events, after a write that empties the L2 cache
+          CUDA: between events, after a write that empties the L2 cache and what is to be done before a run, if any
 bandwidth bytes read and written a second by a copy that no cache holds, once a run
 memory    the peak above what was allocated before, less what was returned. CUDA: of the allocator. Linux: of resident
           memory after the heap was trimmed, libraries' own scratch included. Elsewhere it is not measured
