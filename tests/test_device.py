@@ -49,11 +49,11 @@ def drawn(dtype: torch.dtype, device: torch.device, *, train_head: bool, **trait
 
 
 def packed(p: Problem, unit: str) -> fp.Batch:
-    """Every third token is ignored."""
+    """Every third token is ignored. Made on the host, and moved."""
     with torch.no_grad():
-        logp = fp.token_stats(p.hidden, p.head, p.target, temperature=p.temperature).logp.float()
-    near = [logp + 0.2 * torch.randn(T).to(logp) for _ in range(2)]
-    target = p.target.where(torch.arange(T, device=p.target.device) % 3 > 0, -100)
+        logp = fp.token_stats(p.hidden, p.head, p.target, temperature=p.temperature).logp.float().cpu()
+    near = [logp + 0.2 * torch.randn(T) for _ in range(2)]
+    target = p.target.cpu().where(torch.arange(T) % 3 > 0, -100)
     batch = fp.Batch(target, torch.tensor(LENGTHS), old_logp=near[0], ref_logp=near[1])
     batch = replace(batch, advantage=torch.randn(len(LENGTHS)), weight=torch.rand(batch.units(unit)) + 0.5)
     return batch.to(p.target.device)
