@@ -89,7 +89,7 @@ def test_the_workspace_is_64_mb_where_rows_are_wide(schedule):
     assert_bounded(*run(schedule, 4096, 2000, 4096))
 
 
-@pytest.mark.parametrize(("held", "limit"), [((), 64), (("jsd",), 136)], ids=["streamed", "held"])
+@pytest.mark.parametrize(("held", "limit"), [((), 64), (("jsd",), 200)], ids=["streamed", "held"])
 def test_with_every_statistic_and_a_reference_it_is_bounded_too(held, limit):
     """The JSD alone holds whole rows."""
     hidden, weight, batch = setting(1024, 65_536)
@@ -104,7 +104,7 @@ def test_rows_that_are_held_for_a_loss_are_bounded_too():
     """Logits of 512 MB in fp32, which become gradients in their place."""
     hidden, weight, batch = setting(2048, 65_536, train_head=False)
     most = peak(lambda: fp.fused_loss(losses.grpo, hidden, weight, batch, entropy_coef=0.1).backward())
-    assert most <= 136 * MB + bytes_of(hidden, hidden), f"{most / MB:.1f} MB"
+    assert most <= 200 * MB + bytes_of(hidden, hidden), f"{most / MB:.1f} MB"
 
 
 def test_a_log_probability_is_right_to_1e_5():
