@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastpost.eager import fits_in_gradient
+from fastpost.sweep import apart
 
 Schedule = Literal["statistics", "frozen", "kept", "eager", "lazy"]  # kept: eager, of logp alone
 Side = Literal["tile", "rows", "columns"]
@@ -172,7 +173,7 @@ class Pass:
 
     def workspace(self, *, sums: bool = False, grads: bool = False) -> Cost:
         x, R, B = self.work, min(self.R, self.work.T), min(self.B, self.work.V)
-        tiles = (R * (x.V if self.held else B)) * x.wide * (2 if x.D_q else 1)
+        tiles = (R * (apart(x.V) if self.held else B)) * x.wide * (2 if x.D_q else 1)
         if sums and self.held:
             tiles += R * B * x.wide  # what is held is read again, so the kernel writes elsewhere
         elif (sums or grads) and x.multiplied != x.wide:

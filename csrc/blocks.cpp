@@ -76,10 +76,13 @@ std::optional<Products> products_of(const std::optional<Operands>& q, const Oper
 template <typename Body>
 void each_group(int64_t rows, const Body& groups) {
   at::parallel_for(0, panels_of(rows, kPanelRows), 1, [&](int64_t begin, int64_t end) {
+    // Alike, since the right operand is brought in for each.
+    const int64_t count = (end - begin + kPanelsTogether - 1) / kPanelsTogether;
+    const int64_t each = (end - begin + count - 1) / count;
     groups([&](const auto& body) {
-      for (int64_t p = begin; p < end; p += kPanelsTogether) {
+      for (int64_t p = begin; p < end; p += each) {
         const int64_t row = p * kPanelRows;
-        body(row, std::min({kPanelsTogether * kPanelRows, (end - p) * kPanelRows, rows - row}));
+        body(row, std::min({each * kPanelRows, (end - p) * kPanelRows, rows - row}));
       }
     });
   });

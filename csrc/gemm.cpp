@@ -192,7 +192,11 @@ at::Tensor packed_right(const Matrix& x) { return packed<kPanelColumns>(x); }
 
 void multiply(const uint32_t* left, const uint32_t* right, int64_t depth, Block out, bool accumulate, Sums sums) {
   const int64_t units = units_of(depth);
-  for (int64_t held = 0; held < out.columns; held += kColumnsHeld)
+  const int64_t slabs = (out.columns + kColumnsHeld - 1) / kColumnsHeld;
+  // Threads begin with what each has packed itself, which is in its own cache, and not all with the same.
+  const int64_t first = at::get_thread_num() * slabs / at::get_num_threads();
+  for (int64_t slab = 0; slab < slabs; ++slab) {
+    const int64_t held = (slab + first) % slabs * kColumnsHeld;
     for (int64_t i = 0; i < out.rows; i += kPanelRows)
       for (int64_t j = held; j < std::min(held + kColumnsHeld, out.columns); j += kPanelColumns) {
         const uint32_t *l = left + i * units, *r = right + j * units;
@@ -203,6 +207,7 @@ void multiply(const uint32_t* left, const uint32_t* right, int64_t depth, Block 
         else
           multiply_rim(l, r, units, tile, accumulate, sums);
       }
+  }
 }
 
 }  // namespace fastpost

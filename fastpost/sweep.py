@@ -115,6 +115,12 @@ def spans(total: int, most: int, multiple: int = 1) -> Iterator[slice]:
         yield slice(start, min(start + each, total))
 
 
+def apart(V: int) -> int:
+    """How far whole rows of V logits lie from each other: each on a cache line, and an odd number of 32 of them, since
+    with a power of two a column of a tile would lie in one set of the cache, which has fewer ways than a tile rows."""
+    return 32 * (-(-V // 32) | 1)
+
+
 def row_kernels(device: torch.device, dtype: torch.dtype):
     """The fastest row kernels for tiles of `dtype`: Triton's on a GPU, the C++ twin's on a CPU, else torch's."""
     try:
@@ -225,6 +231,9 @@ class Sweep:
             held = self._buffers[name] = torch.empty(numel, dtype=dtype, device=self.device)
         return held[:numel].view(shape)
 
+    def _whole_rows(self, name: str, n: int) -> Tensor:  # (n, V)
+        return self._buffer(name, (n, apart(self.V)), self.wide)[:, : self.V]
+
     def chunks(self) -> Iterator[slice]:
         return spans(len(self.p), self.rows_each, self.panel)
 
@@ -242,8 +251,8 @@ class Sweep:
             low_q,
             p.target[rows],
             None if p.inverse_temperature is None else p.inverse_temperature[rows],
-            self._buffer("logits", (n, self.V), self.wide) if self.held else None,
-            self._buffer("logits q", (n, self.V), self.wide) if self.held and p.dense else None,
+            self._whole_rows("logits", n) if self.held else None,
+            self._whole_rows("logits q", n) if self.held and p.dense else None,
         )
 
     def _left(self, x: Operands, rows: slice, buffer: str) -> tuple[Tensor, Tensor | None]:  # (R, D), (R, r)
