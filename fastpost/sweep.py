@@ -23,8 +23,8 @@ from fastpost.rows import Shape
 from fastpost.types import NEEDS_REFERENCE, Shard, TopK
 
 # Bytes of tiles, blocks and accumulators that a sweep may hold, and the columns of a tile: on a CPU its scratch stays
-# near the caches. Where whole rows of logits are held every chunk reads and packs the head anew: at V 131072 that is a
-# third of the products of the 90 rows that 56 MB have room for, and a tenth of those of 360.
+# near the caches. Where whole rows of logits are held every chunk reads and packs the head anew: at V 131072 that takes
+# a third as long as the products of the 90 rows that 56 MB have room for, and a twelfth of those of 360.
 WORKSPACE = {"cpu": 56 << 20, "cuda": 384 << 20}
 WORKSPACE_HELD = {"cpu": 192 << 20, "cuda": 384 << 20}
 COLUMNS = {"cpu": 960, "cuda": 8192}  # 960: whole panels of 12 and of 32, see csrc/gemm.h
