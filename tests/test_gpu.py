@@ -70,7 +70,7 @@ def test_finding_idle_rows_is_no_second_wait(frozen):
             torch.cuda.set_sync_debug_mode("default")
         return sum("called a synchronizing" in str(warning.message) for warning in seen)
 
-    assert waits(fp.losses.grpo) == waits(fp.losses.sft) == 1
+    assert waits(fp.losses.grpo) == waits(fp.losses.sft) == waits(fp.losses.gspo) == 1
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
