@@ -156,9 +156,13 @@ class Totals(NamedTuple):
     low: Tensor | None  # (N, r)
     b: Tensor | None  # (V, r)
 
-    def add_weight(self, s: Sweep, chunk: Chunk, block: Columns, left: Tensor, across: Tensor | None) -> None:
-        """A block of dW += left^T hidden, left (R, B) = dL/dtile, which may lie where dW will; across: `packed_across`
-        of the chunk."""
+    def add(self, s: Sweep, chunk: Chunk, block: Columns, left: Tensor, across: Tensor | None) -> None:
+        """What a block of the head gains from left (R, B) = dL/dtile, which may lie where dW will; across:
+        `packed_across` of the chunk."""
+        if self.bias is not None:
+            self.bias[block.span] += left.sum(0, dtype=self.bias.dtype)
+        if self.b is not None and chunk.low is not None:
+            s.gemm.add_product(self.b[block.span], left.T, chunk.low)
         if self.weight is None:
             return
         there = self.weight[block.span]
@@ -184,11 +188,7 @@ def keep_chunk(
     """What these rows add to the totals of the head, from what `fold_chunk` kept."""
     across = s.packed_across(chunk) if totals.weight is not None else None
     for block, left in zip(s.columns(multiplied=False), kept.dlogits(s, chunk, stats, dlogp), strict=True):
-        if totals.bias is not None:
-            totals.bias[block.span] += left.sum(0, dtype=totals.bias.dtype)
-        if totals.b is not None and chunk.low is not None:
-            s.gemm.add_product(totals.b[block.span], left.T, chunk.low)
-        totals.add_weight(s, chunk, block, left, across)
+        totals.add(s, chunk, block, left, across)
 
 
 def grad_chunk(
@@ -213,13 +213,9 @@ def grad_chunk(
             left = _grad_tile(s, chunk, block, c, on_rows.keys(), named)
             if dhidden is not None:
                 s.gemm.add_product(dhidden, left, block.weight)
-        totals.add_weight(s, chunk, block, left, across)
         if totals.low is not None and block.b is not None:
             s.gemm.add_product(totals.low[chunk.rows], left, block.b)
-        if totals.b is not None and chunk.low is not None:
-            s.gemm.add_product(totals.b[block.span], left.T, chunk.low)
-        if totals.bias is not None:
-            totals.bias[block.span] += left.sum(0, dtype=totals.bias.dtype)
+        totals.add(s, chunk, block, left, across)
     add_up(dhidden, p.shard)
     add_up(None if totals.low is None else totals.low[chunk.rows], p.shard)
 
