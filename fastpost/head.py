@@ -202,8 +202,8 @@ def _plan_loss(loss: Loss, batch: Batch, door: Door) -> Plan:
     p = door.problem
     if door.kept is not None and loss.unit != "token":
         raise ValueError(f"under graph capture only a loss of tokens can run, and {loss.name!r} is one of {loss.unit}s")
-    device = door.operands.hidden.device
-    inner = batch.at(torch.arange(len(p), device=device) if p.index is None else p.index, door.lengths)
+    everything = torch.arange(len(p), device=p.target.device)
+    inner = batch.at(everything if p.index is None else p.index, door.lengths)
     if door.kept is not None:
         inner = inner.blank(door.kept)
     if batch.weight is None:
@@ -213,8 +213,8 @@ def _plan_loss(loss: Loss, batch: Batch, door: Door) -> Plan:
             count = count + batch.at(door.idle).kept_units(loss.unit).sum()
         weight = (1 / count.clamp(min=1)).expand(len(kept))
     elif loss.unit == "token" and p.index is not None:
-        weight = batch.weight.to(device).index_select(0, p.index)
+        weight = batch.weight.index_select(0, p.index)
     else:
-        weight = batch.weight.to(device)
+        weight = batch.weight
     names = {name: door.inner(name) for name in loss.reads}
     return Plan(p, loss, inner, weight.to(wide(p.dtype)), door.kept, names)

@@ -55,6 +55,7 @@ class Batch:
         for field in fields(self):
             if getattr(self, field.name) is not None or field.name in ("target", "lengths"):
                 check_tensor(f"batch.{field.name}", getattr(self, field.name))
+        self._check_devices()
         T, S = self.target.numel(), self.lengths.numel()
         if self.target.ndim != 1:
             raise ValueError(f"batch.target must be flat, (T,), got shape {tuple(self.target.shape)}")
@@ -84,6 +85,18 @@ class Batch:
                 raise ValueError(
                     f"batch.{name} must have shape {shape} to match {T} positions in {S} sequences, "
                     f"got {tuple(value.shape)}"
+                )
+
+    def _check_devices(self) -> None:
+        """Lengths are read on the host, and a scalar is taken from there as torch takes one."""
+        home = self.target.device
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None or value.device == home or "lengths" in field.name:
+                continue
+            if value.ndim or value.device.type != "cpu":
+                raise ValueError(
+                    f"batch.{field.name} is on {value.device} and batch.target on {home}: batch.to moves all of it"
                 )
 
     @functools.cached_property
