@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastpost as fp
 from fastpost import reference as plain
-from fastpost.door import Rows
+from fastpost.compaction import Rows
 from fastpost.quantised import Quantised, Weight
 from fastpost.types import OUTPUTS, LowRank
 from rules import STATISTIC_SLACK, assert_close_to_truth, assert_gradient_close_to_truth
@@ -282,7 +282,7 @@ def graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     def masked(target: Tensor, ignore_index: int, *_: object) -> Rows:
         return Rows(None, mask=target != ignore_index)
 
-    monkeypatch.setattr("fastpost.door._find_rows", masked)
+    monkeypatch.setattr("fastpost.door.find_rows", masked)
 
 
 def schedules_of(value: Tensor) -> set[str]:

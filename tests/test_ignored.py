@@ -9,7 +9,7 @@ import torch
 
 import fastpost as fp
 from fastpost import losses
-from fastpost.door import _find_rows
+from fastpost.compaction import find_rows
 from loss_problems import CASES, T, fused, packed, positions, setting
 from problems import assert_loss_exact, gradients, graph_capture, schedules_of, small_tiles
 
@@ -133,9 +133,9 @@ def test_what_is_left_of_each_sequence_comes_with_the_count_of_rows(live):
     """In its transfer, so that units of sequences are no further wait: lengths of an accelerator's are never read."""
     target, lengths = torch.tensor([1, -100, 2, -100, 3, 4, 5, -100]), torch.tensor([3, 1, 0, 4])
     alive = None if live is None else torch.tensor(live).bool() & (target != -100)
-    rows = _find_rows(target, -100, 10, None, lengths, alive)
+    rows = find_rows(target, -100, 10, None, lengths, alive)
     assert rows.index.tolist() == ([0, 2, 4, 5, 6] if live is None else [0, 2, 5, 6])
     assert rows.lengths.tolist() == ([2, 0, 0, 3] if live is None else [2, 0, 0, 2])
     batch = fp.Batch(target, lengths)
     assert torch.equal(batch.at(rows.index, rows.lengths).lengths, batch.at(rows.index).lengths)
-    assert _find_rows(target, -100, 10, None, None, alive).lengths is None
+    assert find_rows(target, -100, 10, None, None, alive).lengths is None
