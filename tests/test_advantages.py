@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastpost.advantages import (
     group_centred,
@@ -20,6 +21,7 @@ from fastpost.advantages import (
     soft_overlong_punishment,
     sum_then_normalize,
 )
+from rules import assert_close_to_truth
 
 NAN = float("nan")
 EVERY = {
@@ -140,23 +142,26 @@ def test_several_rewards_against_trl(how, scale):
     lines = trl_lines("trl.trainer.grpo_trainer", start, "        # Slice to keep only the local part")
     rewards, weights = torch.randn(12, 3), torch.tensor([1.0, 0.5, -2.0])
     rewards[1, 0] = rewards[4] = rewards[9, 1:] = NAN
-    names = {
-        "torch": torch,
-        "nanstd": pytest.importorskip("trl.trainer.utils").nanstd,
-        "rewards_per_func": rewards.clone(),
-        "unscorable_mask": rewards.isnan().all(1),
-        "num_generations": 4,
-        "device": "cpu",
-        "self": SimpleNamespace(
-            multi_objective_aggregation=how, reward_weights=weights, scale_rewards=scale, reward_funcs=[0, 1, 2]
-        ),
-    }
-    exec(lines, names)
+    trainer = {"multi_objective_aggregation": how, "scale_rewards": scale, "reward_funcs": [0, 1, 2]}
+
+    def theirs(dtype: torch.dtype) -> Tensor:
+        names = {
+            "torch": torch,
+            "nanstd": pytest.importorskip("trl.trainer.utils").nanstd,
+            "rewards_per_func": rewards.to(dtype, copy=True),
+            "unscorable_mask": rewards.isnan().all(1),
+            "num_generations": 4,
+            "device": "cpu",
+            "self": SimpleNamespace(reward_weights=weights.to(dtype), **trainer),
+        }
+        exec(lines, names)
+        return names["advantages"]
+
     if how == "sum_then_normalize":
         ours = sum_then_normalize(rewards, weights, 4, scale)
     else:
         ours = normalize_then_sum(rewards, weights, 4)
-    torch.testing.assert_close(ours, names["advantages"], atol=1e-6, rtol=1e-5)
+    assert_close_to_truth(ours, theirs(torch.float32), theirs(torch.float64))
 
 
 def trl_lines(module: str, start: str, stop: str) -> str:

@@ -71,7 +71,8 @@ def test_gae_in_float64_is_exact_at_any_length():
     batch = batch_of(["p" + "c" * n for n in (1, 2, 3, 4, 5, 127, 128, 129)])
     rewards, values = draw(batch, dtype=torch.float64)
     truth = loop(rewards, values, batch, 0.999, 0.98, None)
-    torch.testing.assert_close(gae(rewards, values, batch, 0.999, 0.98)[0], truth, rtol=1e-13, atol=1e-13)
+    once = torch.finfo(torch.float64).eps * float(truth.abs().max())  # what a step may round off
+    torch.testing.assert_close(gae(rewards, values, batch, 0.999, 0.98)[0], truth, rtol=0, atol=129 * once)
 
 
 def test_lambda_1_is_the_return_less_the_value_and_lambda_0_the_temporal_difference():
@@ -175,9 +176,7 @@ def test_reinforce_plus_plus_is_the_whitened_reward_to_go():
     torch.testing.assert_close(reward_to_go(rewards, batch, 0.9), to_go)
     kept = batch.target != -100
     want = (to_go - to_go[kept].mean()) / to_go[kept].std()
-    torch.testing.assert_close(
-        reinforce_plus_plus(rewards, batch, 0.9), torch.where(kept, want, 0.0), rtol=1e-6, atol=0
-    )
+    torch.testing.assert_close(reinforce_plus_plus(rewards, batch, 0.9), torch.where(kept, want, 0.0))
 
 
 def test_whitening_by_hand():
@@ -186,7 +185,7 @@ def test_whitening_by_hand():
     torch.testing.assert_close(whiten(x, mask, shift_mean=False), torch.tensor([1.0, 2.0, 0.0, 3.0]))
     y = torch.randn(50, dtype=torch.float64)
     torch.testing.assert_close(whiten(y), (y - y.mean()) / (y.var() + 1e-8).sqrt())
-    torch.testing.assert_close(whiten(3 * y + 7), whiten(y), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(whiten(3 * y + 7), whiten(y))
 
 
 @pytest.mark.parametrize("x", [[0.1] * 7, [0.3], []])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
@@ -26,7 +27,7 @@ from fastpost.trainers.grpo import grpo
 from fastpost.trainers.metrics import read_lines
 from fastpost.trainers.policy import Reference, backward, policy_packs
 from fastpost.trainers.rollouts import Rollouts, first_group, rollout_metrics
-from rules import assert_gradient_close_to_truth
+from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
 TIMES = ("tokens_per_second", "peak_memory_mb", "step_time/rollout", "step_time/reward", "step_time/update")
 LENGTHS = (3, 5, 2, 4, 6, 1)  # of the completions of two groups of three
@@ -71,6 +72,11 @@ def logps(model: nn.Module, rollouts: Rollouts, temperature: float) -> list[Tens
         at = torch.arange(len(prompt.input_ids) - 1, len(ids) - 1)
         found.append(logp[at, ids[at + 1]])
     return found
+
+
+def both(model: nn.Module) -> Iterator[nn.Module]:
+    """As it is, and in float64."""
+    yield from (copy.deepcopy(model).to(dtype) for dtype in (torch.float32, torch.float64))
 
 
 def plain_gradient(model: nn.Module, rollouts: Rollouts, advantages: Tensor, config: Grpo) -> Tensor:
@@ -143,7 +149,7 @@ def test_the_second_iteration_clips_against_the_first():
     packs, first = backward(model, policy_packs(rollouts, advantages, config), TOKENS, config)
     assert (first["clip_ratio/low_mean"], first["clip_ratio/high_mean"]) == (0, 0)
     old = torch.cat([packed.batch.old_logp[packed.batch.target != -100] for packed in packs])
-    torch.testing.assert_close(old, torch.cat(logps(tiny.model("qwen3"), rollouts, 1.0)).detach(), atol=1e-4, rtol=0)
+    assert_close_to_truth(old, *(torch.cat(logps(m, rollouts, 1.0)) for m in both(tiny.model("qwen3"))))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.sub_(0.3 * parameter.grad)
@@ -161,12 +167,13 @@ def test_the_reference_is_the_policy_before_training():
     reference = Reference.of(Start(model, None, torch.optim.SGD(model.parameters())), config)
     advantages = group_centred(rollouts.scores.rewards, 3)
     packs = [reference.scored(packed) for packed in policy_packs(rollouts, advantages, config)]
-    assert backward(model, packs, TOKENS, config)[1]["kl"] == pytest.approx(0, abs=1e-9)
+    assert backward(model, packs, TOKENS, config)[1]["kl"] == 0
     with torch.no_grad():
         model.lm_head.weight.mul_(1.1)
     kl = backward(model, packs, TOKENS, config)[1]["kl"]
-    before, after = (torch.cat(logps(m, rollouts, 1.0)).detach() for m in (tiny.model("qwen3"), model))
-    assert kl == pytest.approx(float(((before - after).exp() - 1 - (before - after)).mean()), rel=1e-3)
+    models = zip(both(tiny.model("qwen3")), both(model), strict=True)
+    moved = [torch.cat(logps(m, rollouts, 1.0)) - torch.cat(logps(after, rollouts, 1.0)) for m, after in models]
+    assert_close_to_truth(torch.tensor(kl), *((x.exp() - 1 - x).mean() for x in moved), "kl")
     assert all(parameter.grad is None for parameter in reference.model.parameters())
 
 

@@ -28,7 +28,7 @@ from problems import (
     stat,
     theirs,
 )
-from rules import assert_close_to_truth
+from rules import STATISTIC_SLACK, assert_close_to_truth
 
 EVERY = (*OWN, *DIVERGENCES)
 MANY = 64  # rows, enough that torch's error, the yardstick, is no stroke of luck
@@ -326,22 +326,22 @@ def test_a_reference_that_bans_the_same_tokens_is_no_further_away():
 def test_signs_and_bounds(std, dtype):
     stats = ours(with_reference(problem(dtype, T=60, std=std)), EVERY)
     assert (stats.logp <= 0).all() and (stats.log_sum_sq <= 0).all() and (stats.logp_at_1 <= 0).all()
-    assert (stats.entropy >= 0).all() and (stats.entropy <= math.log(200) + 1e-5).all()
+    assert (stats.entropy >= 0).all() and (stats.entropy <= math.log(200) + STATISTIC_SLACK).all()
     assert (stats.reverse_kl >= 0).all() and (stats.forward_kl >= 0).all()
-    assert (stats.jsd >= 0).all() and (stats.jsd <= math.log(2) + 1e-6).all()
-    assert (stats.mean_logp <= stats.logp.new_tensor(-math.log(200)) + 1e-5).all()
+    assert (stats.jsd >= 0).all() and (stats.jsd <= math.log(2) + STATISTIC_SLACK).all()
+    assert (stats.mean_logp <= stats.logp.new_tensor(-math.log(200)) + STATISTIC_SLACK).all()
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["the same tensors", "copies"])
 def test_a_policy_is_no_distance_from_itself(shared):
     p = problem(bias=True, softcap=10.0, temperature=0.7)
     twin = p if shared else p.to(torch.float32)
-    stats = ours(replace(p, reference=(twin.hidden, twin.head)), DIVERGENCES)
+    p = replace(p, reference=(twin.hidden, twin.head))
+    stats = ours(p, (*DIVERGENCES, "entropy"))
     assert not stats.reverse_kl.any() and not stats.forward_kl.any()
-    assert (stats.jsd <= 1e-7).all()
-    for name in DIVERGENCES:
-        grads = gradients(stat(stats, name), torch.ones(13), p)
-        assert all((g.abs() <= 1e-6).all() for g in grads.values()), name
+    # log m is log p again, but rounded: an ulp of itself, of which the mean over p is an ulp of the entropy.
+    assert (stats.jsd <= torch.finfo(torch.float32).eps * stats.entropy).all()
+    assert_exact(p, DIVERGENCES)
 
 
 def test_gradients_do_not_reach_the_reference():

@@ -53,7 +53,8 @@ def test_float64_is_float64_to_the_end(reduction):
     tensors, target = inputs(torch.float64, bias=True)
     got = call(fp.linear_cross_entropy, tensors, target, reduction=reduction)
     want = call(F.linear_cross_entropy, tensors, target, reduction=reduction)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    rounded = 200 * torch.finfo(torch.float64).eps  # once for each token of the vocabulary, of which there are fewer
+    torch.testing.assert_close(got, want, rtol=rounded, atol=rounded)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, None, 5, -1])

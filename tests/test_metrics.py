@@ -17,6 +17,7 @@ from fastpost.types import Batch, Stats
 COUNTS = (3, 1, 0, 5, 2, 4, 0, 0)  # kept tokens; the third completion is empty, and so is the whole last pair
 LENGTHS = tuple(n + 2 for n in COUNTS)
 PER_TOKEN = ("old_logp", "ref_logp", "rollout_logp", "advantage", "old_value", "return_")
+ROUNDED = 1000 * torch.finfo(torch.float64).eps  # a few hundred sums and products of numbers of order one
 
 
 def batch_of() -> Batch:
@@ -58,7 +59,7 @@ def got(seen: dict[str, metrics.Part]) -> dict[str, float]:
 
 
 def near(want: dict[str, float]) -> object:
-    return pytest.approx(want, rel=1e-9, abs=1e-12, nan_ok=True)
+    return pytest.approx(want, rel=ROUNDED, abs=ROUNDED, nan_ok=True)
 
 
 # ---- each family, by its definition ----

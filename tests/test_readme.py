@@ -11,6 +11,7 @@ import torch
 import fastpost as fp
 from catalogue import CASES
 from fastpost.equation import ScalarLoss
+from rules import assert_close_to_truth
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,9 +47,12 @@ def test_the_example_runs(monkeypatch):
     }
     monkeypatch.setattr(fp.Head, "of", staticmethod(lambda model: fp.Head(model.lm_head.weight)))
     (example,) = blocks("python")
-    logp = (hidden @ weight.T).log_softmax(-1).gather(1, target.clamp(min=0)[:, None])[:, 0]
     exec(example, names)
-    assert torch.allclose(names["logp"], torch.where(target == -100, 0.0, logp), atol=1e-5)
+    by_torch = [
+        (hidden.to(dtype) @ weight.to(dtype).T).log_softmax(-1).gather(1, target.clamp(min=0)[:, None])[:, 0]
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert_close_to_truth(names["logp"], *(torch.where(target == -100, 0.0, logp) for logp in by_torch))
     assert hidden.grad is not None and hidden.grad.norm() > 0
     assert names["stats"].entropy[0] > 0
 

@@ -94,9 +94,12 @@ def test_a_teacher_that_is_the_policy_is_no_distance_away():
     p = problem(torch.float64)
     logp, ids = theirs_logp(p).topk(20)
     stats = ours(replace(p, reference=fp.TopK(ids, logp)), DIVERGENCES)
+    rounded = 200 * torch.finfo(torch.float64).eps  # once for each token of the vocabulary
+    largest = max(leaf.detach().abs().max() for leaf in p.leaves.values())
     for name in DIVERGENCES:
-        assert (stat(stats, name) < 1e-12).all(), name
-        assert all((g.abs() < 1e-6).all() for g in gradients(stat(stats, name), torch.ones(13), p).values()), name
+        assert (stat(stats, name) <= rounded).all(), name
+        grads = gradients(stat(stats, name), torch.ones(13), p)
+        assert all((g.abs() <= rounded * largest).all() for g in grads.values()), name
 
 
 def theirs_logp(p: Problem) -> torch.Tensor:  # (T, V)
