@@ -15,7 +15,7 @@ from fastpost.equation import Loss, ScalarLoss
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BLOCK = re.compile(r"<!-- table:losses -->\n(.*?)<!-- /table -->", re.DOTALL)
-FAMILIES = ("sft", "preference", "policy", "distill", "value", "reward")
+FAMILIES = ("sft", "preference", "reference_free", "unpaired", "policy", "distill", "value", "reward")
 ARXIV = re.compile(r"arXiv:(\d{4}\.\d{5})")
 
 

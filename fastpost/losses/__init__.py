@@ -23,24 +23,21 @@ from fastpost.losses.preference import (
     aot_unpaired,
     apo_down,
     apo_zero,
-    apo_zero_unpaired,
     bco,
-    cpo,
     discopop,
     dpo,
     exo,
     hinge,
     ipo,
-    kto,
     nca,
-    orpo,
     robust,
     sigmoid_norm,
-    simpo,
     sppo,
 )
+from fastpost.losses.reference_free import cpo, orpo, simpo
 from fastpost.losses.reward import bradley_terry, prm
 from fastpost.losses.sft import dft, sft
+from fastpost.losses.unpaired import apo_zero_unpaired, kto
 from fastpost.losses.value import explained_variance, value
 
 __all__ = [

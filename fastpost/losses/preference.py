@@ -1,4 +1,4 @@
-"""Preferences: a chosen and a rejected sequence, adjacent in the batch (kto: a labelled one).
+"""Preferences against a reference: a chosen and a rejected sequence, adjacent in the batch.
 
 l is the sum of logp over a sequence's tokens, l_ref that of ref_logp, w the chosen sequence, r the rejected one, s the
 sigmoid. An equation of the DPO family sees (P,) numbers of its P pairs: d_w = l_w - l_ref_w and d_r, their difference
@@ -16,8 +16,8 @@ family adds these knobs:
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -113,10 +113,10 @@ def _adjusted(
     if use_weighting:
         chosen, rejected = batch.pairs(batch.mean_per_sequence(stats.logp.detach() - stats.log_sum_sq))
         each = each * (chosen + rejected).exp()
-    return each + rpo_alpha * _chosen_nll(stats, batch) if rpo_alpha else each
+    return each + rpo_alpha * chosen_nll(stats, batch) if rpo_alpha else each
 
 
-def _chosen_nll(stats: Stats, batch: Batch) -> Tensor:  # (P,)
+def chosen_nll(stats: Stats, batch: Batch) -> Tensor:  # (P,)
     """Mean over the chosen sequence's tokens, so that a pair counts the same whatever its length and its company."""
     return -batch.pairs(batch.mean_per_sequence(stats.logp))[0]
 
@@ -137,7 +137,7 @@ def _of_pairs(scores: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Callabl
     return declare
 
 
-def _logistic(margin: Tensor, label_smoothing: float) -> Tensor:
+def logistic(margin: Tensor, label_smoothing: float) -> Tensor:
     """-(1 - e) log s(margin) - e log s(-margin): a label is wrong with probability e."""
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
@@ -151,7 +151,7 @@ def dpo(chosen: Tensor, rejected: Tensor, *, beta: Positive = 0.1, label_smoothi
 
     e > 0 is conservative DPO: a label is wrong with probability e. TRL 1.16's sigmoid loss ignores it.
     """
-    return _logistic(beta * (chosen - rejected), label_smoothing)
+    return logistic(beta * (chosen - rejected), label_smoothing)
 
 
 @_of_pairs(_mean_scores)
@@ -240,7 +240,7 @@ def _sorted_loss(
     above: Tensor, below: Tensor, *, beta: Positive = 0.1, label_smoothing: BelowHalf = 0.0
 ) -> Tensor:  # (P,), (P,) -> (1,)
     margin = beta * (above.sort().values - below.sort().values)
-    return _logistic(margin, label_smoothing).mean(0, keepdim=True)
+    return logistic(margin, label_smoothing).mean(0, keepdim=True)
 
 
 def _present(batch: Batch, above: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:  # (P,) -> (P',)
@@ -277,108 +277,3 @@ def aot(stats: Stats, batch: Batch, *, ld_alpha: Fraction | None = None) -> tupl
 def aot_unpaired(stats: Stats, batch: Batch, *, ld_alpha: Fraction | None = None) -> tuple[Tensor, Tensor]:
     """mean_i of DPO on x_(i) - y_(i), x = d_w, y = d_r, each sorted. arXiv:2406.05882."""
     return _log_ratios(stats, batch, ld_alpha=ld_alpha)
-
-
-# ---- without a reference ----
-
-
-@loss(unit="pair")
-def cpo(
-    stats: Stats,
-    batch: Batch,
-    *,
-    beta: Positive = 0.1,
-    label_smoothing: BelowHalf = 0.0,
-    cpo_alpha: NonNegative = 1.0,
-) -> Tensor:
-    """-(1 - e) log s(x) - e log s(-x) + cpo_alpha nll_w, x = beta (l_w - l_r), e = label_smoothing. arXiv:2401.08417.
-
-    nll_w is the mean over the chosen sequence's tokens. TRL's is the mean over all chosen tokens of a microbatch, so
-    that a pair's share depends on its company.
-    """
-    chosen, rejected = batch.pairs(batch.per_sequence(stats.logp))
-    return _logistic(beta * (chosen - rejected), label_smoothing) + cpo_alpha * _chosen_nll(stats, batch)
-
-
-@loss(unit="pair")
-def simpo(
-    stats: Stats,
-    batch: Batch,
-    *,
-    beta: Positive = 2.0,
-    simpo_gamma: Number = 1.0,
-    label_smoothing: BelowHalf = 0.0,
-    cpo_alpha: NonNegative = 0.0,
-) -> Tensor:
-    """-log s(beta (m_w - m_r) - simpo_gamma), m = l over the number of tokens. arXiv:2405.14734.
-
-    label_smoothing as in dpo; cpo_alpha > 0 is CPO-SimPO, the nll of cpo. TRL's defaults are CPO's.
-    """
-    chosen, rejected = batch.pairs(batch.mean_per_sequence(stats.logp))
-    return _logistic(beta * (chosen - rejected) - simpo_gamma, label_smoothing) - cpo_alpha * chosen
-
-
-@loss(unit="pair")
-def orpo(stats: Stats, batch: Batch, *, beta: NonNegative = 0.1) -> Tensor:
-    """nll_w - beta log s(log odds(m_w) - log odds(m_r)), odds(m) = e^m / (1 - e^m). arXiv:2403.07691, equation 6.
-
-    m is the mean of logp over the tokens, nll_w = -m_w, beta the paper's lambda. TRL takes nll_w over the prompt, too.
-    Where a policy is certain, P = 1, TRL's and Liger's gradients are NaN.
-    """
-    chosen, rejected = batch.pairs(batch.mean_per_sequence(stats.logp))
-    return -chosen - beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
-
-
-def _log_odds(logp: Tensor) -> Tensor:
-    """log(p / (1 - p)), with p kept an ulp from one, where the odds end."""
-    logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
-    near_one = logp > -math.log(2)
-    rest = torch.where(near_one, (-torch.expm1(torch.where(near_one, logp, -1.0))).log(), torch.log1p(-logp.exp()))
-    return logp - rest
-
-
-# ---- one labelled sequence ----
-
-
-def _judged(
-    gain: Tensor, label: Tensor, *, desirable_weight: NonNegative = 1.0, undesirable_weight: NonNegative = 1.0
-) -> Tensor:  # (S,), (S,) -> (S,)
-    """desirable_weight s(-gain) where the label says so, undesirable_weight s(gain) elsewhere."""
-    desirable, undesirable = torch.sigmoid(-gain), torch.sigmoid(gain)
-    return torch.where(label, desirable_weight * desirable, undesirable_weight * undesirable)
-
-
-def _without_weight(batch: Batch, knobs: Mapping[str, Any]) -> Tensor | None:  # (T,) bool
-    """Tokens of sequences whose label counts for nothing."""
-    desirable, undesirable = (knobs[name] == 0 for name in ("desirable_weight", "undesirable_weight"))
-    return batch.spread(torch.where(batch.label, desirable, undesirable)) if desirable or undesirable else None
-
-
-def _of_labels(gain: Callable[..., Tensor]) -> Loss:
-    """Declares a loss of what a sequence has gained on the reference."""
-
-    @functools.wraps(gain)
-    def of_sequences(stats: Stats, batch: Batch, **knobs) -> Tensor:
-        gained = batch.per_sequence(stats.logp - batch.ref_logp)
-        return _judged(gain(gained, batch, **picked(gain, knobs)), batch.label, **picked(_judged, knobs))
-
-    of_sequences.__signature__ = shared_signature(gain, _judged)  # pyright: ignore[reportAttributeAccessIssue]
-    return loss(unit="sequence", idle=_without_weight)(of_sequences)
-
-
-@_of_labels
-def kto(gained: Tensor, batch: Batch, *, beta: Positive = 0.1) -> Tensor:
-    """desirable_weight s(beta (kl - d)) if batch.label, else undesirable_weight s(beta (d - kl)). arXiv:2402.01306.
-
-    d = l - l_ref; kl = batch.kl, the baseline of `fastpost.losses.kl.kto_baseline`, a constant.
-    """
-    return beta * (gained - batch.kl)
-
-
-@_of_labels
-def apo_zero_unpaired(gained: Tensor, batch: Batch, *, beta: Positive = 0.1) -> Tensor:
-    """desirable_weight s(-beta d) if batch.label, else undesirable_weight s(beta d). arXiv:2408.06266.
-
-    apo_zero of sequences that have no mate: KTO with the baseline 0.
-    """
-    return beta * gained
