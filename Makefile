@@ -42,9 +42,11 @@ lint: .venv/.dev
 bench: .venv/.train,bench
 	$(foreach name,$(BENCH),$(BIN)/python benchmarks/$(name).py $(ARGS) &&) true
 
-# What the README takes from the code and from benchmarks/results.
+# What the README takes from the code and from benchmarks/results: a sweep and row kernels have no table there.
+MEASURED := $(filter-out %-sweep.jsonl %-rows.jsonl,$(sort $(wildcard benchmarks/results/*.jsonl)))
 readme: .venv/.dev
 	$(BIN)/python docs/losses_table.py
+	$(BIN)/python benchmarks/tables.py $(MEASURED)
 
 clean:
 	rm -rf build dist *.egg-info fastpost/_native*.so .pytest_cache .ruff_cache
