@@ -1,4 +1,4 @@
-"""What every test gets: a seed and poisoned memory. By name: `device`, each that is here; `saved`, a tiny model."""
+"""What every test gets: a seed and poisoned memory. By name: `device`, `tiles`; `saved`, a tiny model."""
 
 from __future__ import annotations
 
@@ -55,6 +55,18 @@ def seed() -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device of this machine; the cuda ones (ROCm's too) carry the `gpu` mark."""
     return torch.device(request.param)
+
+
+@pytest.fixture(params=["one tile", "many tiles", "many tiles in torch"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the head visits the logits, and whether its row kernels are those of this machine or torch's."""
+    from fastpost.rows import TorchRows
+    from problems import small_tiles
+
+    if request.param != "one tile":
+        small_tiles(monkeypatch)
+    if request.param == "many tiles in torch":
+        monkeypatch.setattr("fastpost.sweep.row_kernels", lambda device, dtype: TorchRows())
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import fastpost as fp
-from fastpost.rows import TorchRows
 from problems import (
     DIVERGENCES,
     DTYPES,
@@ -18,12 +17,12 @@ from problems import (
     gradients,
     ours,
     problem,
-    small_tiles,
     stat,
     theirs,
 )
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
+pytestmark = pytest.mark.usefixtures("tiles")
 FINITE = {"bucket": DIVERGENCES, "renormalize": ("forward_kl", "jsd")}  # divergences that the teacher's rest allows
 
 
@@ -34,14 +33,6 @@ def with_teacher(p: Problem, rest: str = "bucket", K: int = 7, *, share: float =
     ids = torch.cat([likely[:, : K // 2], likely[:, V - (K - K // 2) :]], 1)
     logp = torch.randn(T, K, device=ids.device).log_softmax(1) + torch.tensor(share).log()
     return replace(p, reference=fp.TopK(ids, logp.to(p.hidden.dtype), rest), jsd_beta=jsd_beta)
-
-
-@pytest.fixture(params=["one tile", "many tiles", "many tiles in torch"], autouse=True)
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param != "one tile":
-        small_tiles(monkeypatch)
-    if request.param == "many tiles in torch":
-        monkeypatch.setattr("fastpost.sweep.row_kernels", lambda device, dtype: TorchRows())
 
 
 HEADS = {
