@@ -15,7 +15,7 @@ from cases import Inputs
 from harness import plain_product
 from measurement import Measurement, Setup
 from torch import Tensor
-from trial import Trial
+from trial import Trial, verdict
 from truth import BLOCK_ELEMENTS, statistics
 
 import fastpost as fp
@@ -147,8 +147,5 @@ def verdicts(measurements: Sequence[Measurement]) -> list[str]:
 def _verdict(case: str, entered: Sequence[Measurement]) -> str:
     seconds = {m.provider: m.seconds for m in entered if m.seconds}
     fused = {name: time for name, time in seconds.items() if name.startswith(FUSED)}
-    if not fused or UNFUSED not in seconds:
-        return f"{case}: no verdict, for want of {f'a {FUSED} forward that is right' if not fused else UNFUSED}"
-    best = min(fused, key=fused.__getitem__)
-    ratio = fused[best] / seconds[UNFUSED]
-    return f"{case}: {best} {'wins' if ratio < 1 else 'loses'}, {ratio:.2f} x the time of {UNFUSED}"
+    unfused = {name: time for name, time in seconds.items() if name == UNFUSED}
+    return verdict(case, fused, unfused, UNFUSED if fused else f"a {FUSED} forward that is right")

@@ -1,7 +1,8 @@
 """The row kernels and the tile-fused forward, measured: `python benchmarks/rows.py`.
 
   rows        one tile in fp32 (R rows, B columns), from memory and behind the product that wrote it: tiles.py. x bound:
-              time over that of a copy of as many bytes, which a tile that is still in the cache may beat
+              time over that of a copy of as many bytes, which a tile that is still in the cache may beat; with
+              a verdict on the CUDA twin (cuda_rows.py) where nvcc is
   statistics  those of all T rows: forwards.py, with a verdict on each variant of the tile-fused forward. x floor: time
               over one plain product
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         append(output, [measured])
         measurements.append(measured)
     show(measurements)
-    print(*forwards.verdicts(measurements), f"written to {output}", sep="\n")
+    print(*tiles.verdicts(measurements, device), *forwards.verdicts(measurements), f"written to {output}", sep="\n")
     return int(any(m.status != "ok" for m in measurements))
 
 

@@ -1,19 +1,21 @@
 """The row kernels on one tile in fp32: as they find it in memory, and behind the product that writes it, as the library
-calls them, while it is still in the cache. By each implementation that runs here and, for Triton, by launches beside
-those of its table.
+calls them, while it is still in the cache. By each implementation that runs here, for Triton by launches beside those
+of its table, and by the CUDA twin, with a verdict on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import cuda_rows
 import torch
 from counted import Cost
-from measurement import Setup
+from cuda_rows import TWIN
+from measurement import Measurement, Setup
 from torch import Tensor
-from trial import Trial
+from trial import Trial, verdict
 
 from fastpost import rows as row_math
 from fastpost.gemm import Gemm, exact_products
@@ -92,6 +94,7 @@ def implementations(task: Task, device: torch.device) -> dict[str, TorchRows]:
 
         for size in CANDIDATES[task.kernel]:
             found[f"triton {size[0]} x {size[1]}"] = TritonRows({**ROWS, task.kernel: Row(*size)})
+        found |= cuda_rows.candidates(device, found["fastpost"])
     return found
 
 
@@ -148,6 +151,22 @@ def trials(setup: Setup, x: Tile, product: Callable[[], object]) -> Iterator[Tri
                 product=product,
                 before=before,
             )
+
+
+def verdicts(measurements: Sequence[Measurement], device: torch.device) -> list[str]:
+    """Of each task on a GPU, whether the CUDA twin is the fastest, and by how much."""
+    if lacking := cuda_rows.missing(device):
+        return [f"the {TWIN} twin: no verdict, for want of {lacking}"]
+    cases = dict.fromkeys(m.case for m in measurements if m.provider.startswith(TWIN))
+    return [
+        _verdict(case, {m.provider: m.seconds for m in measurements if m.case == case and m.seconds}) for case in cases
+    ]
+
+
+def _verdict(case: str, seconds: Mapping[str, float]) -> str:
+    twin = {name: time for name, time in seconds.items() if name.startswith(TWIN)}
+    triton = {name: time for name, time in seconds.items() if name.startswith(("fastpost", "triton"))}
+    return verdict(case, twin, triton, "row kernels of Triton" if twin else f"a {TWIN} twin that is right")
 
 
 def _relative(truth: Tensor, found: Tensor) -> float:

@@ -62,3 +62,12 @@ def measure(trial: Trial, device: torch.device, bytes_per_second: float) -> list
         )
         for name in trial.runs
     ]
+
+
+def verdict(case: str, challengers: Mapping[str, float], holders: Mapping[str, float], lacking: str) -> str:
+    """Whether the fastest challenger beats the fastest of those who hold the place: their seconds, by name."""
+    if not challengers or not holders:
+        return f"{case}: no verdict, for want of {lacking}"
+    best, other = (min(seconds, key=seconds.__getitem__) for seconds in (challengers, holders))
+    ratio = challengers[best] / holders[other]
+    return f"{case}: {best} {'wins' if ratio < 1 else 'loses'}, {ratio:.2f} x the time of {other}"

@@ -1,4 +1,6 @@
-"""What every test gets: a seed and poisoned memory. By name: `device`, `tiles`; `saved`, a tiny model."""
+"""What every test gets: a seed and poisoned memory. By name: `device`, `tiles`; `saved`, a tiny model;
+`emulated`, the CUDA row kernels for a CPU.
+"""
 
 from __future__ import annotations
 
@@ -77,3 +79,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     tiny.model().save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of them."""
+    import emulation
+
+    if emulation.compiler() is None:
+        pytest.skip("needs g++")
+    return emulation.build(tmp_path_factory.mktemp("emulated") / "rows.so")

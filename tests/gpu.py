@@ -33,11 +33,11 @@ class Stage:
 
 STAGES = (
     Stage("gate", " ".join(("-m pytest -m gpu", *GATE)), expected=90, limit=180),
-    Stage("rows", "benchmarks/rows.py", expected=50, limit=100),
+    Stage("rows", "benchmarks/rows.py", expected=65, limit=130),
     Stage("head", "benchmarks/head.py", expected=150, limit=240),
     Stage("sweep", f"benchmarks/sweep.py {SHORT}", expected=40, limit=100),
     Stage("tests", " --ignore ".join(("-m pytest -m gpu", *GATE)), expected=120, limit=240),
-    Stage("sanitize", "tests/sanitize.py", expected=60, limit=120),
+    Stage("sanitize", "tests/sanitize.py", expected=70, limit=140),
 )
 
 

@@ -1,14 +1,15 @@
-"""Every Triton kernel under NVIDIA's compute-sanitizer: `python tests/sanitize.py`, on a GPU.
+"""Every Triton kernel, and the CUDA twin, under NVIDIA's compute-sanitizer: `python tests/sanitize.py`, on a GPU.
 
-memcheck finds accesses out of bounds, racecheck hazards in shared memory. Only the kernels of kernels/triton are
-watched, launched here on small, odd shapes. An error is a failure. That the tool is absent, or not made for this GPU,
-is said, and is none.
+memcheck finds accesses out of bounds, racecheck hazards in shared memory. Only our own kernels are watched, launched
+here on small, odd shapes. An error is a failure. That the tool is absent, or not made for this GPU, is said, and is
+none.
 """
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,15 @@ from pathlib import Path
 import torch
 
 import fastpost as fp
+from fastpost import rows
+from fastpost.rows import Shape, TorchRows
 from fastpost.types import OUTPUTS
 
-SOURCES = Path(__file__).resolve().parent.parent / "kernels" / "triton"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))  # (under pytest it is there already)
+import cuda_rows  # noqa: E402
+
+SOURCES = ROOT / "kernels" / "triton"
 TOOLS = ("memcheck", "racecheck")
 UNSUPPORTED = "device not supported"  # what they say of a GPU that they may not watch, virtual or too new
 T, D, D_Q, V = 13, 24, 10, 301
@@ -31,7 +38,9 @@ def kernel_names() -> list[str]:
     """Those that are launched: by their names, which other functions of Triton do not have."""
     trees = [ast.parse(path.read_text()) for path in sorted(SOURCES.glob("*.py"))]
     functions = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return [f.name for f in functions if f.name.endswith("_kernel") and f.decorator_list]
+    of_triton = [f.name for f in functions if f.name.endswith("_kernel") and f.decorator_list]
+    of_cuda = [name for path in cuda_rows.SOURCES for name in re.findall(r"(\w+_kernel)\(", path.read_text())]
+    return [*of_triton, *of_cuda]
 
 
 def launch(device: torch.device) -> None:
@@ -68,6 +77,27 @@ def launch_forward(device: torch.device) -> None:
                 forward.state(policy, target, inverse, wants, reference)
 
 
+def launch_twin(twin: cuda_rows.CudaRows, device: torch.device) -> None:
+    """The CUDA row kernels, each instantiation of them."""
+    tile, tile_q, c = (torch.randn(shape, device=device) for shape in ((T, V), (T, V), (rows.COEFFICIENT_ROWS, T)))
+    target, bias = torch.randint(V, (T,), device=device), torch.randn(V, device=device)
+    for shape in (Shape(None, 1.0, None), Shape(bias, 0.5, 5.0)):
+        for wants in ({"entropy"}, {"log_sum_sq", "logp@1"}, {"reverse_kl", "forward_kl", "jsd"}):
+            q = (tile_q, shape) if "jsd" in wants else (None, None)
+            for out in (None, torch.empty_like(tile), torch.empty_like(tile, dtype=torch.bfloat16)):
+                state = rows.new_state(T, device, tile.dtype)
+                twin.fold(state, tile, target, 0, shape, None, wants, *q, out)
+                if out is not None:
+                    twin.grads(tile, target, 0, shape, None, c, wants, out, *q)
+
+
+def launch_all(device: torch.device) -> None:
+    launch(device)
+    launch_forward(device)
+    for twin in cuda_rows.candidates(device, TorchRows()).values():
+        launch_twin(twin, device)
+
+
 def find() -> str | None:
     beside = [os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(beside))
@@ -93,17 +123,15 @@ def watch(sanitizer: str, tool: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     if "--launch" in (sys.argv[1:] if argv is None else argv):
-        launch(torch.device("cuda"))
-        launch_forward(torch.device("cuda"))
+        launch_all(torch.device("cuda"))
         torch.cuda.synchronize()
         return 0
     sanitizer = find()
     if sanitizer is None:
         print("compute-sanitizer: not found, skipped")
         return 0
-    # Compiles, so that the tools below find the kernels in Triton's cache.
-    launch(torch.device("cuda"))
-    launch_forward(torch.device("cuda"))
+    # Compiles, so that the tools below find the kernels where they are cached.
+    launch_all(torch.device("cuda"))
     return max([watch(sanitizer, tool) for tool in TOOLS], key=abs)
 
 

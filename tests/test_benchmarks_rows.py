@@ -1,4 +1,4 @@
-"""benchmarks/rows.py: kernels are timed side by side, a wrong one is named, and so is which forward wins."""
+"""benchmarks/rows.py: kernels are timed side by side, a wrong one is named, and so is who wins."""
 
 from __future__ import annotations
 
@@ -56,19 +56,45 @@ def test_a_row_kernel_that_is_wrong_or_fails_is_left_out_and_the_rest_goes_on(tm
     assert "failed: fastpost, fold, 6 x 64: RuntimeError: out of resources\n" in printed
 
 
-def test_the_tile_fused_forward_has_a_verdict_for_each_variant():
+def taken(times: dict[str, dict[str, float | None]]) -> list[measurement.Measurement]:
+    """Measurements of these cases: who took how many seconds."""
     setup = measurement.Setup(harness.machine(torch.device("cpu")), "2026-01-01", "bfloat16", 16, 24, 301, 1, "rows")
+    return [
+        measurement.Measurement(setup, case, 1, name, "fastpost", "0", "", "ok", seconds=seconds)
+        for case, each in times.items()
+        for name, seconds in each.items()
+    ]
+
+
+def test_the_cuda_twin_has_a_verdict_for_each_task(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    found = taken(
+        {
+            "fold": {"torch": 1.0, "fastpost": 2.0, "triton 1 x 1": 1.5, "cuda, 1 threads": 1.2, "cuda, 2": 1.6},
+            "grads": {"fastpost": 2.0, "triton 1 x 1": 2.1, "cuda, 1 threads": 2.5},
+            "else": {"fastpost": 2.0, "cuda, 1 threads": None},
+            "plain": {"products and folds": 2.0, "tile-fused": 2.5},
+        }
+    )
+    monkeypatch.setattr(tiles.cuda_rows, "find_nvcc", lambda: "nvcc")
+    assert tiles.verdicts(found, gpu) == [
+        "fold: cuda, 1 threads wins, 0.80 x the time of triton 1 x 1",
+        "grads: cuda, 1 threads loses, 1.25 x the time of fastpost",
+        "else: no verdict, for want of a cuda twin that is right",
+    ]
+    assert tiles.verdicts(found, cpu) == ["the cuda twin: no verdict, for want of a GPU of NVIDIA's"]
+    assert tiles.cuda_rows.candidates(cpu, tiles.TorchRows()) == {}
+    monkeypatch.setattr(tiles.cuda_rows, "find_nvcc", lambda: None)
+    assert tiles.verdicts(found, gpu)[0].startswith("the cuda twin: no verdict, for want of nvcc")
+
+
+def test_the_tile_fused_forward_has_a_verdict_for_each_variant():
     times = {
         "plain": {"products and folds": 2.0, "tile-fused": 2.5, "tile-fused 1 x 1": 1.5},
         "one": {"products and folds": 2.0, "tile-fused": 2.5},
         "two": {"products and folds": 2.0, "tile-fused": None},
     }
-    found = [
-        measurement.Measurement(setup, case, 1, name, "fastpost", "0", "", "ok", seconds=seconds)
-        for case, each in times.items()
-        for name, seconds in each.items()
-    ]
-    assert forwards.verdicts(found) == [
+    assert forwards.verdicts(taken(times)) == [
         "plain: tile-fused 1 x 1 wins, 0.75 x the time of products and folds",
         "one: tile-fused loses, 1.25 x the time of products and folds",
         "two: no verdict, for want of a tile-fused forward that is right",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
 import fastpost as fp
 from fastpost import rows
 from fastpost.rows import Shape, TorchRows
 from fastpost.types import NEEDS_REFERENCE
-from rules import assert_close_to_truth, assert_gradient_close_to_truth
+from row_problems import ALL, BOTH, JSD, OWN, PLAIN, SHAPES, WANTS, V, held_against_truth, walk
+from rules import assert_close_to_truth
 
 # (the reason says which: it was not built, or for other sources)
 pytest.importorskip("fastpost.native", exc_type=ImportError)
@@ -20,70 +21,8 @@ pytest.importorskip("fastpost.native", exc_type=ImportError)
 from fastpost import native
 from fastpost.native import NativeRows
 
-PLAIN = Shape(bias=None, scale=1.0, softcap=None)
-OWN = frozenset({"top1", "entropy", "log_sum_sq", "mean_logp", "logp@1"})
-BOTH = OWN | {"reverse_kl", "forward_kl"}
-JSD = frozenset({"jsd"})
-ALL = BOTH | JSD
-V, START = 211, 64  # the target's columns are those of a vocabulary cut in tiles of these
-
-
-def walk(
-    kernels,
-    z: Tensor,
-    target: Tensor,
-    wants: frozenset[str],
-    inverse: Tensor | None,
-    zq: Tensor | None,
-    width: int,
-    shape: Shape = PLAIN,
-    beta: float = 0.5,
-):
-    """Statistics and dL/dtile of whole rows (R, V), tile by tile, in the dtype of z; L is a weighted sum."""
-    inverse = None if inverse is None else inverse.to(z.dtype)
-    part = lambda span: shape._replace(bias=None if shape.bias is None else shape.bias[span])  # noqa: E731
-    state = rows.new_state(len(z), z.device, z.dtype)
-    spans = [slice(i, min(i + width, z.shape[1])) for i in range(0, z.shape[1], width)]
-    for span in spans:
-        tile_q = None if zq is None else zq[:, span]
-        shape_q = None if zq is None else part(span)
-        kernels.fold(state, z[:, span], target, span.start, part(span), inverse, wants, tile_q, shape_q)
-    stats = rows.finish(state, wants, z.shape[1], inverse)
-    if zq is not None and "jsd" in wants:
-        for span in spans:
-            kernels.mixture(state, z[:, span], part(span), inverse, zq[:, span], part(span), beta)
-        stats |= rows.finish_mixture(state, beta)
-    names = [name for name in ("logp", "lse", *sorted(wants)) if stats[name].is_floating_point()]
-    d = {name: torch.linspace(-1, 1.5 + i, len(z), dtype=z.dtype) for i, name in enumerate(names)}
-    c = rows.coefficients(stats, d, z.shape[1], beta)
-    grad = torch.empty_like(z)
-    for span in spans:
-        tile_q, shape_q = (None, None) if zq is None else (zq[:, span], part(span))
-        tile, out = z[:, span], grad[:, span]
-        kernels.grads(tile, target, span.start, part(span), inverse, c, frozenset(names), out, tile_q, shape_q, beta)
-    return {name: stats[name] for name in ("logp", "lse", *sorted(wants))}, grad
-
-
-def compare(
-    z: Tensor,
-    target: Tensor,
-    wants=OWN,
-    inverse: Tensor | None = None,
-    zq: Tensor | None = None,
-    width=64,
-    shape: Shape = PLAIN,
-    beta: float = 0.5,
-):
-    wide = None if zq is None else zq.double()
-    exact, exact_grad = walk(TorchRows(), z.double(), target, wants, inverse, wide, z.shape[1], shape, beta)
-    plain, plain_grad = walk(TorchRows(), z, target, wants, inverse, zq, width, shape, beta)
-    ours, our_grad = walk(NativeRows(), z, target, wants, inverse, zq, width, shape, beta)
-    for name in exact:
-        assert_close_to_truth(ours[name].float(), plain[name].float(), exact[name].double(), name)
-    assert_gradient_close_to_truth(our_grad, plain_grad, exact_grad)
-
-
-WANTS = {"logp": frozenset(), "entropy": frozenset({"entropy"}), "own": OWN, "both": BOTH, "jsd": JSD, "all": ALL}
+START = 64  # of a tile within its vocabulary
+compare = partial(held_against_truth, NativeRows())
 
 
 @pytest.mark.parametrize("wants", WANTS.values(), ids=WANTS.keys())
@@ -92,16 +31,6 @@ def test_statistics_and_gradients(wants, tempered):
     z, zq = 3 * torch.randn(37, V), 3 * torch.randn(37, V)
     inverse = 0.5 + torch.rand(37) if tempered else None
     compare(z, torch.randint(V, (37,)), wants, inverse, zq if wants & NEEDS_REFERENCE else None)
-
-
-SHAPES = {
-    "bias": Shape(torch.linspace(-2, 2, V), 1.0, None),
-    "bf16 bias": Shape(torch.linspace(-2, 2, V).bfloat16(), 1.0, None),
-    "a banned token": Shape(torch.zeros(V).index_fill(0, torch.tensor([7]), -torch.inf), 1.0, None),
-    "scale": Shape(None, 0.5, None),
-    "softcap": Shape(None, 1.0, 5.0),
-    "all": Shape(torch.linspace(-2, 2, V), 0.7, 5.0),
-}
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())

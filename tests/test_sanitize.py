@@ -19,8 +19,7 @@ def pretended(tmp_path, monkeypatch) -> Path:
     program.write_text(f'#!/bin/sh\n{words}\necho "========= $SAYS"\n[ "$2" != "$FINDS" ]\n')
     program.chmod(program.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(sanitize, "launch", lambda device: None)
-    monkeypatch.setattr(sanitize, "launch_forward", lambda device: None)
+    monkeypatch.setattr(sanitize, "launch_all", lambda device: None)
     return tmp_path / "words"
 
 
@@ -29,7 +28,7 @@ def test_both_tools_watch_every_kernel(pretended):
     words = pretended.read_text().splitlines()
     assert [line.split()[:3] for line in words] == [["1", "--tool", tool] for tool in ("memcheck", "racecheck")]
     names = sanitize.kernel_names()
-    assert {"_fold_kernel", "_mixture_kernel", "_grads_kernel"} <= set(names)
+    assert {"_fold_kernel", "_mixture_kernel", "_grads_kernel", "fold_rows_kernel", "grads_rows_kernel"} <= set(names)
     assert all(f"--kernel-name kns={name}" in line for name in names for line in words)
     assert all("--error-exitcode 1" in line and line.endswith("sanitize.py --launch") for line in words)
 
