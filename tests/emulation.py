@@ -33,8 +33,10 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def build(library: Path, *options: str, sources: Sequence[Path] = SOURCES) -> Path:
-    sizes = f"-DFOLD_THREADS={THREADS}", f"-DFOLD_COLUMNS={COLUMNS}"
+def build(
+    library: Path, *options: str, sources: Sequence[Path] = SOURCES, threads: int = THREADS, columns: int = COLUMNS
+) -> Path:
+    sizes = f"-DFOLD_THREADS={threads}", f"-DFOLD_COLUMNS={columns}"
     words = ["g++", "-x", "c++", *OPTIONS, *sizes, *options, "-I", HEADERS, *sources, "-o", library]
     subprocess.run(words, check=True)
     return library
@@ -51,5 +53,5 @@ def last_thread_first(library: Path):
         order(1)
 
 
-def row_kernels(library: Path) -> CudaRows:
-    return CudaRows(lambda: library, Missing(), COLUMNS)
+def row_kernels(library: Path, columns: int = COLUMNS) -> CudaRows:
+    return CudaRows(lambda: library, Missing(), columns)

@@ -82,6 +82,18 @@ def test_odd_shapes(here, R, columns, width):
     here.compare(z, target, ALL, None, zq, width)
 
 
+@pytest.mark.parametrize("threads", cuda_rows.THREADS)
+def test_blocks_as_large_as_are_launched(threads, tmp_path):
+    """Above, those of the emulation are small."""
+    if emulation.compiler() is None:
+        pytest.skip("needs g++")
+    columns = cuda_rows.COLUMNS
+    library = emulation.build(tmp_path / "large.so", threads=threads, columns=columns)
+    z, zq = 3 * torch.randn(2, columns + 1001), 3 * torch.randn(2, columns + 1001)
+    target = torch.tensor([columns - 1, columns])
+    held_against_truth(emulation.row_kernels(library, columns), z, target, ALL, None, zq, columns)
+
+
 @pytest.mark.parametrize("first", [1, 2, 4])
 def test_rows_that_start_anywhere(here, first):
     """Odd strides: no two rows lie alike."""
