@@ -13,7 +13,7 @@ from setuptools import setup
 SOURCES = sorted(glob("csrc/*.cpp"))
 # Compiled with OpenMP but without a libgomp of its own: torch's is loaded, and two would fight for the cores.
 # No contraction: where a b - c d is 0, so it stays on every CPU, and a KL's gradient lives of that.
-FLAGS = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 
 
 def missing() -> str | None:

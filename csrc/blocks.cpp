@@ -7,17 +7,12 @@
 
 #include <algorithm>
 
-#include "gemm.h"
 #include "vectors.h"
 
 namespace fastpost {
 namespace {
 
 constexpr int64_t kPanelsTogether = 8;  // of rows, whose tile stays in the second-level cache
-
-const uint32_t* panels(const at::Tensor& packed) {
-  return reinterpret_cast<const uint32_t*>(packed.const_data_ptr<int32_t>());
-}
 
 at::Tensor floats(int64_t n) { return at::empty({n}, at::kFloat); }
 at::Tensor units(int64_t n) { return at::empty({n}, at::kInt); }
@@ -27,11 +22,19 @@ Block block(const at::Tensor& x, int64_t row, int64_t rows) {
   return {x.data_ptr<float>() + row * x.stride(0), x.stride(0), rows, x.size(1)};
 }
 
-void check_bf16(const at::Tensor& x, const char* name, int64_t rows, int64_t columns) {
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.dim() == 2 && x.size(0) == rows && x.size(1) == columns &&
-                  x.stride(1) == 1,
-              name, " must be a bf16 tensor of shape [", rows, ", ", columns, "] with contiguous rows, got ",
+// bf16 or fp32, of this shape.
+Matrix operand(const at::Tensor& x, const char* name, int64_t rows, int64_t columns) {
+  TORCH_CHECK((x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat) && x.dim() == 2 &&
+                  x.size(0) == rows && x.size(1) == columns && x.stride(1) == 1,
+              name, " must be a bf16 or fp32 tensor of shape [", rows, ", ", columns, "] with contiguous rows, got ",
               x.scalar_type(), " ", x.sizes(), " with strides ", x.strides());
+  return matrix(x);
+}
+
+// Where row i of an operand is made in fp32: in place, unless it is to be rounded by `finish`.
+float* begin_row(const Matrix& x, int64_t i, float* aside) { return x.narrow ? aside : x.row<float>(i); }
+void finish_row(const Matrix& x, int64_t i, const float* aside) {
+  if (x.narrow) round_row(aside, x.depth, x.row<uint16_t>(i));
 }
 
 EACH_CPU void shrink(float* row, int64_t n, float by) {
@@ -42,34 +45,68 @@ EACH_CPU void shrink(float* row, int64_t n, float by) {
 // The raw products of one distribution, some rows at a time.
 class Products {
  public:
-  Products(const Operands& x, int64_t rows, const at::Tensor* packed_weight, bool made)
-      : x_(x), depth_(x.weight.size(1)), columns_(x.weight.size(0)), made_(made) {
-    if (x.held) check(*x.held, "held", {rows, columns_});
-    if (!made) right_ = packed_weight ? *packed_weight : packed_right(matrix(x.weight));
+  Products(const Operands& x, int64_t rows, const Panels* packed_weight, at::Tensor& room, bool made)
+      : x_(x), made_(made) {
+    if (x.held) check(*x.held, "held", {rows, columns()});
+    if (made) return;
+    TORCH_CHECK(x.left.rows == rows && x.left.depth == x.weight.size(1), "hidden must be packed with ", rows,
+                " rows and ", x.weight.size(1), " columns, got ", x.left.rows, " and ", x.left.depth);
+    right_ = packed_weight ? *packed_weight : packed_right(matrix(x.weight), x.left.isa, &room);
   }
 
-  const at::Tensor& packed_weight() const { return right_; }
-  int64_t scratch() const { return x_.held ? 0 : kPanelsTogether * kPanelRows * columns_; }
+  const Panels& packed_weight() const { return *right_; }
+  int64_t columns() const { return x_.weight.size(0); }
+  int64_t scratch() const { return x_.held ? 0 : kPanelsTogether * kPanelRows * columns(); }
 
   // Rows [row, row + rows), which begin a panel.
   Block tile(int64_t row, int64_t rows, float* scratch) const {
-    const Block out = x_.held ? block(*x_.held, row, rows) : Block{scratch, columns_, rows, columns_};
-    if (!made_) multiply(panels(x_.left) + row * units_of(depth_), panels(right_), depth_, out, false, Sums::kShort);
+    const Block out = x_.held ? block(*x_.held, row, rows) : Block{scratch, columns(), rows, columns()};
+    if (!made_)
+      multiply(x_.left.panel(row / kPanelRows), right_->panel(0), x_.left.units(), x_.left.isa, out, false,
+               Sums::kShort, own_share());
     return out;
   }
 
  private:
   const Operands& x_;
-  int64_t depth_, columns_;
   bool made_;
-  at::Tensor right_;
+  std::optional<Panels> right_;
+};
+
+// total (rows, D) += left (rows, B) weight (B, D), for rows of a group.
+class Accumulator {
+ public:
+  Accumulator(const MaybeTensor& total, const char* name, int64_t rows, const Operands& p, at::Tensor& room)
+      : total_(total) {
+    if (!total) return;
+    check(*total, name, {rows, p.weight.size(1)});
+    right_ = packed_right(matrix(p.weight).transposed(), p.left.isa, &room);
+  }
+
+  explicit operator bool() const { return total_.has_value(); }
+  at::Tensor scratch() const {  // for `add`
+    return units(total_ ? kPanelsTogether * kPanelRows * right_->units() : 0);
+  }
+  Block rows(int64_t row, int64_t rows) const { return block(*total_, row, rows); }
+
+  void add(const Matrix& left, int64_t row, at::Tensor& scratch) const {
+    if (!total_) return;
+    check_units(left, right_->isa);
+    pack_left(left, right_->isa, data(scratch));
+    multiply(data(scratch), right_->panel(0), right_->units(), right_->isa, rows(row, left.rows), true, Sums::kLong,
+             own_share());
+  }
+
+ private:
+  const MaybeTensor& total_;
+  std::optional<Panels> right_;
 };
 
 std::optional<Products> products_of(const std::optional<Operands>& q, const Operands& p, const Products& of_p,
-                                    int64_t rows, bool made) {
+                                    int64_t rows, Room& room, bool made) {
   if (!q) return std::nullopt;
   const bool same = q->weight.data_ptr() == p.weight.data_ptr() && q->weight.sizes() == p.weight.sizes();
-  return std::make_optional<Products>(*q, rows, same ? &of_p.packed_weight() : nullptr, made);
+  return std::make_optional<Products>(*q, rows, same && !made ? &of_p.packed_weight() : nullptr, room.weight_q, made);
 }
 
 // body(first row, rows) for groups of whole panels, in parallel.
@@ -90,93 +127,87 @@ void each_group(int64_t rows, const Body& groups) {
 
 }  // namespace
 
-void fold_block(const Fold& fold, const Operands& p, const std::optional<Operands>& q, const MaybeTensor& total,
-                const MaybeTensor& kept) {
-  const int64_t R = fold.columns.forms.rows, B = fold.columns.forms.columns, D = p.weight.size(1);
-  const Products products(p, R, nullptr, false);
-  const std::optional<Products> products_q = products_of(q, p, products, R, false);
-  const at::Tensor right = total ? packed_right(matrix(p.weight).transposed()) : at::Tensor();
-  if (total) check(*total, "total", {R, D});
-  if (kept) check_bf16(*kept, "kept", R, B);
+void fold_block(const Fold& fold, const Operands& p, const std::optional<Operands>& q, Room& room,
+                const MaybeTensor& total, const MaybeTensor& kept) {
+  const int64_t R = fold.columns.forms.rows, B = fold.columns.forms.columns;
+  const Products products(p, R, nullptr, room.weight, false);
+  const std::optional<Products> products_q = products_of(q, p, products, R, room, false);
+  const Accumulator sums(total, "total", R, p, room.transposed);
+  const bool multiplied = sums || kept;  // here or later
+  if (kept) operand(*kept, "kept", R, B);
 
   each_group(R, [&](const auto& each) {
     constexpr int64_t kRows = kPanelsTogether * kPanelRows;
     at::Tensor tiles = floats(products.scratch() + (products_q ? products_q->scratch() : 0));
-    at::Tensor scratch = floats(fold.columns.scratch() + B);
-    at::Tensor aside = kept ? *kept : at::empty({kRows, B}, at::kBFloat16), left = units(kRows * units_of(B));
-    float* e = scratch.data_ptr<float>() + fold.columns.scratch();
+    at::Tensor scratch = floats(fold.columns.scratch() + B), left = sums.scratch();
+    at::Tensor aside = kept ? *kept : at::empty({sums ? kRows : 0, B}, p.weight.scalar_type());
+    float* wide = scratch.data_ptr<float>() + fold.columns.scratch();
     each([&](int64_t row, int64_t rows) {
-      const Matrix rounded = matrix(aside).part(kept ? row : 0, rows);
+      const Matrix factors = matrix(aside).part(kept ? row : 0, rows);
       const Block tile = products.tile(row, rows, tiles.data_ptr<float>());
       float* beside = tiles.data_ptr<float>() + products.scratch();
       const Block tile_q = products_q ? products_q->tile(row, rows, beside) : Block{};
       for (int64_t i = 0; i < rows; ++i) {
         const float* raw_q = products_q ? tile_q.data + i * tile_q.stride : nullptr;
+        float* e = multiplied ? begin_row(factors, i, wide) : wide;
         const float decay = fold.row(row + i, tile.data + i * tile.stride, raw_q, e, scratch.data_ptr<float>());
-        if (total || kept) round_row(e, B, rounded.row(i));
-        if (total && decay != 1.0f) shrink(block(*total, row + i, 1).data, D, decay);
+        if (multiplied) finish_row(factors, i, e);
+        if (sums && decay != 1.0f) shrink(sums.rows(row + i, 1).data, p.weight.size(1), decay);
       }
-      if (!total) return;
-      pack_left(rounded, data(left));
-      multiply(data(left), panels(right), B, block(*total, row, rows), true, Sums::kLong);
+      sums.add(factors, row, left);
     });
   });
 }
 
-void grads_block(const Grads& grads, const Operands& p, const std::optional<Operands>& q, bool made,
+void grads_block(const Grads& grads, const Operands& p, const std::optional<Operands>& q, Room& room, bool made,
                  const at::Tensor& dlogits, const MaybeTensor& dhidden) {
-  const int64_t R = grads.columns.forms.rows, B = grads.columns.forms.columns, D = p.weight.size(1);
-  const Products products(p, R, nullptr, made);
-  const std::optional<Products> products_q = products_of(q, p, products, R, made);
-  check_bf16(dlogits, "dlogits", R, B);
-  const Matrix rounded = matrix(dlogits);
-  const at::Tensor right = dhidden ? packed_right(matrix(p.weight).transposed()) : at::Tensor();
-  if (dhidden) check(*dhidden, "dhidden", {R, D});
+  const int64_t R = grads.columns.forms.rows, B = grads.columns.forms.columns;
+  const Products products(p, R, nullptr, room.weight, made);
+  const std::optional<Products> products_q = products_of(q, p, products, R, room, made);
+  const Matrix out = operand(dlogits, "dlogits", R, B);
+  const Accumulator sums(dhidden, "dhidden", R, p, room.transposed);
 
   each_group(R, [&](const auto& each) {
     at::Tensor tiles = floats(products.scratch() + (products_q ? products_q->scratch() : 0));
-    at::Tensor scratch = floats(grads.columns.scratch() + B);
-    at::Tensor left = units(kPanelsTogether * kPanelRows * units_of(B));
-    float* d = scratch.data_ptr<float>() + grads.columns.scratch();
+    at::Tensor scratch = floats(grads.columns.scratch() + B), left = sums.scratch();
+    float* wide = scratch.data_ptr<float>() + grads.columns.scratch();
     each([&](int64_t row, int64_t rows) {
       const Block tile = products.tile(row, rows, tiles.data_ptr<float>());
       float* beside = tiles.data_ptr<float>() + products.scratch();
       const Block tile_q = products_q ? products_q->tile(row, rows, beside) : Block{};
       for (int64_t i = 0; i < rows; ++i) {
         const float* raw_q = products_q ? tile_q.data + i * tile_q.stride : nullptr;
+        float* d = begin_row(out, row + i, wide);
         grads.row(row + i, tile.data + i * tile.stride, raw_q, d, scratch.data_ptr<float>());
-        round_row(d, B, rounded.row(row + i));
+        finish_row(out, row + i, d);
       }
-      if (!dhidden) return;
-      pack_left(rounded.part(row, rows), data(left));
-      multiply(data(left), panels(right), B, block(*dhidden, row, rows), true, Sums::kLong);
+      sums.add(out.part(row, rows), row, left);
     });
   });
 }
 
-void weight_block(const at::Tensor& dlogits, const at::Tensor& hidden, const at::Tensor& dweight, bool fresh) {
-  const int64_t R = dlogits.size(0), B = dlogits.size(1), D = dweight.size(1);
-  const bool rounds = dweight.scalar_type() == at::kBFloat16;
-  check_bf16(dlogits, "dlogits", R, B);
-  rounds ? check_bf16(dweight, "dweight", B, D) : check(dweight, "dweight", {B, D});
-  TORCH_CHECK(fresh || !rounds, "a bf16 dweight must be fresh: nothing adds up in it");
-  TORCH_CHECK(hidden.sizes() == at::IntArrayRef({panels_of(D, kPanelColumns), units_of(R) * kPanelColumns}),
-              "hidden must be packed across, with ", R, " rows and ", D, " columns, got ", hidden.sizes());
-  const Matrix columns = matrix(dlogits).transposed();
+void weight_block(const at::Tensor& dlogits, const Panels& hidden, const at::Tensor& dweight, bool fresh) {
+  TORCH_CHECK(dlogits.dim() == 2 && dweight.dim() == 2 && hidden.rows == dweight.size(1) &&
+                  hidden.depth == dlogits.size(0),
+              "hidden must be packed across, with ", dlogits.size(0), " rows and ", dweight.size(1), " columns, got ",
+              hidden.depth, " and ", hidden.rows);
+  const int64_t R = hidden.depth, B = dlogits.size(1), D = hidden.rows;
+  const Matrix columns = operand(dlogits, "dlogits", R, B).transposed(), out = operand(dweight, "dweight", B, D);
+  TORCH_CHECK(fresh || !out.narrow, "a bf16 dweight must be fresh: nothing adds up in it");
+  check_units(columns, hidden.isa);
   // What lies where the results go is read before the first of them.
-  const bool inside = dlogits.is_alias_of(dweight);
-  const at::Tensor all = inside ? packed_left(columns) : at::Tensor();
+  const std::optional<Panels> all =
+      dlogits.is_alias_of(dweight) ? std::make_optional(packed_left(columns, hidden.isa)) : std::nullopt;
 
   each_group(B, [&](const auto& each) {
     constexpr int64_t kColumns = kPanelsTogether * kPanelRows;
-    at::Tensor some = units(inside ? 0 : kColumns * units_of(R)), sums = floats(rounds ? kColumns * D : 0);
+    at::Tensor some = units(all ? 0 : kColumns * hidden.units()), wide = floats(out.narrow ? kColumns * D : 0);
     each([&](int64_t column, int64_t count) {
-      if (!inside) pack_left(columns.part(column, count), data(some));
-      const uint32_t* left = inside ? panels(all) + column * units_of(R) : data(some);
-      const Block out = rounds ? Block{sums.data_ptr<float>(), D, count, D} : block(dweight, column, count);
-      multiply(left, panels(hidden), R, out, !fresh, Sums::kLong);
-      for (int64_t i = 0; rounds && i < count; ++i)
-        round_row(out.data + i * D, D, matrix(dweight).row(column + i));
+      if (!all) pack_left(columns.part(column, count), hidden.isa, data(some));
+      const uint32_t* left = all ? all->panel(column / kPanelRows) : data(some);
+      const Block sums = out.narrow ? Block{wide.data_ptr<float>(), D, count, D} : block(dweight, column, count);
+      multiply(left, hidden.panel(0), hidden.units(), hidden.isa, sums, !fresh, Sums::kLong, own_share());
+      for (int64_t i = 0; i < count; ++i) finish_row(out, column + i, sums.data + i * sums.stride);
     });
   });
 }

@@ -1,117 +1,90 @@
-// See gemm.h. The blocking is Goto's: a panel of the left operand stays in the first-level cache while those of the
-// right one, kColumnsHeld at a time, come from the second.
+// See gemm.h. The blocking is Goto's (doi:10.1145/1356052.1356053): a panel of the left operand stays in the
+// first-level cache while those of the right one, kColumnsHeld at a time, come from the second.
 
 #include "gemm.h"
 
-#include <ATen/Functions.h>
-#include <ATen/Parallel.h>
-
 #include <algorithm>
+#include <cmath>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define WITH_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #endif
+
+#define INLINE inline __attribute__((always_inline))
 
 namespace fastpost {
 namespace {
 
-constexpr int64_t kColumnsHeld = 192;
-constexpr int64_t kLanes = 16;  // units in a register
-constexpr int64_t kColumnRegisters = kPanelColumns / kLanes;
+constexpr int64_t kColumnsHeld = 192, kUnitsHeld = 512;
 
-uint32_t pair(uint16_t even, uint16_t odd) { return even | uint32_t(odd) << 16; }
+// Sums along `units`, then out = them, or out += them. `length`: what a sum runs over before it joins the others.
+using Tile = void (*)(const uint32_t* left, const uint32_t* right, int64_t units, int64_t length, float* out,
+                      int64_t stride, bool accumulate);
 
-// One panel, entry by entry: what the vectors leave over.
-void pack_entries(const Matrix& x, int64_t first, int64_t rows, int64_t panel, int64_t from_unit, uint32_t* out) {
-  const auto at = [&](int64_t row, int64_t depth) -> uint16_t {
-    return row < rows && depth < x.depth ? x.data[(first + row) * x.row_stride + depth * x.depth_stride] : 0;
-  };
-  for (int64_t u = from_unit; u < units_of(x.depth); ++u)
-    for (int64_t i = 0; i < panel; ++i) out[u * panel + i] = pair(at(i, 2 * u), at(i, 2 * u + 1));
+// kRows x kColumns of a tile of fp32 units. As always_inline it is compiled for whatever calls it; the sums stay in
+// that CPU's registers if it has kRows * kColumns / lanes of them, and some for the operands.
+template <int kRows, int kColumns>
+INLINE void sum_floats(const float* left, const float* right, int64_t units, float* out, int64_t stride, bool add) {
+  float sums[kRows][kColumns] = {};
+  for (int64_t u = 0; u < units; ++u)
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i)
+#pragma omp simd
+      for (int j = 0; j < kColumns; ++j)
+        sums[i][j] = std::fma(left[u * kPanelRows + i], right[u * kPanelColumns + j], sums[i][j]);
+  for (int i = 0; i < kRows; ++i)
+#pragma omp simd
+    for (int j = 0; j < kColumns; ++j) out[i * stride + j] = (add ? out[i * stride + j] : 0.0f) + sums[i][j];
+}
+
+// A whole tile, in parts of kRows x kColumns.
+template <int kRows, int kColumns>
+INLINE void multiply_floats(const uint32_t* left, const uint32_t* right, int64_t units, int64_t length, float* out,
+                            int64_t stride, bool accumulate) {
+  static_assert(kPanelRows % kRows == 0 && kPanelColumns % kColumns == 0);
+  const float *l = reinterpret_cast<const float*>(left), *r = reinterpret_cast<const float*>(right);
+  for (int64_t begin = 0; begin < units; begin += length)
+    for (int64_t i = 0; i < kPanelRows; i += kRows)
+      for (int64_t j = 0; j < kPanelColumns; j += kColumns)
+        sum_floats<kRows, kColumns>(l + begin * kPanelRows + i, r + begin * kPanelColumns + j,
+                                    std::min(length, units - begin), out + i * stride + j, stride,
+                                    accumulate || begin > 0);
 }
 
 #if defined(__x86_64__)
 
-// 16 x 16 units, transposed: blocks of 8, 4, 2 and 1 change places across the diagonal.
-WITH_BF16 inline void transpose(__m512i (&x)[kLanes]) {
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-#pragma GCC unroll 4
-  for (int step = 8; step; step /= 2) {
-    // Of two registers a and b (numbered on from 16): a's lanes without the bit `step`, and b's moved into the gaps.
-    const __m512i bit = _mm512_set1_epi32(step), from_b = _mm512_set1_epi32(16);
-    const __mmask16 high = _mm512_test_epi32_mask(lane, bit);
-    const __m512i low_half = _mm512_mask_add_epi32(lane, high, _mm512_sub_epi32(lane, bit), from_b);
-    const __m512i high_half = _mm512_mask_add_epi32(_mm512_add_epi32(lane, bit), high, lane, from_b);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & step) continue;
-      const __m512i a = x[i], b = x[i + step];
-      x[i] = _mm512_permutex2var_epi32(a, low_half, b);
-      x[i + step] = _mm512_permutex2var_epi32(a, high_half, b);
-    }
-  }
+__attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) void floats_avx512(
+    const uint32_t* left, const uint32_t* right, int64_t units, int64_t length, float* out, int64_t stride, bool add) {
+  multiply_floats<12, 32>(left, right, units, length, out, stride, add);  // 24 of 32 registers of 16
 }
 
-// A panel of rows that lie along the depth.
-template <int kPanel>
-WITH_BF16 void pack_rows(const Matrix& x, int64_t first, uint32_t* out) {
-  const int64_t rows = std::min<int64_t>(kPanel, x.rows - first), whole = x.depth / (2 * kLanes) * kLanes;
-  for (int64_t u = 0; u < whole; u += kLanes) {
-    for (int64_t top = 0; top < kPanel; top += kLanes) {
-      __m512i units[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        units[i] = top + i < rows ? _mm512_loadu_si512(x.data + (first + top + i) * x.row_stride + 2 * u)
-                                  : _mm512_setzero_si512();
-      transpose(units);
-      const __mmask16 wanted = kPanel - top < kLanes ? (1 << (kPanel - top)) - 1 : 0xffff;
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) _mm512_mask_storeu_epi32(out + (u + i) * kPanel + top, wanted, units[i]);
-    }
-  }
-  pack_entries(x, first, rows, kPanel, whole, out);
+__attribute__((target("arch=x86-64-v3"))) void floats_avx2(const uint32_t* left, const uint32_t* right, int64_t units,
+                                                           int64_t length, float* out, int64_t stride, bool add) {
+  multiply_floats<6, 16>(left, right, units, length, out, stride, add);  // 12 of 16 registers of 8
 }
 
-// A panel of rows that lie across: neighbours along the depth are `depth_stride` apart.
-template <int kPanel>
-WITH_BF16 void pack_columns(const Matrix& x, int64_t first, uint32_t* out) {
-  const int64_t rows = std::min<int64_t>(kPanel, x.rows - first), whole = x.depth / 2;
-  for (int64_t u = 0; u < whole; ++u) {
-    const uint16_t* even = x.data + first + 2 * u * x.depth_stride;
-    for (int64_t i = 0; i < kPanel; i += kLanes) {
-      const int64_t here = std::clamp<int64_t>(rows - i, 0, kLanes), wanted = std::min<int64_t>(kPanel - i, kLanes);
-      const __mmask16 mask = (1 << here) - 1;
-      const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + i));
-      const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + x.depth_stride + i));
-      _mm512_mask_storeu_epi32(out + u * kPanel + i, (1 << wanted) - 1, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
-    }
-  }
-  pack_entries(x, first, rows, kPanel, whole, out);
-}
-
-// A tile of kPanelRows x kPanelColumns.
-WITH_BF16 void multiply_tile(const uint32_t* left, const uint32_t* right, int64_t units, float* out, int64_t stride,
-                             bool accumulate, Sums length) {
-  const int64_t summed = length == Sums::kShort ? 128 : 512;  // units
-  for (int64_t begin = 0; begin < units; begin += summed) {
-    __m512 sums[kPanelRows][kColumnRegisters] = {};
-    for (int64_t u = begin; u < std::min(begin + summed, units); ++u) {
-      __m512bh r[kColumnRegisters];
+__attribute__((target("arch=x86-64-v4,avx512bf16"))) void pairs_avx512(const uint32_t* left, const uint32_t* right,
+                                                                        int64_t units, int64_t length, float* out,
+                                                                        int64_t stride, bool accumulate) {
+  constexpr int kLanes = 16, kRegisters = kPanelColumns / kLanes;
+  for (int64_t begin = 0; begin < units; begin += length) {
+    __m512 sums[kPanelRows][kRegisters] = {};
+    for (int64_t u = begin; u < std::min(begin + length, units); ++u) {
+      __m512bh r[kRegisters];
 #pragma GCC unroll 2
-      for (int j = 0; j < kColumnRegisters; ++j)
+      for (int j = 0; j < kRegisters; ++j)
         r[j] = (__m512bh)_mm512_loadu_si512(right + u * kPanelColumns + j * kLanes);
 #pragma GCC unroll 12
       for (int i = 0; i < kPanelRows; ++i) {
         const __m512bh l = (__m512bh)_mm512_set1_epi32(left[u * kPanelRows + i]);
 #pragma GCC unroll 2
-        for (int j = 0; j < kColumnRegisters; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], l, r[j]);
+        for (int j = 0; j < kRegisters; ++j) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], l, r[j]);
       }
     }
 #pragma GCC unroll 12
     for (int i = 0; i < kPanelRows; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < kColumnRegisters; ++j) {
+      for (int j = 0; j < kRegisters; ++j) {
         float* at = out + i * stride + j * kLanes;
         _mm512_storeu_ps(at, accumulate ? _mm512_add_ps(_mm512_loadu_ps(at), sums[i][j]) : sums[i][j]);
       }
@@ -119,28 +92,21 @@ WITH_BF16 void multiply_tile(const uint32_t* left, const uint32_t* right, int64_
   }
 }
 
+Tile tile_of(Isa isa) {
+  return isa == Isa::kAvx512Bf16 ? pairs_avx512 : isa == Isa::kAvx512 ? floats_avx512 : floats_avx2;
+}
+
 #else
 
-template <int kPanel>
-void pack_rows(const Matrix& x, int64_t first, uint32_t* out) {
-  pack_entries(x, first, std::min<int64_t>(kPanel, x.rows - first), kPanel, 0, out);
-}
-
-template <int kPanel>
-void pack_columns(const Matrix& x, int64_t first, uint32_t* out) {
-  pack_rows<kPanel>(x, first, out);
-}
-
-void multiply_tile(const uint32_t*, const uint32_t*, int64_t, float*, int64_t, bool, Sums) {
-  TORCH_CHECK(false, "this CPU does not multiply bf16");
-}
+Tile tile_of(Isa) { return multiply_floats<6, 16>; }  // 24 of NEON's 32 registers of 4
 
 #endif
 
 // A tile at the rim: made whole elsewhere, and what is inside copied.
-void multiply_rim(const uint32_t* left, const uint32_t* right, int64_t units, Block out, bool accumulate, Sums sums) {
+void multiply_rim(Tile tile, const uint32_t* left, const uint32_t* right, int64_t units, int64_t length, Block out,
+                  bool accumulate) {
   float whole[kPanelRows * kPanelColumns];
-  multiply_tile(left, right, units, whole, kPanelColumns, false, sums);
+  tile(left, right, units, length, whole, kPanelColumns, false);
   for (int64_t i = 0; i < out.rows; ++i)
     for (int64_t j = 0; j < out.columns; ++j) {
       float& at = out.data[i * out.stride + j];
@@ -148,65 +114,48 @@ void multiply_rim(const uint32_t* left, const uint32_t* right, int64_t units, Bl
     }
 }
 
-template <int kPanel>
-void pack(const Matrix& x, uint32_t* panels) {
-  for (int64_t p = 0; p < panels_of(x.rows, kPanel); ++p) {
-    uint32_t* out = panels + p * units_of(x.depth) * kPanel;
-    x.depth_stride == 1 ? pack_rows<kPanel>(x, p * kPanel, out) : pack_columns<kPanel>(x, p * kPanel, out);
-  }
-}
-
-template <int kPanel>
-at::Tensor packed(const Matrix& x) {
-  const int64_t count = panels_of(x.rows, kPanel), size = units_of(x.depth) * kPanel;
-  at::Tensor panels = at::empty({count, size}, at::kInt);
-  uint32_t* out = reinterpret_cast<uint32_t*>(panels.data_ptr<int32_t>());
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    pack<kPanel>(x.part(begin * kPanel, std::min(end * kPanel, x.rows) - begin * kPanel), out + begin * size);
-  });
-  return panels;
-}
-
 }  // namespace
 
-bool multiplies_bf16() {
+std::vector<Isa> available() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  std::vector<Isa> found;
+  if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16")) found.push_back(Isa::kAvx512Bf16);
+  if (__builtin_cpu_supports("x86-64-v4")) found.push_back(Isa::kAvx512);
+  if (__builtin_cpu_supports("x86-64-v3")) found.push_back(Isa::kAvx2);
+  return found;
+#elif defined(__aarch64__)
+  return {Isa::kNeon};
 #else
-  return false;
+  return {};
 #endif
 }
 
-Matrix matrix(const at::Tensor& x) {
-  TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == at::kBFloat16 && (x.stride(0) == 1 || x.stride(1) == 1),
-              "an operand must be a bf16 matrix on the CPU with one stride of 1, got ", x.scalar_type(), " ", x.sizes(),
-              " with strides ", x.strides());
-  return {static_cast<uint16_t*>(x.data_ptr()), x.size(0), x.size(1), x.stride(0), x.stride(1)};
-}
-
-void pack_left(const Matrix& x, uint32_t* panels) { pack<kPanelRows>(x, panels); }
-void pack_right(const Matrix& x, uint32_t* panels) { pack<kPanelColumns>(x, panels); }
-at::Tensor packed_left(const Matrix& x) { return packed<kPanelRows>(x); }
-at::Tensor packed_right(const Matrix& x) { return packed<kPanelColumns>(x); }
-
-void multiply(const uint32_t* left, const uint32_t* right, int64_t depth, Block out, bool accumulate, Sums sums) {
-  const int64_t units = units_of(depth);
-  const int64_t slabs = (out.columns + kColumnsHeld - 1) / kColumnsHeld;
-  // Threads begin with what each has packed itself, which is in its own cache, and not all with the same.
-  const int64_t first = at::get_thread_num() * slabs / at::get_num_threads();
-  for (int64_t slab = 0; slab < slabs; ++slab) {
-    const int64_t held = (slab + first) % slabs * kColumnsHeld;
-    for (int64_t i = 0; i < out.rows; i += kPanelRows)
-      for (int64_t j = held; j < std::min(held + kColumnsHeld, out.columns); j += kPanelColumns) {
-        const uint32_t *l = left + i * units, *r = right + j * units;
-        const Block tile{out.data + i * out.stride + j, out.stride, std::min(kPanelRows, out.rows - i),
+void multiply(const uint32_t* left, const uint32_t* right, int64_t units, Isa isa, Block out, bool accumulate,
+              Sums sums, double from) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  const Tile tile = tile_of(isa);
+  const int64_t length = sums == Sums::kLong ? kUnitsHeld : isa == Isa::kAvx512Bf16 ? 128 : 256;
+  const int64_t slabs = (out.columns + kColumnsHeld - 1) / kColumnsHeld, first = int64_t(from * slabs);
+  for (int64_t begin = 0; begin < units; begin += kUnitsHeld, accumulate = true) {
+    const int64_t depth = std::min(kUnitsHeld, units - begin);
+    for (int64_t slab = 0; slab < slabs; ++slab) {
+      const int64_t held = (slab + first) % slabs * kColumnsHeld;
+      for (int64_t i = 0; i < out.rows; i += kPanelRows)
+        for (int64_t j = held; j < std::min(held + kColumnsHeld, out.columns); j += kPanelColumns) {
+          const uint32_t* l = left + i * units + begin * kPanelRows;
+          const uint32_t* r = right + j * units + begin * kPanelColumns;
+          const Block at{out.data + i * out.stride + j, out.stride, std::min(kPanelRows, out.rows - i),
                          std::min(kPanelColumns, out.columns - j)};
-        if (tile.rows == kPanelRows && tile.columns == kPanelColumns)
-          multiply_tile(l, r, units, tile.data, tile.stride, accumulate, sums);
-        else
-          multiply_rim(l, r, units, tile, accumulate, sums);
-      }
+          // Wide results lie beyond the second-level cache: they come while the sums are made.
+          for (int64_t row = 0; row < at.rows; ++row)
+            for (int64_t column = 0; column < at.columns; column += kLine)
+              __builtin_prefetch(at.data + row * at.stride + column, 1);
+          if (at.rows == kPanelRows && at.columns == kPanelColumns)
+            tile(l, r, depth, length, at.data, at.stride, accumulate);
+          else
+            multiply_rim(tile, l, r, depth, length, at, accumulate);
+        }
+    }
   }
 }
 

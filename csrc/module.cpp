@@ -6,16 +6,16 @@
 #include <functional>
 
 #include "blocks.h"
-#include "gemm.h"
+#include "panels.h"
 #include "rows.h"
 
 namespace fastpost {
 namespace {
 
-constexpr int kLayout = 6;  // of the state, of the coefficients and of the arguments; LAYOUT in rows.py
+constexpr int kLayout = 7;  // of the state, of the coefficients and of the arguments; LAYOUT in rows.py
 constexpr int64_t kRowsPerTask = 8;
 
-using PythonOperands = std::tuple<at::Tensor, at::Tensor, MaybeTensor>;
+using PythonOperands = std::tuple<Panels, at::Tensor, MaybeTensor>;
 using MaybeOperands = std::optional<PythonOperands>;
 
 Operands operands(const PythonOperands& x) { return {std::get<0>(x), std::get<1>(x), std::get<2>(x)}; }
@@ -79,7 +79,7 @@ void grads(const at::Tensor& tile, const at::Tensor& target, int64_t start, cons
   each_row(kernel.columns.forms, tile, tile_q, kernel.columns.scratch(), out, std::bind_front(&Grads::row, &kernel));
 }
 
-// tile (R, B) bf16 times factor (R,); and in the target's column own (R,).
+// tile (R, B) times factor (R,); and in the target's column own (R,).
 void rescale(const at::Tensor& tile, const at::Tensor& factor, const at::Tensor& target, int64_t start,
              const at::Tensor& own) {
   const Matrix x = matrix(tile);
@@ -91,43 +91,61 @@ void rescale(const at::Tensor& tile, const at::Tensor& factor, const at::Tensor&
   const int64_t* y = target.const_data_ptr<int64_t>();
   at::parallel_for(0, x.rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      scale_row(x.row(r), x.depth, factor.const_data_ptr<float>()[r]);
-      if (y[r] >= start && y[r] < start + x.depth)
-        round_row(own.const_data_ptr<float>() + r, 1, x.row(r) + (y[r] - start));
+      const float by = factor.const_data_ptr<float>()[r], at_target = own.const_data_ptr<float>()[r];
+      const bool here = y[r] >= start && y[r] < start + x.depth;
+      if (x.narrow) {
+        scale_row(x.row<uint16_t>(r), x.depth, by);
+        if (here) round_row(&at_target, 1, x.row<uint16_t>(r) + (y[r] - start));
+      } else {
+        scale_row(x.row<float>(r), x.depth, by);
+        if (here) x.row<float>(r)[y[r] - start] = at_target;
+      }
     }
   });
 }
 
-// out (M, N) fp32 = left (M, K) @ right (K, N), bf16, or out += it.
-void product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& out, bool accumulate, bool logits) {
-  const Matrix a = matrix(left), b = matrix(right).transposed();
+// out (M, N) fp32 = left (M, K) @ right (K, N), or out += it.
+void product(const at::Tensor& left, const at::Tensor& right, const at::Tensor& out, bool accumulate, bool logits,
+             const std::string& named) {
+  const Isa isa = isa_named(named);
+  const Panels a = packed_left(matrix(left), isa), b = packed_right(matrix(right).transposed(), isa);
   check(out, "out", {a.rows, b.rows});
   TORCH_CHECK(a.depth == b.depth, "left ", left.sizes(), " and right ", right.sizes(), " do not fit");
-  const at::Tensor packed = packed_left(a), others = packed_right(b);
-  const auto units = [](const at::Tensor& x) { return reinterpret_cast<const uint32_t*>(x.const_data_ptr<int32_t>()); };
   at::parallel_for(0, panels_of(a.rows, kPanelRows), 1, [&](int64_t begin, int64_t end) {
     const int64_t row = begin * kPanelRows, rows = std::min(end * kPanelRows, a.rows) - row;
     const Block part{out.data_ptr<float>() + row * out.stride(0), out.stride(0), rows, b.rows};
-    multiply(units(packed) + row * units_of(a.depth), units(others), a.depth, part, accumulate,
-             logits ? Sums::kShort : Sums::kLong);
+    multiply(a.panel(begin), b.panel(0), a.units(), isa, part, accumulate, logits ? Sums::kShort : Sums::kLong,
+             own_share());
   });
 }
 
-void fold_products(const at::Tensor& state, const at::Tensor& target, int64_t start, const Shape& shape,
+Panels pack(const at::Tensor& hidden, const std::string& isa) { return packed_left(matrix(hidden), isa_named(isa)); }
+
+Panels pack_across(const at::Tensor& hidden, const std::string& isa) {
+  return packed_right(matrix(hidden).transposed(), isa_named(isa));
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Isa isa : available()) names.emplace_back(name(isa));
+  return names;
+}
+
+void fold_products(Room& room, const at::Tensor& state, const at::Tensor& target, int64_t start, const Shape& shape,
                    const MaybeTensor& inverse_temperature, bool at_1, const PythonOperands& p, const MaybeOperands& q,
                    const std::optional<Shape>& shape_q, const MaybeTensor& total, const MaybeTensor& kept) {
   const int64_t B = std::get<1>(p).size(0);
   const Fold kernel(state, Columns(target, start, B, inverse_temperature, shape, shape_q), at_1);
-  fold_block(kernel, operands(p), operands(q), total, kept);
+  fold_block(kernel, operands(p), operands(q), room, total, kept);
 }
 
-void grads_products(const at::Tensor& target, int64_t start, const Shape& shape, const MaybeTensor& inverse_temperature,
-                    const at::Tensor& c, bool at_1, const PythonOperands& p, const MaybeOperands& q,
-                    const std::optional<Shape>& shape_q, std::optional<double> beta, bool made,
+void grads_products(Room& room, const at::Tensor& target, int64_t start, const Shape& shape,
+                    const MaybeTensor& inverse_temperature, const at::Tensor& c, bool at_1, const PythonOperands& p,
+                    const MaybeOperands& q, const std::optional<Shape>& shape_q, std::optional<double> beta, bool made,
                     const at::Tensor& dlogits, const MaybeTensor& dhidden) {
   const int64_t B = std::get<1>(p).size(0);
   const Grads kernel(c, Columns(target, start, B, inverse_temperature, shape, shape_q), at_1, beta);
-  grads_block(kernel, operands(p), operands(q), made, dlogits, dhidden);
+  grads_block(kernel, operands(p), operands(q), room, made, dlogits, dhidden);
 }
 
 }  // namespace
@@ -137,14 +155,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastpost;
   const py::call_guard<py::gil_scoped_release> unlocked;
   m.attr("LAYOUT") = kLayout;
-  m.def("multiplies_bf16", &multiplies_bf16);
+  m.attr("ISAS") = py::cast(isas());
+  py::class_<Panels>(m, "Panels");
+  py::class_<Room>(m, "Room").def(py::init<>());
   m.def("fold", &fold, unlocked);
   m.def("mixture", &mixture, unlocked);
   m.def("grads", &grads, unlocked);
   m.def("rescale", &rescale, unlocked);
   m.def("product", &product, unlocked);
-  m.def("pack", [](const at::Tensor& x) { return packed_left(matrix(x)); }, unlocked);
-  m.def("pack_across", [](const at::Tensor& x) { return packed_right(matrix(x).transposed()); }, unlocked);
+  m.def("pack", &pack, unlocked);
+  m.def("pack_across", &pack_across, unlocked);
   m.def("fold_block", &fold_products, unlocked);
   m.def("grads_block", &grads_products, unlocked);
   m.def("weight_block", &weight_block, unlocked);

@@ -331,6 +331,7 @@ void Grads::row(int64_t r, const float* raw, const float* raw_q, float* out, flo
 }
 
 void scale_row(uint16_t* x, int64_t n, float factor) { scale_all(x, n, factor); }
+void scale_row(float* x, int64_t n, float factor) { times(x, factor, n, x); }
 
 void round_row(const float* x, int64_t n, uint16_t* out) { round_all(x, n, out); }
 

@@ -113,8 +113,9 @@ class Grads {
   std::optional<Shares> shares_;
 };
 
-// A bf16 row times a factor.
+// A bf16 or fp32 row times a factor.
 void scale_row(uint16_t* x, int64_t n, float factor);
+void scale_row(float* x, int64_t n, float factor);
 
 // out = x in bf16
 void round_row(const float* x, int64_t n, uint16_t* out);

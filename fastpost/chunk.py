@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastpost import fused, topk
 from fastpost import rows as row_math
+from fastpost.gemm import Packed
 from fastpost.kept import Kept
 from fastpost.rows import C_P, LOWEST, MAX, P_M, Q_M, SUM, TARGET
 from fastpost.shard import add_up, join
@@ -156,7 +157,7 @@ class Totals(NamedTuple):
     low: Tensor | None  # (N, r)
     b: Tensor | None  # (V, r)
 
-    def add(self, s: Sweep, chunk: Chunk, block: Columns, left: Tensor, across: Tensor | None) -> None:
+    def add(self, s: Sweep, chunk: Chunk, block: Columns, left: Tensor, across: Packed | None) -> None:
         """What a block of the head gains from left (R, B) = dL/dtile, which may lie where dW will; across:
         `packed_across` of the chunk."""
         if self.bias is not None:

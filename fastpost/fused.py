@@ -1,7 +1,7 @@
 """A block of the vocabulary in one step of the C++ extension: see csrc/blocks.h.
 
 The same numbers as a product, the row kernels and more products, but for the order of summation. `Sweep.fused` says
-where it reaches: bf16 operands, no stored teacher, no LoRA on the head.
+where it reaches: bf16 or fp32 operands, no stored teacher, no LoRA on the head.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Set as AbstractSet
 
 from torch import Tensor
 
+from fastpost.gemm import Packed
 from fastpost.sweep import Chunk, Columns, Sweep
 from fastpost.types import NEEDS_REFERENCE
 
-Side = tuple[Tensor, Tensor, Tensor | None]  # the packed hidden states, the block's weight, where its tile is held
+Side = tuple[Packed, Tensor, Tensor | None]  # the packed hidden states, the block's weight, where its tile is held
 
 
 def _sides(chunk: Chunk, block: Columns) -> tuple[Side, Side | None]:
@@ -39,7 +40,7 @@ def fold(
     p, q = _sides(chunk, block)
     inverse, at_1 = chunk.inverse_temperature, "logp@1" in wants
     s.fused.fold_block(
-        state, chunk.target, block.span.start, block.shape, inverse, at_1, p, q, block.shape_q, total, kept
+        s.room, state, chunk.target, block.span.start, block.shape, inverse, at_1, p, q, block.shape_q, total, kept
     )
 
 
@@ -58,7 +59,7 @@ def grads(
     dlogits, inverse, at_1 = s.dlogits(chunk, block), chunk.inverse_temperature, "logp@1" in wants
     beta = s.p.jsd_beta if "jsd" in wants else None
     s.fused.grads_block(
-        chunk.target, block.span.start, block.shape, inverse, c, at_1, p, q, shape_q, beta, s.held,
+        s.room, chunk.target, block.span.start, block.shape, inverse, c, at_1, p, q, shape_q, beta, s.held,
         dlogits, dhidden,
     )  # fmt: skip
     return dlogits
@@ -67,7 +68,7 @@ def grads(
 def add_weight(
     s: Sweep,
     left: Tensor,  # (R, B) dL/dtile, which may lie where the result will
-    across: Tensor,  # the hidden states, from `Sweep.packed_across`
+    across: Packed,  # the hidden states, from `Sweep.packed_across`
     dweight: Tensor,  # (B, D)
     *,
     fresh: bool,

@@ -1,8 +1,8 @@
 """Matrix products with fp32 results, from operands of any dtype: the only place that knows what a device multiplies.
 
 A product rounded to bf16 costs 2e-2 in a log-probability; the same operands accumulated and kept in fp32, 1e-5 or less.
-  CPU   the C++ extension, where the CPU multiplies pairs of bf16. torch has no bf16 x bf16 -> fp32 product there, so
-        elsewhere operands are widened, a block at a time, into a buffer that is reused
+  CPU   the C++ extension. torch has no bf16 x bf16 -> fp32 product there, so without it operands are widened, a block
+        at a time, into a buffer that is reused
   CUDA  torch.mm(..., out_dtype=torch.float32): tensor cores on bf16 operands, the fp32 accumulator written out
 fp32 operands are multiplied in IEEE fp32 (no TF32, no bf16 splitting), whatever the process has set; float64 in
 float64.
@@ -13,9 +13,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastpost.native import Panels as Packed
+else:
+    Packed = object  # (it comes from an extension that may be missing)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -41,13 +47,13 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 def native_products(dtype: torch.dtype, device: torch.device) -> ModuleType | None:
     """The C++ extension, where it multiplies operands of this dtype."""
-    if device.type != "cpu" or dtype != torch.bfloat16:
+    if device.type != "cpu":
         return None
     try:
         from fastpost import native
     except ImportError:
         return None
-    return native if native.multiplies_bf16() else None
+    return native if native.isa(dtype) else None
 
 
 class Gemm:
@@ -59,6 +65,8 @@ class Gemm:
         self._widens = device.type != "cuda" and dtype != self.wide and self.native is None
         # What the left operand of `add_product` must be written in.
         self.tile_dtype = self.wide if self._widens else dtype
+        # Of an operand, as it is multiplied.
+        self.panel_bytes = dtype.itemsize if self.native is None else self.native.unit_bytes(dtype)
         self._buffers: dict[str, Tensor] = {}
 
     def operand(self, x: Tensor, buffer: str) -> Tensor:

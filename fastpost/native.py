@@ -2,10 +2,11 @@
 
 NativeRows    the row kernels for fp32 tiles: one pass over a row in place of one for each operation. float64 is left to
               `TorchRows`.
-product       bf16 operands, fp32 results, where the CPU multiplies pairs of bf16 (AVX512-BF16)
+product       bf16 or fp32 operands, fp32 results: pairs of bf16 where the CPU multiplies those (AVX512-BF16), else
+              fp32 by AVX-512, AVX2 or NEON, bf16 being widened as it is packed
 fold_block, grads_block, weight_block
-              there, products and row kernels of a block of the vocabulary in one go: a tile of logits never leaves
-              the second-level cache
+              products and row kernels of a block of the vocabulary in one go: a tile of logits never leaves the
+              second-level cache
 """
 
 from __future__ import annotations
@@ -24,14 +25,41 @@ if getattr(_native, "LAYOUT", None) != LAYOUT:
     warnings.warn("fastpost's native extension is older than its sources and is not used: install again", stacklevel=2)
     raise ImportError("fastpost._native was compiled for another layout")
 
-product = _native.product
-multiplies_bf16 = _native.multiplies_bf16
+PAIRS = "avx512_bf16"  # takes pairs of bf16; the others fp32
+ISAS: list[str] = _native.ISAS
+Panels = _native.Panels
+Room = _native.Room
 fold_block = _native.fold_block
 grads_block = _native.grads_block
 weight_block = _native.weight_block
-pack = _native.pack
-pack_across = _native.pack_across
-rescale = _native.rescale  # of bf16 tiles
+rescale = _native.rescale
+
+
+def isa(dtype: torch.dtype) -> str | None:
+    """With which instructions operands of this dtype are multiplied; None: they are not."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        return None
+    return next((name for name in ISAS if name != PAIRS or dtype == torch.bfloat16), None)
+
+
+def unit_bytes(dtype: torch.dtype) -> int:
+    """What a number of this dtype takes as it is multiplied."""
+    return 2 if isa(dtype) == PAIRS else 4
+
+
+def pack(hidden: Tensor) -> Panels:  # (R, D)
+    """The left operand of `fold_block` and `grads_block`."""
+    return _native.pack(hidden, isa(hidden.dtype) or "")
+
+
+def pack_across(hidden: Tensor) -> Panels:  # (R, D)
+    """The right operand of `weight_block`."""
+    return _native.pack_across(hidden, isa(hidden.dtype) or "")
+
+
+def product(left: Tensor, right: Tensor, out: Tensor, accumulate: bool, logits: bool) -> None:  # (M, K), (K, N)
+    """out (M, N) fp32 = left @ right, or out += it; whether its sums are to be exact to fp32, or are a gradient's."""
+    _native.product(left, right, out, accumulate, logits, isa(left.dtype) or "")
 
 
 class NativeRows:

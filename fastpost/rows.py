@@ -42,7 +42,7 @@ C_TARGET, C_P, C_PLOGP, C_APART_Q, C_Q, C_PSQ, C_ONE, C_APART_M, C_AT_1 = range(
 C_MAX, C_LOG_SUM, C_MAX_Q, C_LOG_SUM_Q, C_MAX_1, C_LOG_SUM_1, C_LOG_SUM_SQ = range(9, 16)
 COEFFICIENT_ROWS = 16
 
-LAYOUT = 6  # of the two lists above and of the kernels: a native extension compiled for another is not used
+LAYOUT = 7  # of the two lists above and of the kernels: a native extension compiled for another is not used
 
 
 class Shape(NamedTuple):

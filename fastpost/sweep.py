@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastpost import rows as row_math
 from fastpost import topk
-from fastpost.gemm import Gemm, wide
+from fastpost.gemm import Gemm, Packed, wide
 from fastpost.quantised import Weight
 from fastpost.rows import Shape
 from fastpost.types import NEEDS_REFERENCE, Shard, TopK
@@ -155,10 +155,10 @@ class Chunk(NamedTuple):
 
     rows: slice  # of the N kept
     hidden: Tensor  # (R, D)
-    packed: Tensor | None  # the same, as fused steps take it
+    packed: Packed | None  # the same, as fused steps take it
     low: Tensor | None  # (R, r)
     hidden_q: Tensor | None  # (R, D_q)
-    packed_q: Tensor | None
+    packed_q: Packed | None
     low_q: Tensor | None  # (R, r_q)
     target: Tensor  # (R,)
     inverse_temperature: Tensor | None  # (R,)
@@ -196,23 +196,26 @@ class Sweep:
         sides = [operands] if p.dense is None else [operands, p.dense.operands]
         plain = p.teacher is None and all(x.low is None for x in sides)
         self.fused = self.gemm.native if plain else None
+        self.room = None if self.fused is None else self.fused.Room()
         self._buffers: dict[str, Tensor] = {}
         self.columns_each, self.rows_each = self._plan(keeps, spare)
 
     def _plan(self, keeps: bool, spare: int) -> tuple[int, int]:
         """(columns, rows) of a tile: as many rows as there is room for after what a block of the head takes."""
-        wide, narrow, dense = self.wide.itemsize, self.gemm.tile_dtype.itemsize, self.p.dense
+        wide, narrow, panel = self.wide.itemsize, self.gemm.tile_dtype.itemsize, self.gemm.panel_bytes
+        dense = self.p.dense
         widths = self.operands.width + (dense.operands.width if dense else 0)
         V = self.V if self.p.shard is None else max(self.p.shard.sizes)  # all ranks must cut the same chunks
-        columns = min(V, max(64, min(COLUMNS[self.kind], WORKSPACE[self.kind] // (6 * widths * wide))))
         fused = self.fused is not None
+        most = WORKSPACE[self.kind] // (6 * widths * (panel if fused else wide))
+        columns = min(V, max(64, min(COLUMNS[self.kind], most)))
         a_block = {
             "the head, widened": 0 if fused else wide * widths * columns,
-            "its panels, and those of it transposed": 4 * narrow * widths * columns if fused else 0,
+            "its panels, and those of it transposed": 4 * panel * widths * columns if fused else 0,
         }
         a_row = {
             "hidden states, and an accumulator of their gradient": (narrow + wide) * widths,
-            "their panels, and those of them transposed": 2 * narrow * widths if fused else 0,
+            "their panels, and those of them transposed": 2 * panel * widths if fused else 0,
             "tiles, and the scratch of the row kernels": 0 if fused else wide * columns * (14 if dense else 8),
             "the gradient of a tile": narrow * columns if fused else 0,
             "logits": wide * V * (2 if dense else 1) if self.held else 0,
@@ -259,10 +262,10 @@ class Sweep:
         hidden = self.gemm.operand(cut(x.hidden, self.p.index, rows), buffer)
         return hidden, None if x.low is None else x.low[rows]
 
-    def _packed(self, hidden: Tensor | None) -> Tensor | None:
+    def _packed(self, hidden: Tensor | None) -> Packed | None:
         return self.fused.pack(hidden) if self.fused is not None and hidden is not None else None
 
-    def packed_across(self, chunk: Chunk) -> Tensor | None:
+    def packed_across(self, chunk: Chunk) -> Packed | None:
         """A chunk's hidden states as the products of dW take them."""
         return None if self.gemm.native is None else self.gemm.native.pack_across(chunk.hidden)
 

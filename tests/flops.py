@@ -10,7 +10,9 @@ from unittest.mock import patch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-Side = tuple[Tensor, Tensor, Tensor | None]  # as `fastpost.fused` has it: the second is the block's weight (B, D)
+from fastpost.gemm import Packed
+
+Side = tuple[Packed, Tensor, Tensor | None]  # as `fastpost.fused` has it: the second is the block's weight (B, D)
 
 
 def products(function: Callable[[], Tensor | None]) -> int:
@@ -45,18 +47,18 @@ def _product(a: Tensor, b: Tensor, *_) -> int:  # (M, K), (K, N)
     return 2 * len(a) * b.numel()
 
 
-def _fold_block(state, target, start, shape, inverse, at_1, p: Side, q: Side | None, shape_q, total, kept) -> int:
+def _fold_block(room, state, target, start, shape, inverse, at_1, p: Side, q: Side | None, shape_q, total, kept) -> int:
     return _tiles(len(target), p, q) + (_tiles(len(target), p) if total is not None else 0)
 
 
 def _grads_block(
-    target, start, shape, inverse, c, at_1, p: Side, q: Side | None, shape_q, beta, held: bool, dlogits, dhidden
+    room, target, start, shape, inverse, c, at_1, p: Side, q: Side | None, shape_q, beta, held: bool, dlogits, dhidden
 ) -> int:
     again = 0 if held else _tiles(len(target), p, q)
     return again + (_tiles(len(target), p) if dhidden is not None else 0)
 
 
-def _weight_block(left: Tensor, across: Tensor, dweight: Tensor, fresh: bool) -> int:  # (R, B), (B, D)
+def _weight_block(left: Tensor, across: Packed, dweight: Tensor, fresh: bool) -> int:  # (R, B), (B, D)
     return 2 * len(left) * dweight.numel()
 
 

@@ -86,10 +86,11 @@ def test_statistics_cost_what_their_schedule_promises(outputs, hidden, weight, f
 
 
 @pytest.mark.parametrize("rows", [ROWS, WIDTH], ids=["kept apart", "kept where dW will be"])
-def test_the_products_of_the_extension_are_counted_where_torch_sees_none(rows):
-    if native_products(torch.bfloat16, torch.device("cpu")) is None:
-        pytest.skip("the native extension is not here, or this CPU does not multiply bf16")
-    h, w, batch, _ = workload(dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_products_of_the_extension_are_counted_where_torch_sees_none(dtype, rows):
+    if native_products(dtype, torch.device("cpu")) is None:
+        pytest.skip("the native extension is not here, or does not multiply on this CPU")
+    h, w, batch, _ = workload(dtype=dtype)
     batch.target[rows:] = -100
     with FlopCounterMode(display=False) as torchs:
         found = products(lambda: fp.fused_loss(losses.sft, h, w, batch))

@@ -8,17 +8,14 @@ from functools import partial
 import pytest
 import torch
 
-import fastpost as fp
 from fastpost import rows
 from fastpost.rows import Shape, TorchRows
 from fastpost.types import NEEDS_REFERENCE
 from row_problems import ALL, BOTH, JSD, OWN, PLAIN, SHAPES, WANTS, V, held_against_truth, walk
-from rules import assert_close_to_truth
 
 # (the reason says which: it was not built, or for other sources)
 pytest.importorskip("fastpost.native", exc_type=ImportError)
 
-from fastpost import native
 from fastpost.native import NativeRows
 
 START = 64  # of a tile within its vocabulary
@@ -182,85 +179,3 @@ def test_what_a_fold_writes_may_overwrite_its_tile(shape):
         NativeRows().fold(states[-1], tile, target, 0, shape, torch.full((8,), 0.7), BOTH, zq, shape, out)
         written.append(out)
     assert torch.equal(*states) and torch.equal(*written)
-
-
-# ---- products ----
-
-bf16_cpu = pytest.mark.skipif(not native.multiplies_bf16(), reason="this CPU does not multiply bf16")
-
-
-@bf16_cpu
-@pytest.mark.parametrize("logits", [True, False], ids=["short sums", "long sums"])
-@pytest.mark.parametrize("accumulate", [False, True], ids=["written", "added"])
-@pytest.mark.parametrize(
-    ("M", "N", "K"), [(1, 1, 1), (12, 32, 32), (13, 33, 3), (96, 64, 1), (25, 200, 515), (11, 31, 1100)]
-)
-def test_a_product_is_exact_to_fp32(M, N, K, accumulate, logits):
-    """Of any shape, and of operands that lie along either dimension."""
-    for a in (torch.randn(M, K).bfloat16(), torch.randn(K, M).bfloat16().T):
-        for b in (torch.randn(K, N).bfloat16(), torch.randn(N, K).bfloat16().T):
-            before = torch.randn(M, N + 3)
-            out = before.clone()
-            native.product(a, b, out[:, :N], accumulate, logits)
-            truth = a.double() @ b.double() + (before[:, :N] if accumulate else 0)
-            plain = a.float() @ b.float() + (before[:, :N] if accumulate else 0)
-            if logits:
-                assert_close_to_truth(out[:, :N], plain, truth, "product")
-            else:  # the bound on any order of K additions; operands of gradients are off by 2^-9 already
-                bound = K * torch.finfo(torch.float32).eps * (a.double().abs() @ b.double().abs() + before[:, :N].abs())
-                assert bool(((out[:, :N] - truth).abs() <= bound).all())
-            assert torch.equal(out[:, N:], before[:, N:])
-
-
-@bf16_cpu
-@pytest.mark.parametrize(("R", "columns", "D"), [(1, 1, 1), (25, 200, 33), (96, 12, 96), (3, 700, 40), (1100, 31, 8)])
-def test_the_gradient_of_a_block_of_the_weight(R, columns, D):
-    """Written or added to in fp32; rounded once to bf16, even where its operand lies in the way."""
-    hidden, room = torch.randn(R, D).bfloat16(), torch.empty(max(R, D) * columns).bfloat16()
-    inside = room[: R * columns].view(R, columns).copy_(torch.randn(R, columns))
-    apart, across = inside.clone(), native.pack_across(hidden)
-    written, added = torch.full((columns, D), torch.nan), torch.randn(columns, D)
-    before, summed = added.clone(), apart.double().T @ hidden.double()
-    native.weight_block(apart, across, written, True)
-    native.weight_block(apart, across, added, False)
-    bound = R * torch.finfo(torch.float32).eps * (apart.double().abs().T @ hidden.double().abs() + before.abs())
-    assert bool(((written - summed).abs() <= bound).all())
-    assert bool(((added - before - summed).abs() <= bound).all())
-    for left, place in ((apart, torch.empty_like(room)), (inside, room)):
-        rounded = place[: columns * D].view(columns, D)
-        native.weight_block(left, across, rounded, True)
-        assert torch.equal(rounded, written.bfloat16())
-
-
-@bf16_cpu
-def test_the_number_of_threads_changes_no_bit_of_a_call():
-    hidden, weight = torch.randn(150, 40).bfloat16(), torch.randn(2100, 40).bfloat16()
-    target, threads, found = torch.randint(2100, (150,)), torch.get_num_threads(), []
-    reference, batch = (hidden.flip(0), fp.Head(weight.flip(0))), fp.Batch(target, torch.tensor([150]))
-    try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-            stats = fp.token_stats(*leaves, target, outputs=("logp", "entropy", "jsd"), reference=reference)
-            total = (stats.logp - stats.entropy + stats.jsd).sum()
-            found.append([stats.logp, stats.jsd, *torch.autograd.grad(total, leaves)])
-            for loss, other in ((fp.losses.sft, None), (fp.losses.gkd, reference)):
-                found[-1] += torch.autograd.grad(fp.fused_loss(loss, *leaves, batch, reference=other), leaves)
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-
-
-@bf16_cpu
-def test_operands_that_it_cannot_read_are_refused():
-    x = torch.randn(4, 8).bfloat16()
-    with pytest.raises(RuntimeError, match=r"an operand must be a bf16 matrix .* got Float \[4, 8\]"):
-        native.product(x.float(), x.T, torch.empty(4, 4), False, True)
-    with pytest.raises(RuntimeError, match=r"with one stride of 1, got BFloat16 \[4, 4\] with strides \[8, 2\]"):
-        native.product(x[:, ::2], x.T, torch.empty(4, 4), False, True)
-    with pytest.raises(RuntimeError, match=r"left \[4, 8\] and right \[4, 4\] do not fit"):
-        native.product(x, x[:, :4], torch.empty(4, 4), False, True)
-    with pytest.raises(RuntimeError, match="a bf16 dweight must be fresh"):
-        native.weight_block(x, native.pack_across(x), torch.empty(8, 8).bfloat16(), False)
-    with pytest.raises(RuntimeError, match="hidden must be packed across, with 4 rows and 40 columns"):
-        native.weight_block(x, native.pack_across(x), torch.empty(8, 40), True)
