@@ -5,6 +5,7 @@
 
 #include <functional>
 
+#include "best_fit.h"
 #include "blocks.h"
 #include "panels.h"
 #include "rows.h"
@@ -168,4 +169,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("fold_block", &fold_products, unlocked);
   m.def("grads_block", &grads_products, unlocked);
   m.def("weight_block", &weight_block, unlocked);
+  m.def("best_fit", &best_fit, unlocked);
 }

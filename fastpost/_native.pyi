@@ -1,4 +1,9 @@
-"""csrc/. It may be missing: only fastpost/native.py imports it. Tensors are on the CPU and have contiguous rows."""
+"""csrc/. It may be missing: only fastpost/native.py and fastpost/packing/fit.py import it.
+
+Tensors are on the CPU and have contiguous rows.
+"""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -97,3 +102,4 @@ def weight_block(
     dweight: Tensor,  # (B, D) fp32, added to
     fresh: bool,  # it is written instead, and may be bf16
 ) -> None: ...
+def best_fit(sizes: Sequence[int], room: int) -> list[int]: ...  # sizes of 1 to room -> the pack of each

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "advantages": ("types", "losses"),
     "weights": ("types",),
     "metrics": ("types", "losses"),
-    "packing": ("types",),
+    "packing": ("types", "_native"),
     "kernels": (),
     "gemm": ("native",),
     "rows": (),

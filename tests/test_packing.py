@@ -1,7 +1,9 @@
 """Packing: which rows share a pack, and where every number lands."""
 
 import random
+import warnings
 
+import numpy
 import pytest
 import torch
 
@@ -66,6 +68,40 @@ def test_what_fits_nowhere_is_named():
         plan([3, 2, 4, 5], 8, unit=2)
     with pytest.raises(ValueError, match="unit 2 and 3 rows"):
         plan([1, 2, 3], 8, unit=2)
+
+
+def test_lengths_that_cannot_be_packed_are_named():
+    with pytest.raises(ValueError, match="row 2 has 0 tokens: a row must have at least one"):
+        plan([3, 9, 0], 16)
+    with pytest.raises(ValueError, match="row 1 has -9 tokens"):
+        plan([3, -9, 2, 2], 16, unit=2)
+    with pytest.raises(ValueError, match="row 1 has 9 tokens, more than max_length 8: truncate or drop it"):
+        plan([3, 9, 2], 16, max_length=8)
+    with pytest.raises(ValueError, match="row 0 has 9 tokens, more than the 8 of a pack"):
+        plan([9], 8, max_length=16)
+    for lengths in ([3, 2.0], [3, None], ["3"]):
+        with pytest.raises(ValueError, match="lengths must be whole numbers"):
+            plan(lengths, 16)
+    for name, value in (("max_tokens", 0), ("unit", 0), ("unit", -2), ("max_length", 0), ("max_tokens", 8.0)):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number above 0, got {value}"):
+            plan([1, 2], **({"max_tokens": 8} | {name: value}))
+
+
+def test_what_cannot_be_packed_is_dropped_and_counted_where_asked():
+    with pytest.warns(UserWarning, match=r"^rows dropped: 3; the first: row 1 has 0 tokens"):
+        assert plan([3, 0, 6, 40, 5, 4], 10, max_length=5, drop=True) == [[0], [4, 5]]
+    with pytest.warns(UserWarning, match=r"^units of 2 rows dropped: 2; the first: rows 2\.\.3, .* have 12 tokens"):
+        assert plan([3, 2, 6, 6, 5, 4, 0, 1], 10, unit=2, drop=True) == [[0, 1], [4, 5]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plan([3, 2], 10, drop=True) == [[0, 1]]
+        with pytest.raises(UserWarning, match="rows dropped: 1"):
+            plan([11], 10, drop=True)
+
+
+def test_lengths_may_be_any_whole_numbers():
+    lengths = numpy.array([6, 5, 4, 3, 1])
+    assert plan(lengths, 10) == plan(torch.tensor(lengths), 10) == plan(lengths.tolist(), 10)
 
 
 def test_bad_input_is_named():
