@@ -15,7 +15,7 @@ COLUMNS = ("case", "provider", "ms", "x floor", "x bound", "x naive", "TFLOP/s",
 
 def show(measurements: Sequence[Measurement]) -> None:
     """One table, what each contestant is, and a line for each result that has no speed."""
-    _table(measurements[0].setup.title, COLUMNS, [row(m) for m in measurements if m.status != "absent"])
+    table(measurements[0].setup.title, COLUMNS, [row(m) for m in measurements if m.status != "absent"])
     for m in {m.provider: m for m in measurements}.values():
         about = f"absent, {m.reason}" if m.status == "absent" else f"{m.package} {m.version}; {m.settings}"
         print(f"{m.provider}: {about}")
@@ -26,7 +26,7 @@ def show(measurements: Sequence[Measurement]) -> None:
 
 def show_growth(growths: Sequence[Growth]) -> None:
     """The straight lines through seconds; peak memory at both ends, and what is counted at the last."""
-    _table("growth", GROWTH, [growth_row(growth) for growth in growths])
+    table("growth", GROWTH, [growth_row(growth) for growth in growths])
 
 
 def growth_row(growth: Growth) -> list[str]:
@@ -50,7 +50,7 @@ def _number(value: float | None, form: str, scale: float = 1.0) -> str:
     return "-" if value is None else format(value * scale, form)
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     try:
         from rich.console import Console
         from rich.table import Table
