@@ -25,6 +25,7 @@ from fastpost.types import nearest
 VERBS: dict[str, tuple[type, str]] = {
     "sft": (configs.Sft, "fastpost.trainers.sft:sft"),
     "grpo": (configs.Grpo, "fastpost.trainers.grpo:grpo"),
+    "merge": (configs.Merge, "fastpost.trainers.merge:merge"),
     "demo": (configs.Demo, "fastpost.demo:demo"),
 }
 PACKAGE = Path(__file__).resolve().parent

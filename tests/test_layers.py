@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "rewards": ("types", "packing", "head", "models", "rollout"),
     "trainers": (
         *("", "types", "losses", "advantages", "weights", "metrics", "packing", "head"),
-        *("files", "data", "models", "rollout", "rewards"),
+        *("files", "data", "models", "integrations", "rollout", "rewards"),
     ),
     "demo": ("", "types", "files", "data", "models", "rollout", "rewards", "trainers"),
     "cli": ("", "types", "data", "models", "rewards", "trainers", "demo"),

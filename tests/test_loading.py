@@ -17,7 +17,9 @@ import fastpost as fp
 import tiny
 from fastpost.models import attention
 from fastpost.models.loading import load_model
+from fastpost.models.lora import lora_config
 from fastpost.models.probe import probe
+from fastpost.models.qlora import four_bit_config
 from fastpost.models.saving import save_model, written_aside
 from fastpost.models.trunk import hidden_states
 from fastpost.packing import Example, pack
@@ -56,7 +58,9 @@ def test_options_reach_the_model(directory):
 def test_lora_trains_the_adapter_alone_and_saves_as_peft(directory):
     from peft import PeftModel
 
-    model, tokenizer = load_model(directory, lora_r=2, lora_alpha=4, lora_target_modules=["q_proj", "up_proj"])
+    model, tokenizer = load_model(
+        directory, peft_config=lora_config(2, lora_alpha=4, lora_target_modules=["q_proj", "up_proj"])
+    )
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(trained) == 8 and all("lora_" in name for name in trained)
     with torch.no_grad():
@@ -73,8 +77,8 @@ def test_lora_trains_the_adapter_alone_and_saves_as_peft(directory):
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_four_bits_hold_the_trunk_and_gradients_pass_them(directory, gradient_checkpointing):
-    options = {"dtype": "bfloat16", "lora_r": 2, "gradient_checkpointing": gradient_checkpointing}
-    model, _ = load_model(directory, load_in_4bit=True, **options)
+    options = {"dtype": "bfloat16", "peft_config": lora_config(2), "gradient_checkpointing": gradient_checkpointing}
+    model, _ = load_model(directory, quantization_config=four_bit_config(), **options)
     assert type(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight).__name__ == "Params4bit"
     assert model.get_base_model().lm_head.weight.dtype == torch.bfloat16
     plain, _ = load_model(directory, **options)
@@ -94,7 +98,9 @@ def test_a_checkpoint_that_is_quantised_already_loads_and_an_adapter_on_its_head
     quantised = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, quantization_config=config)
     quantised.save_pretrained(directory.parent / "nf4")
     tiny.tokenizer().save_pretrained(directory.parent / "nf4")
-    model, _ = load_model(directory.parent / "nf4", lora_r=2, lora_target_modules=["q_proj", "lm_head"])
+    model, _ = load_model(
+        directory.parent / "nf4", peft_config=lora_config(2, lora_target_modules=["q_proj", "lm_head"])
+    )
     head = fp.Head.of(model)
     assert isinstance(head.weight, Quantised) and head.weight.dtype == torch.float32  # bitsandbytes' own default
     hidden = hidden_states(model, PACKED)
@@ -121,10 +127,6 @@ def test_what_is_missing_is_named(directory):
             load_model(path)
     with pytest.raises(ValueError, match=r"dtype must be one of auto, .* got 'bfloat' \(did you mean 'bfloat16'\?\)"):
         load_model(directory, dtype="bfloat")
-    with pytest.raises(ValueError, match="lora_r must be positive, or 0 to train all weights, got -1"):
-        load_model(directory, lora_r=-1)
-    with pytest.raises(ValueError, match=r"Target modules .*q_porj"):
-        load_model(directory, lora_r=2, lora_target_modules=["q_porj"])
     (directory / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"tiny' could not be loaded: .*no file named model\.safetensors"):
         load_model(directory)
@@ -132,13 +134,6 @@ def test_what_is_missing_is_named(directory):
         (directory / name).unlink()
     with pytest.raises(ValueError, match="has no tokenizer"):
         load_model(directory)
-
-
-def test_an_adapter_alone_is_no_model(directory):
-    model, tokenizer = load_model(directory, lora_r=2)
-    save_model(model, tokenizer, directory.parent / "adapter")
-    with pytest.raises(ValueError, match="holds a PEFT adapter, not a model: merge it into its base"):
-        load_model(directory.parent / "adapter")
 
 
 def test_a_tokenizer_that_is_larger_than_the_model_is_refused(directory):

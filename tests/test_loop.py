@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 
-from fastpost.trainers import checkpoint, loop, metrics
+from fastpost.trainers import checkpoint, loop, metrics, optimizers
 from fastpost.trainers.config import Grpo, Sft
 from fastpost.trainers.plots import plot_metrics
 
@@ -76,7 +76,7 @@ def test_something_is_due_when_a_multiple_was_reached_or_passed():
 def test_vectors_do_not_decay_and_frozen_weights_are_left_out():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2))
     model[2].requires_grad_(False)
-    groups = loop.adamw(model, config(weight_decay=0.3)).param_groups
+    groups = optimizers.adamw(model, config(weight_decay=0.3)).param_groups
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.3, 1), (0.0, 3)]
 
 

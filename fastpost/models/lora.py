@@ -20,6 +20,7 @@ from fastpost.types import nearest
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
+INITS = (True, False, "gaussian", "orthogonal")  # peft's, of those that leave the base alone
 ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the head
 
 
@@ -37,6 +38,11 @@ def lora_config(
     """peft's LoraConfig, by the names that TRL gives its fields."""
     from peft import LoraConfig
 
+    if init_lora_weights not in INITS:
+        raise ValueError(
+            f"init_lora_weights must be one of {', '.join(map(str, INITS))}, got {init_lora_weights!r}: others change "
+            "the base as well, so that a saved adapter would fit no other copy of it, or want data"
+        )
     if lora_r < 1:
         raise ValueError(f"lora_r must be positive, the rank of the adapters, got {lora_r}")
     named = isinstance(lora_target_modules, str)
@@ -65,6 +71,18 @@ def with_lora(model: Any, config: LoraConfig) -> PeftModel:
         raise ValueError(
             f"lora_target_modules {config.target_modules!r} do not fit {type(model).__name__}: {error}"
         ) from error
+
+
+def beside_tied(model: PeftModel) -> str | None:
+    """What it comes to that an adapter is on one of two tied embeddings; None where that is not so."""
+    lm: Any = model.get_base_model()
+    if not lm.config.get_text_config().tie_word_embeddings:
+        return None
+    ends = {"the embedding": lm.get_input_embeddings(), "the head": lm.get_output_embeddings()}
+    own = [name for name, layer in ends.items() if hasattr(layer, "base_layer") or hasattr(layer, "modules_to_save")]
+    if not own:
+        return None
+    return f"the tied weight of embedding and head stays one and frozen; {' and '.join(own)} now adds to it alone"
 
 
 def _targets(model: Any, names: Any) -> Any:

@@ -67,8 +67,15 @@ def written_aside(directory: str | PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def save_weights(model: Any, directory: str | PathLike[str]) -> None:
+    """The model as safetensors and JSON that `from_pretrained` loads; of one with an adapter, that, as PEFT files."""
+    # peft would write the base's embeddings beside an adapter on them, under names that vLLM takes for an adapter's
+    alone = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(directory, **alone)
+
+
 def save_model(model: Any, tokenizer: Any, directory: str | PathLike[str]) -> None:
-    """Writes model and tokenizer as safetensors and JSON that `from_pretrained` loads (an adapter: as PEFT files)."""
+    """Writes model and tokenizer, whole or not at all."""
     with written_aside(directory) as aside:
-        model.save_pretrained(aside)
+        save_weights(model, aside)
         tokenizer.save_pretrained(aside)

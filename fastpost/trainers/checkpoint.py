@@ -17,19 +17,21 @@ from typing import Any
 
 import torch
 
-from fastpost.models.loading import load_model
-from fastpost.models.saving import written_aside
+from fastpost.models.saving import save_weights, written_aside
+from fastpost.trainers.build import build
 from fastpost.trainers.config import Training
-from fastpost.trainers.loop import adamw, seed_step, the_device
+from fastpost.trainers.loop import seed_step, the_device
 from fastpost.trainers.metrics import say
+from fastpost.trainers.optimizers import adamw, load_state_tensors, state_tensors
 
 # Fields that may differ on resume without a word: they do not change what is computed in a step.
 FREE = {"output_dir", "resume_from_checkpoint", "eval_dataset"}
 FREE |= {"logging_steps", "eval_steps", "save_steps", "save_total_limit"}
 # Fields that move every learning rate, unless that is constant.
 LENGTH = ("max_steps", "num_train_epochs")
-# Fields that say which tensors there are: a checkpoint fits no others.
-SHAPING = ("lora_r", "lora_target_modules", "load_in_4bit")
+# Fields that say which tensors there are, and what a base rounds to: a checkpoint fits no others.
+SHAPING = ("lora_r", "lora_target_modules", "lora_modules_to_save", "use_dora", "optim")
+SHAPING += ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,18 @@ def check_output_dir(config: Training) -> None:
 
 def start(config: Training) -> Start:
     """The model on its device with its optimizer, fresh or as a checkpoint left them."""
+    from safetensors.torch import load_file
+
     found = find_checkpoint(config)
     state = {} if found is None else json.loads((found / "state.json").read_text(encoding="utf-8"))
     for name in SHAPING if state else ():
-        now, then = _plain(config)[name], state["config"][name]
+        now, then = _plain(config)[name], state["config"].get(name)
         if now != then:
             raise ValueError(f"{name} is {now!r} and was {then!r} in {found}: a resumed run must have the same")
     seed_step(config.seed, -1)  # adapters begin at random
     # An adapter's checkpoint holds the adapter alone; its base is still where it was.
-    model, tokenizer = load(config, config.model if config.lora_r or found is None else str(found))
-    if found is not None and config.lora_r:
+    model, tokenizer = build(config, config.model if config.trains_adapter or found is None else str(found))
+    if found is not None and config.trains_adapter:
         from peft import load_peft_weights, set_peft_model_state_dict
 
         set_peft_model_state_dict(model, load_peft_weights(str(found), device="cpu"))
@@ -82,30 +86,12 @@ def start(config: Training) -> Start:
     optimizer = adamw(model, config)
     if found is None:
         return Start(model, tokenizer, optimizer)
-    _load_moments(optimizer, found / "optimizer.safetensors")
+    load_state_tensors(optimizer, load_file(found / "optimizer.safetensors"))
     for name, then in state["config"].items():
         now = _plain(config).get(name)
         if now != then and not (name in LENGTH and config.lr_scheduler_type == "constant"):
             say(f"resuming with another {name}: {now!r}, in the checkpoint {then!r}")
     return Start(model, tokenizer, optimizer, state["step"], state["num_tokens"])
-
-
-def load(config: Training, path: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a directory, as the config wants them."""
-    targets = config.lora_target_modules
-    frozen_on_gpu = config.lora_r > 0 and the_device().type == "cuda"
-    return load_model(
-        path,
-        dtype=("bfloat16" if frozen_on_gpu else "float32") if config.dtype == "auto" else config.dtype,
-        attn_implementation=config.attn_implementation,
-        lora_r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        lora_target_modules="all-linear" if targets == ("all-linear",) else targets,
-        load_in_4bit=config.load_in_4bit,
-        gradient_checkpointing=config.gradient_checkpointing,
-        trust_remote_code=config.trust_remote_code,
-    )
 
 
 def save(config: Training, state: Start, step: int, num_tokens: int) -> None:
@@ -114,26 +100,14 @@ def save(config: Training, state: Start, step: int, num_tokens: int) -> None:
 
     output = Path(config.output_dir)
     with written_aside(output / f"checkpoint-{step}") as aside:
-        state.model.save_pretrained(aside)
+        save_weights(state.model, aside)
         state.tokenizer.save_pretrained(aside)
-        moments = state.optimizer.state_dict()["state"]
-        flat = {f"{i}.{name}": value for i, values in moments.items() for name, value in values.items()}
-        save_file(flat, aside / "optimizer.safetensors")
+        save_file(state_tensors(state.optimizer), aside / "optimizer.safetensors")
         facts = {"step": step, "num_tokens": num_tokens, "config": _plain(config)}
         (aside / "state.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
     if config.save_total_limit is not None:
         for old in checkpoints(output)[: -config.save_total_limit]:
             shutil.rmtree(old)
-
-
-def _load_moments(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    from safetensors.torch import load_file
-
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(path).items():
-        index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _plain(config: Training) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fastpost.models.adapters import is_adapter
 from fastpost.trainers.options import REQUIRED, option, read_fields
 
 MODEL, DATA, ROLLOUT = "Model", "Data", "Rollouts and rewards"
@@ -20,7 +21,7 @@ GROUPS = (MODEL, DATA, ROLLOUT, LOSS, STEPS, RUN)
 class Training:
     """What every training verb is told."""
 
-    model: str = option(REQUIRED, MODEL, "directory (or hub name) of a Hugging Face causal LM and its tokenizer")
+    model: str = option(REQUIRED, MODEL, "directory (or hub name) of a Hugging Face causal LM and its tokenizer; or of an adapter")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", MODEL, "of the weights; auto: bfloat16 for a frozen base on a GPU, float32 else"
     )
@@ -28,15 +29,34 @@ class Training:
     attn_implementation: str | None = option(None, MODEL, "a name that transformers knows; default: packed attention")
     trust_remote_code: bool = option(False, MODEL, "run code that comes with the model")
     gradient_checkpointing: bool = option(True, MODEL, "recompute activations in the backward pass to save memory")
-    load_in_4bit: bool = option(False, MODEL, "quantise the frozen base to NF4; wants lora_r")
-    lora_r: int = option(0, MODEL, "rank of the LoRA adapters; 0: train all weights", least=0)
+    activation_offloading: bool = option(
+        False, MODEL, "what gradient checkpointing keeps waits in host memory; wants a GPU"
+    )
+    tiled_mlp: int = option(0, MODEL, "tokens that an MLP takes at a time, to save memory; 0: all", least=0)
+    use_liger_kernel: bool = option(False, MODEL, "liger-kernel's norms, rotary embedding and MLP; wants a GPU")
+    load_in_4bit: bool = option(False, MODEL, "quantise the frozen base (QLoRA); wants an adapter")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", MODEL, "normal floats or plain ones")
+    use_bnb_nested_quant: bool = option(True, MODEL, "quantise the scales of the 4-bit weights, too")
+    bnb_4bit_quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] = option(
+        "uint8", MODEL, "what the packed bytes pass for; FSDP wants the dtype of the other weights"
+    )
+    lora_r: int = option(0, MODEL, "rank of new LoRA adapters; 0: none, a model without adapters trains whole", least=0)
     lora_alpha: int = option(32, MODEL, "adapters are scaled by lora_alpha / lora_r", above=0)
     lora_dropout: float = option(0.0, MODEL, "probability, on the adapters' input", least=0, most=0.99)
-    lora_target_modules: tuple[str, ...] = option(("all-linear",), MODEL, "names of the layers that get adapters")
+    lora_target_modules: tuple[str, ...] = option(
+        ("all-linear",), MODEL, "names of the layers that get adapters; all-linear leaves out the head, lm_head"
+    )
+    lora_modules_to_save: tuple[str, ...] = option((), MODEL, "names of layers that train whole beside the adapters")
+    use_rslora: bool = option(False, MODEL, "scale adapters by lora_alpha / sqrt(lora_r)")
+    use_dora: bool = option(False, MODEL, "adapters with a length of each output (DoRA); not on lm_head")
+    init_lora_weights: Literal["default", "gaussian", "orthogonal"] = option("default", MODEL, "of new adapters")
 
     dataset: str = option(REQUIRED, DATA, ".jsonl, .json or .parquet file, or a directory saved by datasets")
     eval_dataset: str | None = option(None, DATA, "the same, held out; evaluated every eval_steps and at the end")
 
+    optim: Literal["adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = option(
+        "adamw_torch", STEPS, "AdamW; in 8 bits or paged to the host: bitsandbytes'"
+    )
     learning_rate: float = option(2e-5, STEPS, "peak of the schedule", least=0)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = option(
         "linear", STEPS, "to 0 at the last step, or constant; each after warmup"
@@ -67,14 +87,21 @@ class Training:
 
     def __post_init__(self) -> None:
         read_fields(self)
-        if self.load_in_4bit and not self.lora_r:
+        if self.load_in_4bit and not self.trains_adapter:
             raise ValueError("load_in_4bit freezes the base model, so nothing would train: give lora_r as well, 16 say")
-        if self.dtype == "float16" and not self.lora_r:
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise ValueError("activation_offloading moves what gradient_checkpointing keeps: switch that on as well")
+        if self.dtype == "float16" and not self.trains_adapter:
             raise ValueError(
                 "dtype float16 cannot hold Adam's updates of all weights: use float32 or bfloat16, or lora_r"
             )
         if self.max_steps == 0:
             raise ValueError("max_steps must be positive, or -1 to go by num_train_epochs, got 0")
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the weights of the model itself stay: it gets an adapter, or has one."""
+        return self.lora_r > 0 or is_adapter(self.model)
 
     @property
     def rows_per_step(self) -> int:
@@ -142,6 +169,26 @@ class Grpo(Training):
                 f"max_steps must be a multiple of num_iterations {self.num_iterations}, so that the last rollouts are "
                 f"used up: got {self.max_steps}, try {self.max_steps + -self.max_steps % self.num_iterations}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """An adapter into its base: a model like any other, for those who load no adapters."""
+
+    model: str = option(REQUIRED, MODEL, "directory of a PEFT adapter, which names its base")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", MODEL, "of the merged weights")
+    load_in_4bit: bool = option(
+        False, MODEL, "round the base to 4 bits first, as the adapter saw it in QLoRA; the result is not quantised"
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", MODEL, "normal floats or plain ones")
+    use_bnb_nested_quant: bool = option(True, MODEL, "with quantised scales")
+    trust_remote_code: bool = option(False, MODEL, "run code that comes with the model")
+    output_dir: str = option(REQUIRED, RUN, "receives the merged model and its tokenizer")
+
+    def __post_init__(self) -> None:
+        read_fields(self)
+        if not is_adapter(self.model):
+            raise ValueError(f"model {self.model!r} is no directory of a PEFT adapter: it has no adapter_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What training loops share: the order of rows, their packs, the optimizer, its schedule, and reproducible randomness.
+"""What training loops share: the order of rows, their packs, the learning rate, a step, and reproducible randomness.
 
 Everything random is a function of (seed, step) or (seed, epoch), so a resumed run needs no saved generator to draw what
 the uninterrupted one would have drawn.
@@ -78,22 +78,11 @@ def bins(lengths: list[int], config: Training) -> list[list[int]]:
     return [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]
 
 
-# ---- the optimizer ----
+# ---- a step ----
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def adamw(model: nn.Module, config: Training) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101); vectors, which are norms and biases, do not decay."""
-    parameters = trainable(model)
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], config.learning_rate, betas, config.adam_epsilon)
 
 
 def learning_rate(config: Training, step: int, total: int) -> float:

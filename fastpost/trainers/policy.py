@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from fastpost import Batch, Head, Loss, fused_loss, losses, metrics, token_stats, weights
+from fastpost.models.adapters import with_weights
 from fastpost.models.trunk import hidden_states
 from fastpost.packing import Example, Packed, pack
 from fastpost.trainers import checkpoint
+from fastpost.trainers.build import build
 from fastpost.trainers.config import Grpo
 from fastpost.trainers.loop import autocast, bins, the_device
 from fastpost.trainers.rollouts import Rollouts
@@ -64,25 +66,35 @@ def _weight(batch: Batch, window: Window, config: Grpo) -> Tensor:  # (U,)
 
 @dataclass(frozen=True)
 class Reference:
-    """The model as it was before training: the policy's own base with adapters switched off, or a frozen copy."""
+    """The model as it was before training: the policy without its adapter, or with the one that it began with; or a
+    frozen copy."""
 
     model: Any
     config: Grpo
+    adapter: dict[str, Tensor] | None = None  # the policy's at the beginning, where that was not a fresh one
 
     @staticmethod
     def of(start: checkpoint.Start, config: Grpo) -> Reference:
         if config.lora_r:
             return Reference(start.model, config)
+        if config.trains_adapter:
+            from peft import load_peft_weights
+
+            return Reference(start.model, config, load_peft_weights(config.model, device="cpu"))
         # On resume the policy has moved on; the reference is still where the run began.
-        model = checkpoint.load(config, config.model)[0] if start.step else copy.deepcopy(start.model)
+        model = build(config, config.model)[0] if start.step else copy.deepcopy(start.model)
         return Reference(model.to(the_device()).requires_grad_(False), config)
+
+    def _as_it_was(self) -> contextlib.AbstractContextManager[None]:
+        if self.adapter is not None:
+            return with_weights(self.model, self.adapter)
+        return self.model.disable_adapter() if self.config.lora_r else contextlib.nullcontext()
 
     @torch.no_grad()
     def scored(self, packed: Packed) -> Packed:
         """The pack with ref_logp."""
-        off = self.model.disable_adapter() if self.config.lora_r else contextlib.nullcontext()
         self.model.eval()
-        with off, autocast(self.config):
+        with self._as_it_was(), autocast(self.config):
             hidden = hidden_states(self.model, packed)
             stats = token_stats(
                 hidden[0], Head.of(self.model), packed.batch.target, temperature=self.config.temperature

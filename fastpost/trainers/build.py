@@ -1,0 +1,66 @@
+"""From a config to the model that it asks for: weights, quantisation, adapters, and what saves memory around them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastpost.models.loading import load_model
+from fastpost.models.lora import ALL_LINEAR, beside_tied, lora_config
+from fastpost.models.memory import offload_activations, tile_mlps
+from fastpost.models.qlora import four_bit_config, is_quantised
+from fastpost.trainers.config import Training
+from fastpost.trainers.loop import the_device
+from fastpost.trainers.metrics import say
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+
+def build(config: Training, path: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a directory, as the config wants them."""
+    frozen_on_gpu = config.trains_adapter and the_device().type == "cuda"
+    model, tokenizer = load_model(
+        path,
+        dtype=("bfloat16" if frozen_on_gpu else "float32") if config.dtype == "auto" else config.dtype,
+        attn_implementation=config.attn_implementation,
+        peft_config=_adapter(config) if config.lora_r else None,
+        quantization_config=_four_bits(config) if config.load_in_4bit else None,
+        gradient_checkpointing=config.gradient_checkpointing,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if not config.trains_adapter and is_quantised(model):
+        raise ValueError(f"model {path!r} is quantised, so its weights cannot train: give lora_r, 16 say, for adapters")
+    if config.trains_adapter and (note := beside_tied(model)) is not None:
+        say(note)
+    if config.use_liger_kernel:
+        from fastpost.integrations.liger import apply_liger
+
+        apply_liger(model)
+    if config.tiled_mlp:
+        tile_mlps(model, config.tiled_mlp)
+    if config.activation_offloading:
+        offload_activations(model)
+    return model, tokenizer
+
+
+def _adapter(config: Training) -> LoraConfig:
+    targets = config.lora_target_modules
+    return lora_config(
+        config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        lora_target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else targets,
+        lora_modules_to_save=config.lora_modules_to_save,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
+    )
+
+
+def _four_bits(config: Training) -> BitsAndBytesConfig:
+    return four_bit_config(
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        use_bnb_nested_quant=config.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=config.bnb_4bit_quant_storage,
+    )

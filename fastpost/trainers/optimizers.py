@@ -1,0 +1,81 @@
+"""AdamW (arXiv:1711.05101) by transformers' names, and its state as tensors and back.
+
+  adamw_torch                      torch's, one fused kernel on a GPU
+  adamw_8bit, adamw_bnb_8bit       bitsandbytes': moments in 8 bits, an absmax to every 256 (arXiv:2110.02861)
+  paged_adamw_8bit, _32bit         the same, and fp32, in memory that the driver moves to the host when the GPU is full
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpost.trainers.config import Training
+from fastpost.trainers.loop import trainable
+from fastpost.trainers.metrics import say
+
+BITSANDBYTES = {
+    "adamw_8bit": "AdamW8bit",
+    "adamw_bnb_8bit": "AdamW8bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+}
+
+
+def adamw(model: nn.Module, config: Training) -> torch.optim.Optimizer:
+    """AdamW over what trains; vectors, which are norms and biases, do not decay."""
+    parameters = trainable(model)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    betas = (config.adam_beta1, config.adam_beta2)
+    on_gpu = bool(parameters) and parameters[0].is_cuda
+    if config.optim == "adamw_torch":
+        return torch.optim.AdamW(groups, config.learning_rate, betas, config.adam_epsilon, fused=on_gpu or None)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"optim {config.optim} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    import bitsandbytes
+
+    if config.optim.startswith("paged") and not on_gpu:
+        say(f"optim {config.optim}: nothing is paged on a CPU")
+    cls = getattr(bitsandbytes.optim, BITSANDBYTES[config.optim])
+    return cls(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments as `<parameter>.<name>`, none of which shares memory with another."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": torch.as_tensor(value).clone() for i in state for name, value in _flat(state[i])}
+
+
+def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """What `state_tensors` gave, into an optimizer of the same kind and parameters, to the bit."""
+    torch_own = isinstance(optimizer, torch.optim.AdamW)
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".")
+        count = name == "step" and not torch_own  # a plain int there
+        state.setdefault(int(index), {})[name] = int(value) if count else value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if getattr(optimizer, "is_paged", False):
+        _page(optimizer)
+
+
+def _flat(state: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """bitsandbytes keeps its quantised moments one level down, away from FSDP."""
+    nested = [item for value in state.values() if isinstance(value, Mapping) for item in value.items()]
+    return [(name, value) for name, value in state.items() if not isinstance(value, Mapping)] + nested
+
+
+def _page(optimizer: Any) -> None:
+    """bitsandbytes loads the moments of a paged optimizer into plain memory."""
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            paged = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
+            state[name] = paged.copy_(state[name])
