@@ -64,6 +64,7 @@ def with_lora(model: Any, config: LoraConfig) -> PeftModel:
     from peft import get_peft_model
 
     config = copy.copy(config)
+    _refuse_unknown("lora_modules_to_save", config.modules_to_save or (), model)
     config.target_modules = _targets(model, config.target_modules)
     try:
         return get_peft_model(model, config)
@@ -82,7 +83,10 @@ def beside_tied(model: PeftModel) -> str | None:
     own = [name for name, layer in ends.items() if hasattr(layer, "base_layer") or hasattr(layer, "modules_to_save")]
     if not own:
         return None
-    return f"the tied weight of embedding and head stays one and frozen; {' and '.join(own)} now adds to it alone"
+    return (
+        "embedding and head are tied: the weight that they share stays as it is, what trains on "
+        f"{' and on '.join(own)} is for that alone, and merging unties them"
+    )
 
 
 def _targets(model: Any, names: Any) -> Any:
