@@ -25,7 +25,10 @@ def merged(model: PeftModel) -> Any:
         model = _dequantised(model)
     if beside_tied(model) is not None:
         _untie(model.get_base_model())
-    return model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    try:
+        return model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+    except ValueError as error:
+        raise ValueError(f"the adapter cannot be merged: {error}") from error
 
 
 def _dequantised(model: PeftModel) -> PeftModel:
