@@ -217,7 +217,7 @@ def run(files: Path, tmp_path: Path) -> Callable[..., list[dict]]:
 
     def to(name: str, **changes) -> list[dict]:
         fields = {"dataset": files / "prompts.jsonl", "reward": f"{files / 'rewards.py'}:capitals"}
-        grpo(config_of(files / "model", tmp_path / name, **(fields | changes)))
+        grpo(config_of(**({"model": files / "model", "out": tmp_path / name} | fields | changes)))
         return read_lines(tmp_path / name / "metrics.jsonl")
 
     return to
@@ -246,6 +246,18 @@ def test_k_steps_and_a_resume_give_the_bits_of_the_straight_run(
     timeless = lambda lines: [{n: v for n, v in line.items() if n not in TIMES} for line in lines]  # noqa: E731
     assert timeless(resumed) == timeless([line for line in straight if line["step"] > 2])
     assert straight[0]["grad_norm"] > 0 and straight[-1].get("kl", 1) > 0
+
+
+def test_the_reference_of_an_adapter_that_trains_on_is_this_adapter_as_it_was(
+    files: Path, run: Callable[..., list[dict]], tmp_path: Path
+):
+    run("first", lora_r=4, learning_rate=1e-1, max_steps=1, save_steps=0)
+    changes = {"model": tmp_path / "first", "beta": 0.1, "learning_rate": 1e-2}
+    straight = run("second", **changes)
+    assert straight[0]["kl"] == 0 and all(line["kl"] > 0 for line in straight[1:])
+    resumed = run("resumed", resume_from_checkpoint=tmp_path / "second" / "checkpoint-2", **changes)
+    same = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("second", "resumed")]
+    assert same[0] == same[1] and resumed[-1]["kl"] == straight[-1]["kl"]
 
 
 def test_conversations_are_answered_by_messages(files: Path, run: Callable[..., list[dict]], tmp_path: Path):

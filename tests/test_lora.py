@@ -1,4 +1,4 @@
-"""Adapters: which layers get them, what kinds there are, embeddings and heads that are tied, and a merge into the base."""
+"""Adapters: which layers get them, what kinds there are, embeddings that are tied to the head, and merging."""
 
 from __future__ import annotations
 
@@ -175,7 +175,9 @@ def test_a_saved_adapter_is_one_to_peft_and_has_no_weight_of_the_base(kind: str,
     save_model(model, tokenizer, base.parent / "adapter")
     with safe_open(base.parent / "adapter" / "adapter_model.safetensors", "pt") as file:
         names = set(file.keys())
-    plain = {f"base_model.model.{name}.weight" for name in ("lm_head", "model.embed_tokens")} if "whole" in kind else set()
+    plain = (
+        {f"base_model.model.{name}.weight" for name in ("lm_head", "model.embed_tokens")} if "whole" in kind else set()
+    )
     assert all("lora_" in name for name in names - plain) and not any("base_layer" in name for name in names)
     assert len(names) == sum(p.requires_grad for p in model.parameters())
     with warnings.catch_warnings():

@@ -118,14 +118,25 @@ def test_a_run_learns_and_leaves_a_model_metrics_and_a_plot(files: Path, tmp_pat
     assert model(input_ids=ids, labels=ids).loss < before
 
 
-@pytest.mark.parametrize("lora", [{}, {"lora_r": 4, "lora_dropout": 0.3}], ids=["full", "lora with dropout"])
+KINDS = {
+    "full": {},
+    "lora with dropout": {"lora_r": 4, "lora_dropout": 0.3},
+    "8-bit moments": {"optim": "adamw_8bit"},
+    "qlora, paged, tiled": {
+        "lora_r": 4, "load_in_4bit": True, "optim": "paged_adamw_32bit", "tiled_mlp": 5, "gradient_checkpointing": True
+    },
+    "dora, head and embedding": {"lora_r": 2, "use_dora": True, "lora_modules_to_save": ("lm_head", "embed_tokens")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lora", KINDS.values(), ids=KINDS)
 def test_k_steps_and_a_resume_give_the_bits_of_the_straight_run(files: Path, tmp_path: Path, lora: dict):
     sft(config_of(files, tmp_path / "straight", **lora))
     config = config_of(files, tmp_path / "resumed", **lora)
     sft(replace(config, output_dir=str(tmp_path / "killed")))
     resumed = replace(config, resume_from_checkpoint=str(tmp_path / "killed" / "checkpoint-3"))
     sft(resumed)
-    weights = "adapter_model.safetensors" if lora else "model.safetensors"
+    weights = "adapter_model.safetensors" if "lora_r" in lora else "model.safetensors"
     assert (tmp_path / "resumed" / weights).read_bytes() == (tmp_path / "straight" / weights).read_bytes()
     straight, after = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("straight", "resumed"))
     assert [without_times(line) for line in after] == [without_times(line) for line in straight[3:]]

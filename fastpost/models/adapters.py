@@ -94,7 +94,9 @@ def _check_shapes(wanted: Mapping[str, tuple[int, ...]], path: Path) -> None:
 def _lost(missing: Collection[str], unexpected: Collection[str]) -> str:
     """What was in the model or in the file alone, in words; empty where nothing was."""
     only_in = {"the file": sorted(unexpected), "the model": sorted(missing)}
-    return "; ".join(f"{keys[0]} and {len(keys) - 1} more are in {where} alone" for where, keys in only_in.items() if keys)
+    return "; ".join(
+        f"{keys[0]} and {len(keys) - 1} more are in {where} alone" for where, keys in only_in.items() if keys
+    )
 
 
 def _name(model: Any) -> str:

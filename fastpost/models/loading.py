@@ -45,7 +45,9 @@ def load_model(
     bitsandbytes has quantised already is taken as it is, with a quantised head, too.
     """
     if not is_adapter(path):
-        model, tokenizer = _model_and_tokenizer(path, dtype, attn_implementation, quantization_config, trust_remote_code)
+        model, tokenizer = _model_and_tokenizer(
+            path, dtype, attn_implementation, quantization_config, trust_remote_code
+        )
     elif peft_config is None:
         model, tokenizer = _adapted(path, dtype, attn_implementation, quantization_config, trust_remote_code)
     else:

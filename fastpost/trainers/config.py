@@ -21,7 +21,9 @@ GROUPS = (MODEL, DATA, ROLLOUT, LOSS, STEPS, RUN)
 class Training:
     """What every training verb is told."""
 
-    model: str = option(REQUIRED, MODEL, "directory (or hub name) of a Hugging Face causal LM and its tokenizer; or of an adapter")
+    model: str = option(
+        REQUIRED, MODEL, "directory (or hub name) of a Hugging Face causal LM and its tokenizer; or of an adapter"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", MODEL, "of the weights; auto: bfloat16 for a frozen base on a GPU, float32 else"
     )

@@ -1,8 +1,8 @@
 """AdamW (arXiv:1711.05101) by transformers' names, and its state as tensors and back.
 
-  adamw_torch                      torch's, one fused kernel on a GPU
-  adamw_8bit, adamw_bnb_8bit       bitsandbytes': moments in 8 bits, an absmax to every 256 (arXiv:2110.02861)
-  paged_adamw_8bit, _32bit         the same, and fp32, in memory that the driver moves to the host when the GPU is full
+adamw_torch                      torch's, one fused kernel on a GPU
+adamw_8bit, adamw_bnb_8bit       bitsandbytes': moments in 8 bits, an absmax to every 256 (arXiv:2110.02861)
+paged_adamw_8bit, _32bit         the same, and fp32, in memory that the driver moves to the host when the GPU is full
 """
 
 from __future__ import annotations
