@@ -163,6 +163,36 @@ def test_a_tokenizer_with_other_or_more_tokens_than_the_base_has_rows_is_refused
     assert load_model(adapter)[1].get_vocab() == tiny.tokenizer().get_vocab()  # the base's
 
 
+# ---- what a run asks for ----
+
+
+def test_every_field_of_a_run_reaches_peft(base: Path, tmp_path: Path):
+    own = {"lora_alpha": 5, "lora_dropout": 0.25, "use_rslora": True, "use_dora": True}
+    names = {"lora_target_modules": ("q_proj", "up_proj"), "lora_modules_to_save": ("lm_head",)}
+    fields = {"lora_r": 3, "init_lora_weights": "gaussian", **own, **names}
+    config = start(Sft(model=base, dataset="d", output_dir=tmp_path / "out", **fields)).model.peft_config["default"]
+    assert (config.r, config.init_lora_weights, config.target_modules) == (3, "gaussian", {"q_proj", "up_proj"})
+    assert config.modules_to_save == ["lm_head"] and {name: getattr(config, name) for name in own} == own
+
+
+def test_tied_embeddings_are_spoken_of_before_the_run(tmp_path: Path, capsys):
+    base = save_base(tmp_path / "tied", tie_word_embeddings=True)
+    fields = {"model": base, "dataset": "d", "output_dir": tmp_path / "out", "lora_r": 2}
+    start(Sft(**fields))
+    assert "tied" not in capsys.readouterr().err
+    start(Sft(**fields, lora_target_modules=("q_proj", "lm_head")))
+    assert "embedding and head are tied: the weight that they share stays as it is" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is refused where there is no GPU")
+@pytest.mark.parametrize("field", ["use_liger_kernel", "activation_offloading"])
+def test_what_wants_a_gpu_is_refused_without_one(field: str, base: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=rf"{field} .* GPU.* and here is no"):
+        start(Sft(model=base, dataset="d", output_dir=tmp_path / "out", **{field: True}))
+    with pytest.raises(ValueError, match="activation_offloading moves what gradient_checkpointing keeps"):
+        Sft(model=base, dataset="d", output_dir="o", activation_offloading=True, gradient_checkpointing=False)
+
+
 # ---- the merge command ----
 
 

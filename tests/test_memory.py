@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -80,6 +82,17 @@ def test_a_model_without_gradients_or_with_few_tokens_is_the_same_to_the_bit():
     tile_mlps(model, 5)
     with torch.no_grad():
         assert_close_to_truth(hidden_states(model, PACKED), want, hidden_states(made("llama", False).double(), PACKED))
+
+
+def test_a_dropout_is_drawn_again_as_it_was():
+    def gradient(recomputed: bool) -> Tensor:
+        model = with_lora(tiny.model("llama"), lora_config(2, lora_dropout=0.5, init_lora_weights=False)).train()
+        tile_mlps(model, 7)
+        torch.manual_seed(3)
+        with nullcontext() if recomputed else patch.object(memory, "checkpoint", lambda f, x, use_reentrant: f(x)):
+            return run(model)[1]
+
+    assert torch.equal(gradient(True), gradient(False))
 
 
 def test_what_was_put_on_is_taken_off_and_copies_have_their_own():

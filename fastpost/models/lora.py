@@ -98,7 +98,7 @@ def _targets(model: Any, names: Any) -> Any:
     found = set(_linear_names(model)) if ALL_LINEAR in names else set()
     rest = set(names) - {ALL_LINEAR}
     _refuse_unknown("lora_target_modules", rest, model)
-    return sorted(found | rest)
+    return found | rest
 
 
 def _linear_names(model: Any) -> Iterator[str]:

@@ -38,7 +38,7 @@ def tile_mlps(model: nn.Module, tokens: int) -> None:
 
 
 def offload_activations(model: nn.Module) -> None:
-    """What the layers keep for the backward pass waits in host memory. With gradient checkpointing, or it is much."""
+    """What the layers keep for the backward pass waits in host memory; without gradient checkpointing that is much."""
     if not torch.cuda.is_available():
         raise ValueError("activation_offloading moves activations from a GPU to its host, and here is no GPU")
     _replace_forward(causal_lm(model).get_decoder(), _offloading, SMALL)
@@ -64,7 +64,7 @@ def _replace_forward(module: nn.Module, function: Callable[..., Any], size: int)
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    """Two layers and nothing that looks at several tokens: a router, or experts, which are parameters, are no MLP."""
+    """By its layers. A mixture of experts, which are parameters, is none."""
     children = dict(module.named_children())
     return any(into in children and out in children for into, out in MLPS)
 

@@ -72,7 +72,8 @@ def start(config: Training) -> Start:
     found = find_checkpoint(config)
     state = {} if found is None else json.loads((found / "state.json").read_text(encoding="utf-8"))
     for name in SHAPING if state else ():
-        now, then = _plain(config)[name], state["config"].get(name)
+        now = _plain(config)[name]
+        then = state["config"].get(name, now)
         if now != then:
             raise ValueError(f"{name} is {now!r} and was {then!r} in {found}: a resumed run must have the same")
     seed_step(config.seed, -1)  # adapters begin at random
