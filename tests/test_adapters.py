@@ -25,6 +25,7 @@ from fastpost.models.qlora import four_bit_config, is_quantised
 from fastpost.models.saving import save_model
 from fastpost.trainers.checkpoint import start
 from fastpost.trainers.config import Merge, Sft
+from fastpost.trainers.merge import merge
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 IDS = torch.arange(5, 29)[None]
@@ -43,7 +44,9 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def adapter(base: Path) -> Path:
     """A trained one, in a directory beside that of its base."""
-    model, tokenizer = load_model(base, peft_config=lora_config(2, lora_target_modules=["q_proj", "o_proj", "up_proj"]))
+    model, tokenizer = load_model(
+        base, peft_config=lora_config(2, lora_target_modules=["q_proj", "o_proj", "up_proj", "lm_head"])
+    )
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -109,10 +112,10 @@ def test_other_weights_are_there_for_a_while_and_its_own_come_back_after_an_erro
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 32}, r"up_proj.lora_A.weight has shape \(2, 64\) in the file, and \(2, 32\) would fit"),
+        ({"hidden_size": 32}, r"lm_head.lora_A.weight has shape \(2, 64\) in the file, and \(2, 32\) would fit"),
         ({"num_hidden_layers": 1}, r"layers\.1\..* and 5 more are in the file alone"),
         ({"num_hidden_layers": 3}, r"layers\.2\..* and 5 more are in the model alone"),
-        ({"model_type": "gpt2"}, "Target modules .* not found in the base model"),
+        ({"vocab_size": 98}, r"lm_head.lora_B.weight has shape \(97, 2\) in the file, and \(98, 2\) would fit"),
     ],
     ids=str,
 )
@@ -123,6 +126,19 @@ def test_an_adapter_for_another_base_is_refused_by_name(adapter: Path, changes: 
         load_adapter(AutoModelForCausalLM.from_pretrained(base), adapter)
     rewritten(adapter, base_model_name_or_path=str(base))
     with pytest.raises(ValueError, match=whole):
+        load_model(adapter)
+
+
+def test_an_adapter_for_another_family_is_refused_by_name(adapter: Path, base: Path):
+    llama = save_base(adapter.parent / "llama", "llama")
+    with pytest.raises(
+        ValueError, match=r"was made for a qwen3 \(.*base\), and LlamaForCausalLM of .*llama is a llama"
+    ):
+        load_adapter(AutoModelForCausalLM.from_pretrained(llama), adapter)
+    rewritten(adapter, base_model_name_or_path=str(save_base(adapter.parent / "gpt2", "gpt2")))
+    with pytest.raises(
+        ValueError, match=r"does not fit GPT2LMHeadModel of .*up_proj.* and 11 more are in the file alone"
+    ):
         load_model(adapter)
 
 
@@ -184,6 +200,19 @@ def test_tied_embeddings_are_spoken_of_before_the_run(tmp_path: Path, capsys):
     assert "embedding and head are tied: the weight that they share stays as it is" in capsys.readouterr().err
 
 
+def test_what_trains_is_in_fp32_where_autocast_computes_in_bfloat16_and_if_not_that_is_said(
+    base: Path, tmp_path: Path, capsys
+):
+    """A step of AdamW is about learning_rate, and next to 1 bfloat16 has nothing below 2^-8."""
+    fields = {"model": base, "dataset": "d", "output_dir": tmp_path / "out", "dtype": "bfloat16", "lora_r": 2}
+    whole = {"lora_modules_to_save": ("lm_head",)}
+    kinds = [start(Sft(**fields, **whole, bf16=bf16)).optimizer.param_groups for bf16 in (True, False)]
+    wide, narrow = ({p.dtype for group in groups for p in group["params"]} for groups in kinds)
+    assert wide == {torch.float32} and narrow == {torch.float32, torch.bfloat16}
+    said = "1 of the trained tensors in bfloat16, which rounds small steps away: give bf16 as well, or dtype float32"
+    assert capsys.readouterr().err.count(said) == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is refused where there is no GPU")
 @pytest.mark.parametrize("field", ["use_liger_kernel", "activation_offloading"])
 def test_what_wants_a_gpu_is_refused_without_one(field: str, base: Path, tmp_path: Path):
@@ -217,13 +246,20 @@ def test_a_base_in_4_bits_is_dequantised_and_that_is_said(adapter: Path, tmp_pat
     for name, module in model.get_base_model().named_modules():
         if hasattr(module, "lora_A"):
             weight = module.base_layer.weight
-            want = dequantize_4bit(weight.data, weight.quant_state) + module.get_delta_weight("default")
+            plain = weight if name == "lm_head" else dequantize_4bit(weight.data, weight.quant_state)
+            want = plain + module.get_delta_weight("default")
             torch.testing.assert_close(merged.get_submodule(name).weight, want.to(merged.dtype))
 
 
 def test_only_an_adapter_can_be_merged(base: Path):
     with pytest.raises(ValueError, match=r"is no directory of a PEFT adapter: it has no adapter_config\.json"):
         Merge(model=base, output_dir="o")
+
+
+def test_a_merge_does_not_write_over_what_it_reads(adapter: Path, base: Path):
+    for path in (adapter, base):
+        with pytest.raises(ValueError, match=r"output_dir .* holds what is merged: choose another"):
+            merge(Merge(model=adapter, output_dir=path))
 
 
 def test_an_adapter_that_went_to_nan_is_not_merged(adapter: Path, tmp_path: Path, capsys):

@@ -126,6 +126,9 @@ KINDS = {
         "lora_r": 4, "load_in_4bit": True, "optim": "paged_adamw_32bit", "tiled_mlp": 5, "gradient_checkpointing": True
     },
     "dora, head and embedding": {"lora_r": 2, "use_dora": True, "lora_modules_to_save": ("lm_head", "embed_tokens")},
+    "the same in bfloat16": {
+        "lora_r": 2, "dtype": "bfloat16", "bf16": True, "lora_modules_to_save": ("lm_head", "embed_tokens")
+    },
 }  # fmt: skip
 
 

@@ -50,6 +50,7 @@ def load_adapter(
         raise ValueError(f"the adapter {str(directory)!r} has no {WEIGHTS}")
     config = PeftConfig.from_pretrained(str(path))
     config.inference_mode = not trainable
+    _check_family(config.base_model_name_or_path, model, directory)
     mapping = getattr(model, "_checkpoint_conversion_mapping", None)  # of layers that transformers has renamed
     try:
         if isinstance(model, PeftModel):
@@ -78,6 +79,18 @@ def with_weights(model: PeftModel, weights: Mapping[str, Tensor]) -> Iterator[No
         yield
     finally:
         set_peft_model_state_dict(model, own)
+
+
+def _check_family(base: str | None, model: Any, directory: str | PathLike[str]) -> None:
+    """Families have layers of one name; that the base is another directory may be a copy."""
+    file = Path(base or "").expanduser() / "config.json"
+    if not base or not file.is_file():
+        return
+    wanted, got = json.loads(file.read_text(encoding="utf-8")).get("model_type"), model.config.model_type
+    if wanted and wanted.removesuffix("_text") != got.removesuffix("_text"):
+        raise ValueError(
+            f"the adapter {str(directory)!r} was made for a {wanted} ({base}), and {_name(model)} is a {got}"
+        )
 
 
 def _check_shapes(wanted: Mapping[str, tuple[int, ...]], path: Path) -> None:

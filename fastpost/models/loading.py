@@ -6,6 +6,8 @@ cost, and every model is probed before it is handed out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,17 +46,19 @@ def load_model(
     quantization_config (`fastpost.models.qlora.four_bit_config`) leaves the head as it is. A checkpoint that
     bitsandbytes has quantised already is taken as it is, with a quantised head, too.
     """
-    if not is_adapter(path):
-        model, tokenizer = _model_and_tokenizer(
-            path, dtype, attn_implementation, quantization_config, trust_remote_code
-        )
-    elif peft_config is None:
-        model, tokenizer = _adapted(path, dtype, attn_implementation, quantization_config, trust_remote_code)
-    else:
+    if is_adapter(path) and peft_config is not None:
         raise ValueError(
             f"model {str(path)!r} is an adapter, which trains on as it is: leave lora_r out, or merge it into its base "
             "(fastpost merge) to begin another on that"
         )
+    load = partial(
+        _model_and_tokenizer,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        quantization_config=quantization_config,
+        trust_remote_code=trust_remote_code,
+    )
+    model, tokenizer = _adapted(path, load) if is_adapter(path) else load(path)
     if peft_config is not None:
         model = with_lora(model, peft_config)
     probe(model)
@@ -65,10 +69,10 @@ def load_model(
     return model, tokenizer
 
 
-def _adapted(path: str | PathLike[str], *how: Any) -> tuple[Any, Any]:
+def _adapted(path: str | PathLike[str], load: Callable[[str], tuple[Any, Any]]) -> tuple[Any, Any]:
     """The adapter of a directory on its base, with the tokenizer that it was trained with."""
     try:
-        model, tokenizer = _model_and_tokenizer(base_of(path), *how)
+        model, tokenizer = load(base_of(path))
     except ValueError as error:
         raise ValueError(f"model {str(path)!r} is an adapter, and its base: {error}") from error
     if _has_tokenizer(Path(path).expanduser()):
@@ -80,6 +84,7 @@ def _adapted(path: str | PathLike[str], *how: Any) -> tuple[Any, Any]:
 
 def _model_and_tokenizer(
     path: str | PathLike[str],
+    *,
     dtype: torch.dtype | str,
     attn_implementation: str | None,
     quantization_config: BitsAndBytesConfig | None,

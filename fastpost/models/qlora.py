@@ -5,8 +5,7 @@
 
 What is usually done to such a model before training is not done here. The head and the embedding are not widened to
 fp32 (Llama 3 8B: 4.2 GB in place of 2.1), since `fastpost.Head` has fp32 logits of bf16 weights; norms stay as they
-are, since transformers' compute in fp32; inputs need no gradient, since checkpointing is not reentrant; and peft freezes
-the base.
+are, since transformers' compute in fp32; inputs need no gradient, since checkpointing is not reentrant.
 """
 
 from __future__ import annotations

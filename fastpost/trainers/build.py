@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fastpost.models.loading import load_model
 from fastpost.models.lora import ALL_LINEAR, beside_tied, lora_config
 from fastpost.models.memory import offload_activations, tile_mlps
 from fastpost.models.qlora import four_bit_config, is_quantised
 from fastpost.trainers.config import Training
-from fastpost.trainers.loop import the_device
+from fastpost.trainers.loop import the_device, trainable, wants_bf16
 from fastpost.trainers.metrics import say
 
 if TYPE_CHECKING:
@@ -31,8 +33,10 @@ def build(config: Training, path: str) -> tuple[Any, Any]:
     )
     if not config.trains_adapter and is_quantised(model):
         raise ValueError(f"model {path!r} is quantised, so its weights cannot train: give lora_r, 16 say, for adapters")
-    if config.trains_adapter and (note := beside_tied(model)) is not None:
-        say(note)
+    if config.trains_adapter:
+        _widen(model, config)
+        if (note := beside_tied(model)) is not None:
+            say(note)
     if config.use_liger_kernel:
         from fastpost.integrations.liger import apply_liger
 
@@ -42,6 +46,18 @@ def build(config: Training, path: str) -> tuple[Any, Any]:
     if config.activation_offloading:
         offload_activations(model)
     return model, tokenizer
+
+
+def _widen(model: Any, config: Training) -> None:
+    """What trains beside adapters, to fp32, as peft has these: products are in bfloat16 all the same, by autocast."""
+    narrow = [parameter for parameter in trainable(model) if parameter.dtype in (torch.bfloat16, torch.float16)]
+    if wants_bf16(config):
+        for parameter in narrow:
+            parameter.data = parameter.data.float()
+    elif narrow:
+        kind = str(narrow[0].dtype).removeprefix("torch.")
+        lost = f"{len(narrow)} of the trained tensors in {kind}, which rounds small steps away"
+        say(f"{lost}: give bf16 as well, or dtype float32")
 
 
 def _adapter(config: Training) -> LoraConfig:

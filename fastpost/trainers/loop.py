@@ -23,11 +23,16 @@ def the_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def wants_bf16(config: Training) -> bool:
+    """Whether forward passes compute in bfloat16: where asked for, or by default on a GPU that has it."""
+    if config.bf16 is not None:
+        return config.bf16
+    return the_device().type == "cuda" and torch.cuda.is_bf16_supported()
+
+
 def autocast(config: Training) -> torch.autocast:
-    """The precision of forward passes: bfloat16 where asked for, or by default on a GPU that has it."""
-    device = the_device().type
-    wanted = device == "cuda" and torch.cuda.is_bf16_supported() if config.bf16 is None else config.bf16
-    return torch.autocast(device, torch.bfloat16, enabled=wanted)
+    """The precision of forward passes."""
+    return torch.autocast(the_device().type, torch.bfloat16, enabled=wants_bf16(config))
 
 
 # ---- randomness and order ----

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fastpost.models.adapters import base_of
 from fastpost.models.loading import load_model
 from fastpost.models.lora import beside_tied
@@ -14,6 +16,9 @@ from fastpost.trainers.metrics import say
 
 def merge(config: Merge) -> None:
     """Writes the base of the adapter config.model, with the adapter in its weights, to config.output_dir."""
+    inputs = {Path(path).expanduser().resolve() for path in (config.model, base_of(config.model))}
+    if Path(config.output_dir).expanduser().resolve() in inputs:
+        raise ValueError(f"output_dir {config.output_dir} holds what is merged: choose another directory")
     four_bit = four_bit_config(
         bnb_4bit_quant_type=config.bnb_4bit_quant_type, use_bnb_nested_quant=config.use_bnb_nested_quant
     )
