@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastpost.models.loading import load_model
-from fastpost.models.lora import ALL_LINEAR, beside_tied, lora_config
+from fastpost.models.lora import beside_tied, lora_config
 from fastpost.models.memory import offload_activations, tile_mlps
 from fastpost.models.qlora import four_bit_config, is_quantised
 from fastpost.trainers.config import Training
@@ -61,12 +61,11 @@ def _widen(model: Any, config: Training) -> None:
 
 
 def _adapter(config: Training) -> LoraConfig:
-    targets = config.lora_target_modules
     return lora_config(
         config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        lora_target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else targets,
+        lora_target_modules=config.lora_target_modules,
         lora_modules_to_save=config.lora_modules_to_save,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
