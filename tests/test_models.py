@@ -1,14 +1,19 @@
 """The trunk over a pack: each sequence as if it were alone, in values and gradients, or a refusal that says why."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
+from transformers import T5Config, T5ForConditionalGeneration
+
+import decoders
 import tiny
 from fastpost.models import attention
 from fastpost.models.probe import check_packing
-from fastpost.models.trunk import hidden_states
+from fastpost.models.trunk import hidden_states, positions
 from fastpost.packing import Example, pack
 
 LENGTHS = [7, 1, 23, 6, 12, 1, 2]
@@ -75,47 +80,13 @@ def test_gradient_checkpointing_changes_nothing():
     assert torch.equal(gradients(model, hidden_states(model, pack(rows))), plain)
 
 
-def test_groups_hold_every_position_once_and_at_most_half_padding():
-    bounds = attention.boundaries(torch.tensor(LENGTHS)).flatten()
-    assert bounds.tolist() == [0, 7, 8, 31, 37, 49, 50, 52]
-    grouped = attention.groups(bounds)
-    assert torch.cat([index[real] for index, real in grouped]).sort().values.tolist() == list(range(52))
-    for _, real in grouped:
-        assert (real.sum(1) * 2 > real.shape[1]).all()
-
-
-def test_varlen_is_told_the_same_attention(monkeypatch):
-    """The kernel itself needs a GPU; here a plain implementation of its documented meaning stands in."""
-
-    def varlen_attn(q, k, v, bounds, _, longest, __, *, scale, window_size, enable_gqa):
-        assert enable_gqa and longest == max(LENGTHS)
-        left, right = window_size
-        out = torch.empty_like(q)
-        for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            back = torch.arange(end - start)[:, None] - torch.arange(end - start)
-            mask = (back >= -right) & ((back <= left) if left >= 0 else True)
-            sequence = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
-            done = torch.nn.functional.scaled_dot_product_attention(
-                *sequence, attn_mask=mask, scale=scale, enable_gqa=True
-            )
-            out[start:end] = done[0].transpose(0, 1)
-        return out
-
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    monkeypatch.setattr(attention, "_has_varlen", lambda query, value: True)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_padded_batches_and_generation_still_work_with_packed_attention(family):
     attention.register()
-    for changes in ({}, {"sliding_window": 5}):
-        model, rows = tiny.model("mistral", **changes).double(), examples()
-        truth = alone(model, rows)
-        model.set_attn_implementation(attention.NAME)
-        assert distance(hidden_states(model, pack(rows)), truth) < FP32
-
-
-def test_padded_batches_and_generation_still_work_with_packed_attention():
-    attention.register()
-    model = tiny.model("llama")
+    model = decoders.model(family, torch.float32)
     ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    model.set_attn_implementation("eager")
     truth = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
     model.set_attn_implementation(attention.NAME)
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False), truth)
@@ -129,16 +100,58 @@ def test_models_whose_sequences_see_each_other_are_refused_by_name():
         check_packing(model)
     with pytest.raises(ValueError, match="OPTForCausalLM lets packed sequences see each other"):
         check_packing(tiny.model("opt"))  # by its own mask, which knows nothing of packs
-    with pytest.raises(ValueError, match="FalconH1ForCausalLM has recurrent layers"):
-        hidden_states(tiny.model("falcon_h1", mamba_n_heads=4, mamba_d_head=16, mamba_d_ssm=64), pack(examples()))
+
+
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mamba", {}, "MambaForCausalLM has recurrent layers"),
+        ("falcon_h1", MAMBA | {"mamba_d_ssm": 64}, "FalconH1ForCausalLM has recurrent layers"),
+        ("qwen3_next", {"head_dim": 8, "num_experts": 4}, "Qwen3NextForCausalLM has recurrent layers"),
+        ("minimax", {"head_dim": 8}, "MiniMaxForCausalLM has layers of linear_attention"),
+        ("lfm2", {"full_attn_idxs": [1]}, "Lfm2ForCausalLM has layers of conv"),
+        ("llama4_text", {"intermediate_size_mlp": 48}, "Llama4ForCausalLM has layers of chunked_attention"),
+        ("bloom", {}, "BloomForCausalLM lets packed sequences see each other"),  # ALiBi
+        ("mpt", {}, "MptForCausalLM lets packed sequences see each other"),
+        ("falcon", {"alibi": True}, "FalconForCausalLM lets packed sequences see each other"),
+        ("bert", {}, "BertSelfAttention asks for .*not causal"),
+        ("phimoe", {"sliding_window": 5}, "PhimoeAttention asks for .*a window of 5 in its mask alone"),
+        ("doge", {}, "DogeForCausalLM cannot run over a pack"),
+    ],
+)
+def test_what_packs_cannot_do_is_refused_by_name(family, changes, message):
+    attention.register()
+    model = tiny.model(family, **changes)
+    model.set_attn_implementation(attention.NAME)
+    with pytest.raises(ValueError, match=message):
+        check_packing(model)
+
+
+def test_what_is_no_causal_lm_is_refused():
+    encoder_decoder = T5ForConditionalGeneration(T5Config(vocab_size=97, d_model=8, d_kv=4, d_ff=8, num_layers=1))
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        hidden_states(encoder_decoder, pack(examples()))
     with pytest.raises(ValueError, match="causal LM, got Linear"):
         hidden_states(torch.nn.Linear(2, 2), pack(examples()))
     with pytest.raises(ValueError, match="got DataParallel: pass the LlamaForCausalLM inside it"):
         hidden_states(torch.nn.DataParallel(tiny.model("llama")), pack(examples()))
 
 
-def test_attention_that_sdpa_cannot_express_is_refused():
-    bounds = attention.boundaries(torch.tensor([2, 2]))
-    x = torch.zeros(1, 1, 4, 8)
-    with pytest.raises(ValueError, match=r"\(softcap\): load the model with attn_implementation='eager'"):
-        attention.packed_attention(torch.nn.Identity(), x, x, x, bounds, softcap=30.0)
+def test_a_length_that_the_model_has_no_place_for_is_named():
+    model = tiny.model("llama", max_position_embeddings=32)
+    hidden_states(model, pack(examples([32, 3])))
+    with pytest.raises(ValueError, match=r"longest sequence has 33 tokens, but LlamaForCausalLM has 32 positions"):
+        hidden_states(model, pack(examples([3, 33])))
+    packed = pack(examples([4, 3]))
+    empty = replace(packed.batch, lengths=torch.tensor([4, 0, 3]), kept=None, kept_lengths=None)
+    with pytest.raises(ValueError, match="lengths must be positive, got 0 for sequence 1 of the pack"):
+        hidden_states(model, replace(packed, batch=empty))
+
+
+def test_stretched_rotations_know_more_positions():
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    assert positions(tiny.model("llama", max_position_embeddings=32)) == 32
+    assert positions(tiny.model("llama", max_position_embeddings=32, rope_parameters=yarn)) == 128

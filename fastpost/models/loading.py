@@ -1,7 +1,7 @@
 """A model directory -> (model, tokenizer).
 
-A model that attends by SDPA is switched to `fastpost.models.attention`, which is SDPA with packs done at their true
-cost, and every model is probed before it is handed out.
+A model that attends through transformers' interface is switched to `fastpost.models.attention`: SDPA, soft caps and
+sinks, with packs done at their true cost. Every model is probed before it is handed out.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _model_and_tokenizer(
         raise ValueError(f"model {str(path)!r} is an adapter on the hub: download it, and pass its directory")
     _check_size(tokenizer, model, path)
     keep_differentiable(model)
-    if attn_implementation is None and model.config._attn_implementation == "sdpa":
+    if attn_implementation is None and _takes_packs(model):
         model.set_attn_implementation(attention.NAME)
     return model, tokenizer
 
@@ -175,3 +175,9 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}{nearest(dtype, list(DTYPES))}")
     return DTYPES[dtype] if isinstance(dtype, str) else dtype
+
+
+def _takes_packs(model: Any) -> bool:
+    """Whether it attends by SDPA, or would but for a soft cap or sinks, which SDPA has not."""
+    how = model.config._attn_implementation
+    return how == "sdpa" or (how == "eager" and model._supports_attention_backend)

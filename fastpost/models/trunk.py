@@ -2,7 +2,7 @@
 
 Three ways, by how the model attends: packed attention of our own (`fastpost.models.attention`), flash attention told
 where sequences end, or transformers' block-diagonal mask, which it builds from positions that restart at 0.
-Recurrent layers carry their state from one sequence into the next; a model that has any is refused by name.
+What is no causal attention over all of a sequence, or over a sliding window of it, is refused by the model's name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from fastpost.models import attention
 from fastpost.packing import Packed
+
+LAYERS = {"full_attention", "sliding_attention", "attention"}  # what packs can do, of transformers' `layer_types`
 
 
 def causal_lm(model: nn.Module) -> Any:
@@ -28,8 +30,16 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 def positions(model: nn.Module) -> int | None:
-    """How many positions the model knows, if it says so."""
-    return getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    """How many positions the model knows, if it says so; rotations that are stretched know more."""
+    config = causal_lm(model).config.get_text_config()
+    known = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    stretched = [
+        int(each["factor"] * each["original_max_position_embeddings"])
+        for each in (rope, *rope.values())
+        if isinstance(each, dict) and each.get("factor") and each.get("original_max_position_embeddings")
+    ]
+    return None if known is None else max(known, *stretched, 0)
 
 
 def hidden_states(model: nn.Module, packed: Packed) -> Tensor:  # (1, T, D)
@@ -37,11 +47,15 @@ def hidden_states(model: nn.Module, packed: Packed) -> Tensor:  # (1, T, D)
 
     A model that `load_model` did not load deserves one `fastpost.models.probe.probe` before it is trained.
     """
-    decoder = _decoder(causal_lm(model))
-    outputs = decoder(
-        input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **_apart(decoder, packed)
-    )
-    return outputs.last_hidden_state
+    return _run(model, packed).last_hidden_state
+
+
+def _run(model: nn.Module, packed: Packed) -> Any:
+    lm = causal_lm(model)
+    decoder = _decoder(lm)
+    _check_lengths(lm, packed)
+    apart = _apart(decoder, packed)
+    return decoder(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **apart)
 
 
 def _decoder(lm: Any) -> Any:
@@ -52,26 +66,48 @@ def _decoder(lm: Any) -> Any:
         inside = getattr(lm, "module", None)
         remedy = "" if inside is None else f": pass the {type(inside).__name__} inside it, from within its forward"
         raise ValueError(f"hidden_states takes a Hugging Face causal LM, got {type(lm).__name__}{remedy}")
+    if lm.config.is_encoder_decoder:
+        raise ValueError(f"{type(lm).__name__} is an encoder-decoder: packed training takes decoders alone")
     if getattr(lm, "_is_stateful", False):
         raise ValueError(
             f"{type(lm).__name__} has recurrent layers, which carry their state from one packed sequence into the "
             "next: packed training takes attention-only models"
         )
+    strange = set(getattr(lm.config.get_text_config(), "layer_types", None) or ()) - LAYERS
+    if strange:
+        raise ValueError(
+            f"{type(lm).__name__} has layers of {', '.join(sorted(strange))}, which do not know where a packed "
+            "sequence begins: packed training takes full and sliding attention"
+        )
     return decoder
+
+
+def _check_lengths(lm: Any, packed: Packed) -> None:
+    """ValueError for a sequence of no token, or of more than the model has positions. Lengths are on the host."""
+    lengths = packed.batch.lengths
+    if lengths.device.type == "cpu" and int(lengths.min()) < 1:
+        empty = int(lengths.argmin())
+        raise ValueError(f"lengths must be positive, got {lengths[empty].item()} for sequence {empty} of the pack")
+    known = positions(lm)
+    if known is not None and packed.longest > known:
+        raise ValueError(
+            f"the pack's longest sequence has {packed.longest} tokens, but {type(lm).__name__} has {known} positions "
+            "(max_position_embeddings): cut the row, or leave it out"
+        )
 
 
 def _apart(decoder: Any, packed: Packed) -> dict[str, Any]:
     """The arguments that keep the sequences of a pack apart."""
-    how = decoder.config._attn_implementation or "eager"
-    if packed.batch.lengths.numel() == 1 or how in ("sdpa", "eager", "flex_attention"):
+    how, device = decoder.config._attn_implementation or "eager", packed.input_ids.device
+    lengths = packed.batch.lengths
+    if len(lengths) == 1 or how in ("sdpa", "eager", "flex_attention"):
         return {}
-    bounds = attention.boundaries(packed.batch.lengths.to(packed.input_ids.device))
+    layout = attention.Layout.of(lengths).to(device)
     if how == attention.NAME:
-        return {"attention_mask": bounds, "max_length_q": packed.longest}
-    ends = bounds.flatten()
+        return {"attention_mask": layout.as_mask(), "max_length_q": packed.longest, "block_masks": {}}
     return {
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
+        "cu_seq_lens_q": layout.bounds,
+        "cu_seq_lens_k": layout.bounds,
         "max_length_q": packed.longest,
         "max_length_k": packed.longest,
     }
