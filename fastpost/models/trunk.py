@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpost.models import attention
 from fastpost.packing import Packed
+from fastpost.shared_prompt import SharedPack
 
 LAYERS = {"full_attention", "sliding_attention", "attention"}  # what packs can do, of transformers' `layer_types`
 
@@ -42,20 +44,28 @@ def positions(model: nn.Module) -> int | None:
     return None if known is None else max(known, *stretched, 0)
 
 
-def hidden_states(model: nn.Module, packed: Packed) -> Tensor:  # (1, T, D)
+def hidden_states(model: nn.Module, packed: Packed | SharedPack) -> Tensor:  # (1, T, D)
     """The last hidden states of a causal LM over a pack, differentiable; what `Head.of(model)` turns into logits.
 
+    Those of a `SharedPack` are in the order of its rows, so that they fit its batch: (1, R, D).
     A model that `load_model` did not load deserves one `fastpost.models.probe.probe` before it is trained.
     """
-    return _run(model, packed).last_hidden_state
+    return _rows(_run(model, packed).last_hidden_state, packed)
 
 
-def _run(model: nn.Module, packed: Packed) -> Any:
+def _run(model: nn.Module, packed: Packed | SharedPack) -> Any:
     lm = causal_lm(model)
     decoder = _decoder(lm)
     _check_lengths(lm, packed)
     apart = _apart(decoder, packed)
     return decoder(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **apart)
+
+
+def _rows(hidden: Tensor, packed: Packed | SharedPack) -> Tensor:  # (1, T, D) -> (1, T or R, D)
+    if isinstance(packed, Packed):
+        return hidden
+    # As an embedding: where rows repeat, its gradient is summed in one order on a GPU, and that of an index is not.
+    return F.embedding(packed.rows, hidden[0])[None]
 
 
 def _decoder(lm: Any) -> Any:
@@ -82,9 +92,9 @@ def _decoder(lm: Any) -> Any:
     return decoder
 
 
-def _check_lengths(lm: Any, packed: Packed) -> None:
+def _check_lengths(lm: Any, packed: Packed | SharedPack) -> None:
     """ValueError for a sequence of no token, or of more than the model has positions. Lengths are on the host."""
-    lengths = packed.batch.lengths
+    lengths = packed.batch.lengths if isinstance(packed, Packed) else packed.lengths
     if lengths.device.type == "cpu" and int(lengths.min()) < 1:
         empty = int(lengths.argmin())
         raise ValueError(f"lengths must be positive, got {lengths[empty].item()} for sequence {empty} of the pack")
@@ -96,13 +106,18 @@ def _check_lengths(lm: Any, packed: Packed) -> None:
         )
 
 
-def _apart(decoder: Any, packed: Packed) -> dict[str, Any]:
+def _apart(decoder: Any, packed: Packed | SharedPack) -> dict[str, Any]:
     """The arguments that keep the sequences of a pack apart."""
     how, device = decoder.config._attn_implementation or "eager", packed.input_ids.device
-    lengths = packed.batch.lengths
+    shared = isinstance(packed, SharedPack)
+    if shared and how != attention.NAME:
+        raise ValueError(
+            f"shared prompts need attn_implementation={attention.NAME!r}, but {type(decoder).__name__} has {how!r}"
+        )
+    lengths = packed.lengths if shared else packed.batch.lengths
     if len(lengths) == 1 or how in ("sdpa", "eager", "flex_attention"):
         return {}
-    layout = attention.Layout.of(lengths).to(device)
+    layout = attention.Layout.of(lengths, packed.continues if shared else None).to(device)
     if how == attention.NAME:
         return {"attention_mask": layout.as_mask(), "max_length_q": packed.longest, "block_masks": {}}
     return {
