@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpost.models import attention
+from fastpost.models import attention, router
 from fastpost.packing import Packed
 from fastpost.shared_prompt import SharedPack
 
@@ -53,12 +53,20 @@ def hidden_states(model: nn.Module, packed: Packed | SharedPack) -> Tensor:  # (
     return _rows(_run(model, packed).last_hidden_state, packed)
 
 
-def _run(model: nn.Module, packed: Packed | SharedPack) -> Any:
+def hidden_states_and_router_loss(model: nn.Module, packed: Packed | SharedPack) -> tuple[Tensor, Tensor]:
+    """Those, and the load-balancing loss of a mixture of experts, not multiplied by its coefficient yet."""
+    outputs = _run(model, packed, output_router_logits=True)
+    copies = packed.copies if isinstance(packed, SharedPack) else None
+    loss = router.load_balancing_loss(causal_lm(model), getattr(outputs, "router_logits", None), copies)
+    return _rows(outputs.last_hidden_state, packed), loss
+
+
+def _run(model: nn.Module, packed: Packed | SharedPack, **asked: bool) -> Any:
     lm = causal_lm(model)
     decoder = _decoder(lm)
     _check_lengths(lm, packed)
     apart = _apart(decoder, packed)
-    return decoder(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **apart)
+    return decoder(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **apart, **asked)
 
 
 def _rows(hidden: Tensor, packed: Packed | SharedPack) -> Tensor:  # (1, T, D) -> (1, T or R, D)

@@ -1,0 +1,33 @@
+"""The load-balancing loss of a mixture of experts over a pack (Switch Transformer, arXiv:2101.03961, eq. 4 to 6).
+
+  E * sum_e f_e P_e    f_e: the share of tokens sent to expert e, P_e: the mean probability of e, over layers and tokens
+
+The equation is the model's own, as its module in transformers has it: with the mask of a padded batch it is the mean
+over real tokens. A pack has no others. A token that several sequences share counts once for each.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor
+
+
+def coefficient(lm: Any) -> float:
+    """What its config multiplies the loss by; 0 where the model has no such loss."""
+    found = getattr(lm.config.get_text_config(), "router_aux_loss_coef", None)
+    return float(found or 0.0) if _equation(lm) is not None else 0.0
+
+
+def _equation(lm: Any) -> Any:
+    return getattr(sys.modules[type(lm).__module__], "load_balancing_loss_func", None)
+
+
+def load_balancing_loss(lm: Any, router_logits: tuple[Tensor, ...] | None, copies: Tensor | None) -> Tensor:  # (T,)
+    """A scalar, not multiplied by its coefficient yet. copies: how many sequences have each token; None: one."""
+    equation = _equation(lm)
+    if equation is None or not router_logits:
+        raise ValueError(f"{type(lm).__name__} has no router, or none whose load is balanced by a loss")
+    mask = None if copies is None else copies[None]
+    return equation(router_logits, lm.num_experts, lm.num_experts_per_tok, mask)

@@ -1,0 +1,77 @@
+"""The router's loss of a mixture of experts over a pack: transformers' own on the padded batch with its mask."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import decoders
+import tiny
+from decoders import MIXTURES, Doubles
+from fastpost.models import attention, router
+from fastpost.models.trunk import hidden_states, hidden_states_and_router_loss
+from fastpost.packing import pack
+from fastpost.shared_prompt import share_prompts
+from test_packed_attention import LENGTHS, assert_equal_to_rounding
+from test_shared_prompt import UNITS, repeated
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    attention.register()
+
+
+def padded_loss(model, rows):
+    model.set_attn_implementation("eager")
+    ids, mask = decoders.padded(rows)
+    return model(input_ids=ids, attention_mask=mask, use_cache=False, output_router_logits=True).aux_loss
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["packed", "shared"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_the_loss_is_that_of_the_padded_batch(family, shared):
+    model, rows = decoders.model(family), repeated() if shared else decoders.examples(LENGTHS)
+    packed = share_prompts(pack(rows), UNITS) if shared else pack(rows)
+    with Doubles():
+        truth = padded_loss(model, rows)
+        true_gradients = decoders.gradients(model, truth)
+        model.set_attn_implementation(attention.NAME)
+        hidden, ours = hidden_states_and_router_loss(model, packed)
+        assert_equal_to_rounding({"loss": ours}, {"loss": truth})
+        assert_equal_to_rounding(decoders.gradients(model, ours), true_gradients)
+        assert torch.equal(hidden, hidden_states(model, packed))
+    assert any(gradient.any() for gradient in true_gradients.values())
+
+
+def test_what_is_counted_matters():
+    """Padding among the tokens, or a shared prompt that counts once, would be another loss."""
+    model, rows = decoders.model("mixtral", torch.float32), repeated()
+    shared = share_prompts(pack(rows), UNITS)
+    model.set_attn_implementation(attention.NAME)
+    truth = hidden_states_and_router_loss(model, shared)[1]
+    once = hidden_states_and_router_loss(model, replace(shared, copies=torch.ones_like(shared.copies)))[1]
+    ids, _ = decoders.padded(rows)
+    unmasked = model(input_ids=ids, use_cache=False, output_router_logits=True).aux_loss
+    assert abs(once - truth) > 1e-3 * truth and abs(unmasked - truth) > 1e-3 * truth
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, packed = decoders.model("qwen3_moe").train(), pack(decoders.examples(LENGTHS))
+    model.set_attn_implementation(attention.NAME)
+    plain = decoders.gradients(model, hidden_states_and_router_loss(model, packed)[1])
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again = decoders.gradients(model, hidden_states_and_router_loss(model, packed)[1])
+    assert any(gradient.any() for gradient in plain.values())
+    assert all(torch.equal(again[name], plain[name]) for name in plain)
+
+
+def test_the_coefficient_is_the_configs_and_a_dense_model_has_none():
+    for coefficient in (0.01, 0.0):
+        model = tiny.model("mixtral", num_local_experts=4, router_aux_loss_coef=coefficient)
+        assert router.coefficient(model) == coefficient
+    dense = tiny.model("llama")
+    assert router.coefficient(dense) == 0
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no router"):
+        hidden_states_and_router_loss(dense, pack(decoders.examples([3])))
