@@ -79,14 +79,15 @@ def logits(model: Any, hidden: Tensor) -> Tensor:  # (1, T, D) -> (T, V)
     return materialised(hidden[0], Head.of(model))
 
 
-def gradients(model: Any, output: Tensor) -> dict[str, Tensor]:
-    """Of a function in which every element has a coefficient of its own; of each parameter by its name."""
-    coefficients = torch.linspace(-9, 9, output.numel(), dtype=output.dtype).view_as(output).cos()
+def gradients(model: Any, output: Tensor, coefficients: Tensor | None = None) -> dict[str, Tensor]:
+    """Of the sum of all elements, each with a coefficient of its own; of each parameter by its name."""
+    if coefficients is None:
+        coefficients = torch.linspace(-9, 9, output.numel(), dtype=output.dtype).view_as(output).cos()
     model.zero_grad()
     (output * coefficients).sum().backward()
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
 
 
-def model(family: str, dtype: torch.dtype = torch.float64) -> Any:
+def model(family: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
     """Of random weights that bfloat16 holds, whatever the dtype."""
-    return tiny.model(family, **FAMILIES[family]).to(torch.bfloat16).to(dtype)
+    return tiny.model(family, **(FAMILIES[family] | changes)).to(torch.bfloat16).to(dtype)

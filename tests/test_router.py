@@ -8,12 +8,15 @@ import torch
 pytest.importorskip("transformers")
 
 import decoders
+import fastpost as fp
 import tiny
 from decoders import MIXTURES, Doubles
 from fastpost.models import attention, router
 from fastpost.models.trunk import hidden_states, hidden_states_and_router_loss
 from fastpost.packing import pack
 from fastpost.shared_prompt import share_prompts
+from fastpost.trainers.config import Sft
+from fastpost.trainers.sft import backward
 from test_packed_attention import LENGTHS, assert_equal_to_rounding
 from test_shared_prompt import UNITS, repeated
 
@@ -71,7 +74,38 @@ def test_the_coefficient_is_the_configs_and_a_dense_model_has_none():
     for coefficient in (0.01, 0.0):
         model = tiny.model("mixtral", num_local_experts=4, router_aux_loss_coef=coefficient)
         assert router.coefficient(model) == coefficient
+        assert router.coefficient(model, 0.5) == 0.5
     dense = tiny.model("llama")
-    assert router.coefficient(dense) == 0
-    with pytest.raises(ValueError, match="LlamaForCausalLM has no router"):
+    assert router.coefficient(dense) == router.coefficient(dense, 0.0) == 0
+    with pytest.raises(
+        ValueError, match=r"router_aux_loss_coef must be 0 .* for LlamaForCausalLM, which has no router"
+    ):
+        router.coefficient(dense, 0.01)
+    with pytest.raises(ValueError, match="no router's loss of LlamaForCausalLM"):
         hidden_states_and_router_loss(dense, pack(decoders.examples([3])))
+
+
+@pytest.mark.parametrize("asked", [None, 0.5, 0.0])
+def test_a_step_of_sft_adds_it_by_each_packs_share_of_tokens(tmp_path, asked):
+    """Two packs of the step: the gradient is that of the token loss and, by tokens, of each pack's router loss."""
+    rows = decoders.examples([9, 4, 12, 7])
+    model = decoders.model("qwen3_moe", torch.float32, router_aux_loss_coef=0.25)
+    model.set_attn_implementation(attention.NAME)
+    config = Sft(
+        model="unread",
+        dataset="unread",
+        output_dir=tmp_path,
+        per_device_train_batch_size=2,
+        router_aux_loss_coef=asked,
+    )
+    truth, tokens, predicted = 0.0, sum(len(row.input_ids) for row in rows), sum(len(row.predicted) for row in rows)
+    for packed in (pack(rows[:2]), pack(rows[2:])):
+        hidden, balance = hidden_states_and_router_loss(model, packed)
+        logp = fp.linear_logprobs(hidden[0], fp.Head.of(model), packed.batch.target)
+        share = packed.input_ids.numel() / tokens
+        truth = truth - logp.sum() / predicted + (0.25 if asked is None else asked) * share * balance
+    expected = decoders.gradients(model, truth.reshape(1), coefficients=torch.ones(1))
+    model.zero_grad()
+    backward(model, rows, config)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])

@@ -13,11 +13,16 @@ from typing import Any
 
 from torch import Tensor
 
+NO_ROUTER = "which has no router, or none whose load is balanced by a loss"
 
-def coefficient(lm: Any) -> float:
-    """What its config multiplies the loss by; 0 where the model has no such loss."""
-    found = getattr(lm.config.get_text_config(), "router_aux_loss_coef", None)
-    return float(found or 0.0) if _equation(lm) is not None else 0.0
+
+def coefficient(lm: Any, asked: float | None = None) -> float:
+    """What multiplies the loss: as asked, or as the model's config has it; 0 for a model without one."""
+    if _equation(lm) is None:
+        if asked:
+            raise ValueError(f"router_aux_loss_coef must be 0 or left out for {type(lm).__name__}, {NO_ROUTER}")
+        return 0.0
+    return float(getattr(lm.config.get_text_config(), "router_aux_loss_coef", 0.0) if asked is None else asked)
 
 
 def _equation(lm: Any) -> Any:
@@ -28,6 +33,6 @@ def load_balancing_loss(lm: Any, router_logits: tuple[Tensor, ...] | None, copie
     """A scalar, not multiplied by its coefficient yet. copies: how many sequences have each token; None: one."""
     equation = _equation(lm)
     if equation is None or not router_logits:
-        raise ValueError(f"{type(lm).__name__} has no router, or none whose load is balanced by a loss")
+        raise ValueError(f"there is no router's loss of {type(lm).__name__}, {NO_ROUTER}")
     mask = None if copies is None else copies[None]
     return equation(router_logits, lm.num_experts, lm.num_experts_per_tok, mask)

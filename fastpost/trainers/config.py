@@ -56,6 +56,13 @@ class Training:
     dataset: str = option(REQUIRED, DATA, ".jsonl, .json or .parquet file, or a directory saved by datasets")
     eval_dataset: str | None = option(None, DATA, "the same, held out; evaluated every eval_steps and at the end")
 
+    router_aux_loss_coef: float | None = option(
+        None,
+        LOSS,
+        "weight of a mixture of experts' load-balancing loss; default: as the model's config has it",
+        least=0,
+    )
+
     optim: Literal["adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = option(
         "adamw_torch", STEPS, "AdamW; in 8 bits or paged to the host: bitsandbytes'"
     )

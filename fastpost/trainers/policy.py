@@ -20,6 +20,7 @@ from fastpost.models.adapters import with_weights
 from fastpost.models.trunk import hidden_states
 from fastpost.packing import Example, Packed, pack
 from fastpost.trainers import checkpoint
+from fastpost.trainers.balance import hidden_and_balance
 from fastpost.trainers.build import build
 from fastpost.trainers.config import Grpo
 from fastpost.trainers.loop import autocast, bins, the_device
@@ -113,10 +114,11 @@ def backward(model: Any, packs: Sequence[Packed], tokens: int, config: Grpo) -> 
     """
     loss_function = LOSSES[config.importance_sampling_level]
     clip = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high}
+    in_packs = sum(packed.input_ids.numel() for packed in packs)
     total, seen, scored = 0.0, {}, []
     for packed in packs:
         with autocast(config):
-            hidden = hidden_states(model, packed)
+            hidden, balance = hidden_and_balance(model, packed, in_packs, config)
             loss, stats = fused_loss(
                 loss_function,
                 hidden,
@@ -128,7 +130,7 @@ def backward(model: Any, packs: Sequence[Packed], tokens: int, config: Grpo) -> 
                 beta=config.beta,
                 **clip,
             )
-        loss.backward()
+        (loss + balance).backward()
         batch = packed.batch if packed.batch.old_logp is not None else replace(packed.batch, old_logp=stats.logp)
         scored.append(replace(packed, batch=batch))
         total = total + loss.detach()

@@ -14,9 +14,10 @@ from fastpost import Head, fused_loss, losses, metrics
 from fastpost.data import check_columns, sft_examples
 from fastpost.files import read_rows
 from fastpost.models.saving import save_model
-from fastpost.models.trunk import hidden_states, positions
+from fastpost.models.trunk import positions
 from fastpost.packing import Example, pack
 from fastpost.trainers import checkpoint
+from fastpost.trainers.balance import hidden_and_balance
 from fastpost.trainers.config import Sft
 from fastpost.trainers.loop import (
     apply_gradients,
@@ -92,19 +93,20 @@ def _examples(name: str, rows: Any, tokenizer: Any, room: int | None, config: Sf
 
 
 def backward(model: Any, window: Sequence[Example], config: Sft) -> dict[str, float]:
-    """Adds the gradient of the mean loss over all predicted tokens of the window; returns its means."""
+    """Adds the gradient of the mean loss over all predicted tokens of the window, and of a router's; returns means."""
+    tokens = sum(len(example.input_ids) for example in window)
     whole = Window(sum(len(example.predicted) for example in window), len(window))
     seen = {}
     for rows in bins([len(example.input_ids) for example in window], config):
         packed = pack([window[i] for i in rows])
         packed = replace(packed, batch=replace(packed.batch, weight=token_mean(packed.batch, whole))).to(the_device())
         with autocast(config):
-            hidden = hidden_states(model, packed)
+            hidden, balance = hidden_and_balance(model, packed, tokens, config)
             loss, stats = fused_loss(
                 losses.sft, hidden, Head.of(model), packed.batch, outputs=("entropy", "top1"), return_stats=True
             )
         if torch.is_grad_enabled():
-            loss.backward()
+            (loss + balance).backward()
         loss_of_tokens = metrics.mean(-stats.logp, packed.batch.target != IGNORE)
         seen = metrics.joined(seen, {"loss": loss_of_tokens}, metrics.sft(stats, packed.batch))
     return metrics.floats(seen)
