@@ -75,6 +75,8 @@ def test_the_coefficient_is_the_configs_and_a_dense_model_has_none():
         model = tiny.model("mixtral", num_local_experts=4, router_aux_loss_coef=coefficient)
         assert router.coefficient(model) == coefficient
         assert router.coefficient(model, 0.5) == 0.5
+        model.__class__ = type("Wrapped", (type(model),), {"__module__": "elsewhere"})  # as FSDP2 does
+        assert router.coefficient(model) == coefficient
     dense = tiny.model("llama")
     assert router.coefficient(dense) == router.coefficient(dense, 0.0) == 0
     with pytest.raises(

@@ -26,13 +26,17 @@ def coefficient(lm: Any, asked: float | None = None) -> float:
 
 
 def _equation(lm: Any) -> Any:
-    return getattr(sys.modules[type(lm).__module__], "load_balancing_loss_func", None)
+    """What the module of its class calls load_balancing_loss_func; wrappers (FSDP2) derive classes of their own."""
+    modules = (sys.modules.get(cls.__module__) for cls in type(lm).__mro__)
+    return next((found for module in modules if (found := getattr(module, "load_balancing_loss_func", None))), None)
 
 
 def load_balancing_loss(lm: Any, router_logits: tuple[Tensor, ...] | None, copies: Tensor | None) -> Tensor:  # (T,)
     """A scalar, not multiplied by its coefficient yet. copies: how many sequences have each token; None: one."""
     equation = _equation(lm)
     if equation is None or not router_logits:
-        raise ValueError(f"there is no router's loss of {type(lm).__name__}, {NO_ROUTER}")
+        raise ValueError(
+            f"there is no router's loss of {type(lm).__name__}, {NO_ROUTER}: router_aux_loss_coef must be 0"
+        )
     mask = None if copies is None else copies[None]
     return equation(router_logits, lm.num_experts, lm.num_experts_per_tok, mask)

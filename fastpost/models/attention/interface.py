@@ -75,6 +75,7 @@ def _unpacked(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if not scores.plain:
+        _refuse(module, _strange(kwargs))
         return attend(module, query, key, value, mask, scores)
     out, _ = sdpa_attention_forward(
         module, query, key, value, mask, dropout=scores.dropout, scaling=scores.scaling, **kwargs
@@ -84,11 +85,19 @@ def _unpacked(
 
 def _check(module: nn.Module, scores: Scores, kwargs: dict[str, Any]) -> None:
     """ValueError for a layer that asks for more than `Scores` can say."""
-    asked = sorted(name for name, given in kwargs.items() if given is not None and name not in HARMLESS)
+    asked = _strange(kwargs)
     if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
         asked.append("not causal")
     if scores.window is None and (window := _window_of(module)) is not None:
         asked.append(f"a window of {window} in its mask alone")
+    _refuse(module, asked)
+
+
+def _strange(kwargs: dict[str, Any]) -> list[str]:
+    return sorted(name for name, given in kwargs.items() if given is not None and name not in HARMLESS)
+
+
+def _refuse(module: nn.Module, asked: list[str]) -> None:
     if asked:
         raise ValueError(
             f"{type(module).__name__} asks for attention that packs do not have here ({', '.join(asked)}): "

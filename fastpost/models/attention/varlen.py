@@ -5,6 +5,7 @@ No padding, and no wait for the device where the longest length is known. Half p
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 
@@ -28,6 +29,7 @@ def takes(query: Tensor, value: Tensor, layout: Layout, scores: Scores) -> bool:
     return has_flash_attn() or (scores.softcap is None and _torch_has_windows())
 
 
+@functools.cache
 def has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
