@@ -1,0 +1,182 @@
+"""What a role is made from, and where it then stands: a model, one of its adapters or none, a scalar head or none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import nn
+
+from fastpost.models.loading import load_model
+from fastpost.models.named_adapters import CONFIG, add, add_copy, add_saved
+from fastpost.models.scalar import load_scalar, load_scored, new_scalar, own_scalar
+from fastpost.models.trunk import causal_lm
+from fastpost.quantised import KINDS
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+TRAINED = ("policy", "value")
+JUDGES = ("value", "reward")  # those with a scalar head
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The adapter of the policy, whose hidden states a value may read instead of its own."""
+
+    role: str = "policy"
+    head: str | PathLike[str] | None = None  # a directory that `Roles.save` wrote for it; None: a new one
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A role as it is now, once more: its adapter and its scalar head, or its whole model where it has one."""
+
+    role: str
+
+
+Source: TypeAlias = "PeftConfig | str | PathLike[str] | nn.Module | Shared | Copied | None"
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    model: Any
+    adapter: str | None
+    scalar: nn.Linear | None = None
+
+
+def cast(base: Any, given: Mapping[str, Source], tokenizer: Any) -> dict[str, Place]:
+    """The place of every role, the policy's first; the adapters they need are put into the base."""
+    places = {"policy": _policy(base, given["policy"], tokenizer)}
+    for name, source in given.items():
+        if name not in places and source is not None:
+            places[name] = _place(name, source, places, tokenizer)
+    if "reference" not in places and places["policy"].adapter is not None:
+        places["reference"] = replace(places["policy"], adapter=None)
+    return places
+
+
+def _policy(base: Any, source: Source, tokenizer: Any) -> Place:
+    from_files = isinstance(source, str | PathLike)
+    if isinstance(source, nn.Module | Shared | Copied) or (from_files and not _is_adapter("policy", source)):
+        raise ValueError(f"policy must be an adapter of the model, or None for the model itself, got {_shown(source)}")
+    if from_files:
+        directory = _directory("policy", source)
+        _check_tokenizer("policy", directory, tokenizer)
+        return Place(add_saved(base, "policy", directory, judges=False)[0], "policy")
+    if source is not None:
+        return Place(add(base, "policy", source), "policy")
+    if hasattr(base, "peft_config"):
+        return Place(base, base.active_adapter)
+    quantised = {type(p).__name__ for p in base.parameters()} & set(KINDS)
+    if quantised:
+        raise ValueError(
+            f"policy None trains the model itself, which is quantised ({', '.join(sorted(quantised))}) and cannot be: "
+            "pass policy=LoraConfig(...)"
+        )
+    return Place(base, None)
+
+
+def _place(name: str, source: Source, places: Mapping[str, Place], tokenizer: Any) -> Place:
+    base, judges = places["policy"].model, name in JUDGES
+    if isinstance(source, Shared):
+        return _shared(name, source, places)
+    if isinstance(source, Copied):
+        return _copied(name, source, places)
+    if isinstance(source, nn.Module):
+        _refuse_one_trained_model_twice(name, source, places)
+        return _apart(source, name)
+    if isinstance(source, str | PathLike):
+        directory = _directory(name, source)
+        _check_tokenizer(name, directory, tokenizer)
+        if not _is_adapter(name, directory):
+            loaded = load_scored(directory, name, fresh=name == "value") if judges else load_model(directory)[0]
+            return _apart(loaded.to(causal_lm(base).device), name)
+        _refuse_on_trained_base(name, places["policy"])
+        return Place(base, name, add_saved(base, name, directory, judges=judges)[1])
+    if name not in TRAINED:
+        raise ValueError(f"{name} is not trained, so a new adapter would say nothing: pass one that has learnt")
+    _refuse_on_trained_base(name, places["policy"])
+    assert source is not None
+    return Place(add(base, name, source), name, new_scalar(base))
+
+
+def _apart(model: Any, name: str) -> Place:
+    """A model of its own."""
+    adapter = model.active_adapter if hasattr(model, "peft_config") else None
+    return Place(model, adapter, own_scalar(model, name) if name in JUDGES else None)
+
+
+def _shared(name: str, source: Shared, places: Mapping[str, Place]) -> Place:
+    if name != "value" or source.role != "policy":
+        raise ValueError(f"only the value can share, and only with the policy, got {name}={source}")
+    base = places["policy"].model
+    scalar = new_scalar(base) if source.head is None else load_scalar(_directory(name, source.head), base, name)
+    return replace(places["policy"], scalar=scalar)
+
+
+def _copied(name: str, source: Copied, places: Mapping[str, Place]) -> Place:
+    if source.role not in places:
+        raise ValueError(f"{name} is to be copied from {source.role!r}, and there are {', '.join(places)} before it")
+    other, base, judges = places[source.role], places["policy"].model, name in JUDGES
+    if other.model is base and other.adapter is not None:
+        add_copy(base, name, other.adapter)
+        scalar = copy.deepcopy(other.scalar) if other.scalar is not None else new_scalar(base)
+        return Place(base, name, scalar if judges else None)
+    if judges != (other.scalar is not None):
+        raise ValueError(f"{name} cannot be copied from {source.role}: only one of them has a scalar head")
+    return Place(*copy.deepcopy((other.model, other.adapter, other.scalar)))
+
+
+def _refuse_one_trained_model_twice(name: str, model: nn.Module, places: Mapping[str, Place]) -> None:
+    for other, place in places.items():
+        if causal_lm(model) is causal_lm(place.model) and {name, other} & set(TRAINED):
+            raise ValueError(
+                f"{name} is the {other}'s own model, and one of the two trains: pass an adapter of it, another model, "
+                f"or Copied({other!r})"
+            )
+
+
+def _refuse_on_trained_base(name: str, policy: Place) -> None:
+    if policy.adapter is None:
+        raise ValueError(
+            f"{name} would stand on a base that the policy trains whole, and change with it: pass a model of its own, "
+            "or policy=LoraConfig(...)"
+        )
+
+
+def _directory(name: str, source: str | PathLike[str]) -> Path:
+    directory = Path(source).expanduser()
+    if not directory.is_dir():
+        raise ValueError(f"{name} {str(source)!r} is no directory; what is on a hub, load and pass")
+    return directory
+
+
+def _is_adapter(name: str, source: Any) -> bool:
+    directory = _directory(name, source)
+    if not (directory / CONFIG).is_file() and not (directory / "config.json").is_file():
+        raise ValueError(f"{name} {str(source)!r} has neither {CONFIG} nor config.json: no adapter, and no model")
+    return (directory / CONFIG).is_file()
+
+
+def _check_tokenizer(name: str, directory: Path, tokenizer: Any) -> None:
+    """Where the directory has one: the same tokens must have the same numbers."""
+    if tokenizer is None or not any((directory / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
+        return
+    from transformers import AutoTokenizer
+
+    ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(directory, local_files_only=True).get_vocab()
+    other = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if other:
+        raise ValueError(
+            f"{name} {str(directory)!r} has another vocabulary than the policy: {other[0]!r} is "
+            f"{theirs.get(other[0])} there and {ours.get(other[0])} here ({len(other)} such tokens)"
+        )
+
+
+def _shown(source: Any) -> str:
+    return repr(source) if isinstance(source, str | Shared | Copied) else type(source).__name__

@@ -1,0 +1,230 @@
+"""What roles are read from and written to: PEFT's and transformers' own files; and what does not fit is named."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import tiny
+from fastpost.models.roles import Copied, Roles, Shared
+from fastpost.models.trunk import hidden_states
+from role_models import PACKED, ROWS, base, lora, ppo, same, write_reward
+
+
+def judged(model):
+    """Each sequence alone, by the model's own forward and pooling."""
+    with torch.no_grad():
+        return torch.cat([model.eval()(torch.tensor([row])).logits[:, 0] for row in ROWS])
+
+
+def sequence_classifier(path, adapter):
+    judge = AutoModelForSequenceClassification.from_pretrained(path / "base", num_labels=1)
+    judge.config.pad_token_id = None  # it is a token like any other in these rows
+    return PeftModel.from_pretrained(judge, adapter)
+
+
+def test_a_reward_that_was_trained_elsewhere_says_the_same_here(tmp_path):
+    files = write_reward(tmp_path)
+    truth = judged(sequence_classifier(tmp_path, files))
+    torch.testing.assert_close(Roles.of(base(), policy=lora(), reward=files).reward.at_ends(PACKED), truth)
+
+
+def test_what_is_saved_loads_in_peft_and_transformers(tmp_path):
+    roles = ppo(base(), write_reward(tmp_path))
+    roles.save(tmp_path / "saved")
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["policy", "value"]
+    with torch.no_grad():
+        values = roles.value.at_ends(PACKED)
+        hidden = roles.policy.hidden(PACKED)
+    torch.testing.assert_close(judged(sequence_classifier(tmp_path, tmp_path / "saved" / "value")), values)
+    policy = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "saved/policy"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(hidden_states(policy, PACKED)[0], hidden)
+
+
+def test_roles_of_what_was_saved_are_the_roles_that_were(tmp_path):
+    files = write_reward(tmp_path)
+    roles = ppo(base(), files)
+    roles.save(tmp_path / "saved")
+    again = Roles.of(
+        base(), policy=tmp_path / "saved" / "policy", reward=files, value=str(tmp_path / "saved" / "value")
+    )
+    for name, role in roles.by_name.items():
+        assert torch.equal(again[name].hidden(PACKED), role.hidden(PACKED))
+    assert torch.equal(again.value(PACKED), roles.value(PACKED))
+    trained, trained_again = roles.trainable(), again.trainable()
+    assert trained.keys() == trained_again.keys()
+    assert all(same(tensors, trained_again[name]) for name, tensors in trained.items())
+
+
+def test_a_head_alone_is_saved_as_a_head_alone(tmp_path):
+    roles = Roles.of(base(), policy=lora(), value=Shared("policy"))
+    torch.nn.init.normal_(roles.value.scalar.weight)
+    roles.save(tmp_path / "saved")
+    assert load_file(tmp_path / "saved" / "value" / "score.safetensors").keys() == {"score.weight"}
+    value = Shared("policy", head=tmp_path / "saved" / "value")
+    again = Roles.of(base(), policy=tmp_path / "saved" / "policy", value=value)
+    assert torch.equal(again.value(PACKED), roles.value(PACKED))
+
+
+def test_models_trained_whole_are_saved_whole(tmp_path):
+    write_reward(tmp_path)
+    roles = Roles.of(base(), value=tmp_path / "base")
+    torch.nn.init.normal_(roles.value.scalar.weight)
+    roles.save(tmp_path / "saved")
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / "policy")
+    assert same(policy.parameters(), roles.policy.model.parameters())
+    again = Roles.of(base(), policy=lora(), value=tmp_path / "saved" / "value")
+    assert torch.equal(again.value(PACKED), roles.value(PACKED))
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved" / "value")
+    judge.config.pad_token_id = None
+    torch.testing.assert_close(judged(judge), roles.value.at_ends(PACKED).detach())
+
+
+def test_an_adapter_that_load_model_made_is_the_policy(tmp_path):
+    from fastpost.models.loading import load_model
+
+    tiny.model().save_pretrained(tmp_path / "tiny")
+    tiny.tokenizer().save_pretrained(tmp_path / "tiny")
+    model, _ = load_model(tmp_path / "tiny", lora_r=2)
+    roles = Roles.of(model, value=lora())
+    assert roles.policy.adapter == "default" and roles.value.adapter == "value"
+    assert roles.reference.shares_pass(roles.policy) is False
+    roles.save(tmp_path / "saved")
+    learned = load_file(tmp_path / "saved" / "policy" / "adapter_model.safetensors")
+    assert len(learned) == len(roles.trainable()["policy"]) == 28
+    assert Roles.of(tmp_path / "tiny", policy=tmp_path / "saved" / "policy").trainable().keys() == {"policy"}
+
+
+def test_an_adapter_trained_on_a_base_of_another_name_is_warned_of(tmp_path):
+    files = write_reward(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        Roles.of(model, policy=lora(), reward=files)
+    model.save_pretrained(tmp_path / "tuned")
+    with pytest.warns(UserWarning, match=r"reward's adapter in .* was trained on .*base, and is used on .*tuned"):
+        Roles.of(AutoModelForCausalLM.from_pretrained(tmp_path / "tuned"), policy=lora(), reward=files)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    for i, (changes, message) in enumerate(
+        [
+            ({"intermediate_size": 40}, r"another base: base_model.*proj.lora_[AB].weight must be .*48.*, got .*40"),
+            ({"num_hidden_layers": 1}, r"another base: it has no .*layers.1.*lora_A"),
+            ({"num_hidden_layers": 3}, r"another base: this LlamaForCausalLM has no .*layers.2.*lora_A"),
+        ]
+    ):
+        files = write_reward(tmp_path / str(i), base(**changes))
+        config = json.loads((files / "adapter_config.json").read_text()) | {"target_modules": "all-linear"}
+        (files / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            Roles.of(base(), policy=lora(), reward=files)
+    files = write_reward(tmp_path / "gpt2", base("gpt2"))
+    with pytest.raises(ValueError, match=r"reward's adapter does not fit LlamaForCausalLM: Target modules"):
+        Roles.of(base(), policy=lora(), reward=files)
+
+
+def test_a_scalar_head_of_another_width_is_refused(tmp_path):
+    wide = write_reward(tmp_path / "wide", base(hidden_size=64))
+    three = write_reward(tmp_path / "three", labels=3)
+    for files, shape in ((wide, r"\(1, 64\)"), (three, r"\(3, 32\)")):
+        with pytest.raises(ValueError, match=rf"score.weight must be \(1, 32\) for hidden states of .*, got {shape}"):
+            Roles.of(base(), policy=lora(), reward=files)
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "three" / "base", num_labels=3)
+    judge.save_pretrained(tmp_path / "judge")
+    for source in (judge, tmp_path / "judge"):
+        with pytest.raises(ValueError, match=r"reward has a scalar head of another width: .* got \(3, 32\)"):
+            Roles.of(base(), policy=lora(), reward=source)
+
+
+def test_a_reward_without_a_head_is_refused(tmp_path):
+    roles = Roles.of(base(), policy=lora())
+    roles.save(tmp_path)
+    tiny.model().save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"reward's adapter in .* has no scalar head: score.weight \(1, 32\)"):
+        Roles.of(base(), policy=lora(), reward=tmp_path / "policy")
+    with pytest.raises(ValueError, match=r"reward has no scalar head: score.weight \(1, 32\)"):
+        Roles.of(base(), policy=lora(), reward=tmp_path / "base")
+    with pytest.raises(ValueError, match=r"reward must have a scalar head, .* LlamaForCausalLM has NoneType"):
+        Roles.of(base(), policy=lora(), reward=base())
+
+
+def test_another_vocabulary_is_refused(tmp_path):
+    model, tokenizer = base(), tiny.tokenizer()
+    with pytest.raises(ValueError, match="teacher has a vocabulary of 101 and the policy one of 97"):
+        Roles.of(model, policy=lora(), teacher=base(vocab_size=101))
+    tiny.model().save_pretrained(tmp_path)
+    other = tiny.tokenizer()
+    other.add_tokens(["<more>"])
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"value .* another vocabulary than the policy: '<more>' is 97 there and None"):
+        Roles.of(base(), policy=lora(), value=tmp_path, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"policy": "nowhere"}, "policy 'nowhere' is no directory"),
+        ({"policy": "empty"}, "has neither adapter_config.json nor config.json"),
+        ({"policy": "half"}, r"policy's adapter in .* has no adapter_model.safetensors"),
+        (
+            {"policy": Copied("reward")},
+            r"policy must be an adapter of the model, or None .* got Copied\(role='reward'\)",
+        ),
+        ({"policy": lora(), "reward": lora()}, "reward is not trained, so a new adapter would say nothing"),
+        ({"policy": lora(), "reward": Shared("policy")}, "only the value can share"),
+        ({"policy": lora(), "value": Copied("reward")}, "to be copied from 'reward', and there are policy"),
+        ({"value": lora()}, "value would stand on a base that the policy trains whole"),
+        ({"value": Copied("policy")}, "value cannot be copied from policy: only one of them has a scalar head"),
+        ({"policy": lora(target_modules=["q_porj"])}, "policy's adapter does not fit LlamaForCausalLM: Target modules"),
+    ],
+)
+def test_what_no_role_can_be_made_of_is_refused(given, message, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "adapter_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Roles.of(base(), **given)
+
+
+def test_the_policys_own_model_cannot_be_a_separate_one_and_a_frozen_model_cannot_be_trained():
+    model = base()
+    with pytest.raises(ValueError, match="reference is the policy's own model, and one of the two trains"):
+        Roles.of(model, policy=lora(), reference=model)
+    model.config.num_labels = 1
+    judge = AutoModelForSequenceClassification.from_config(model.config)
+    with pytest.raises(ValueError, match="value is the reward's own model, and one of the two trains"):
+        Roles.of(base(), policy=lora(), reward=judge, value=judge)
+    with pytest.raises(ValueError, match="nothing of the policy requires a gradient"):
+        Roles.of(base().requires_grad_(False))
+    roles = Roles.of(base())
+    with pytest.raises(ValueError, match=r"there is no role 'reference': there are policy"):
+        _ = roles.reference
+    with pytest.raises(ValueError, match=r"'polciy': there are policy \(did you mean 'policy'\?\)"):
+        roles.using("polciy")
+    with pytest.raises(ValueError, match="policy has no scalar head"):
+        roles.policy(PACKED)
+    with pytest.raises(ValueError, match="value has a scalar head"):
+        Roles.of(base(), policy=lora(), value=Shared("policy")).value.head()
+
+
+def test_a_quantised_model_is_not_trained_whole(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from fastpost.models.loading import load_model
+
+    tiny.model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"trains the model itself, which is quantised \(Params4bit\) and cannot be"):
+        Roles.of(load_model(tmp_path, load_in_4bit=True)[0])
