@@ -37,6 +37,27 @@ def test_a_reward_that_was_trained_elsewhere_says_the_same_here(tmp_path):
     torch.testing.assert_close(Roles.of(base(), policy=lora(), reward=files).reward.at_ends(PACKED), truth)
 
 
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_reward_of_trls_own_trainer_says_the_same_here(tmp_path, adapter):
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    tiny.model().save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    pairs = Dataset.from_list([{"prompt": "ab", "chosen": "cde", "rejected": "xyz"}] * 8)
+    options = {"max_steps": 1, "learning_rate": 0.1, "use_cpu": True, "bf16": False, "save_strategy": "no"}
+    args = RewardConfig(tmp_path / "run", report_to=[], gradient_checkpointing=False, **options)
+    peft = lora(task_type="SEQ_CLS", modules_to_save=["score"]) if adapter else None
+    trainer = RewardTrainer(str(tmp_path / "base"), args=args, train_dataset=pairs, peft_config=peft)
+    trainer.train()
+    trainer.save_model(tmp_path / "reward")
+    trainer.model.config.pad_token_id = trainer.model.config.get_text_config().pad_token_id = None
+    truth = judged(trainer.model)
+    roles = Roles.of(base(), policy=lora(), reward=tmp_path / "reward", tokenizer=tiny.tokenizer())
+    torch.testing.assert_close(roles.reward.at_ends(PACKED), truth)
+
+
 def test_what_is_saved_loads_in_peft_and_transformers(tmp_path):
     roles = ppo(base(), write_reward(tmp_path))
     roles.save(tmp_path / "saved")

@@ -237,3 +237,13 @@ def test_four_bits_hold_one_base_for_all(tmp_path, checkpointing):
     backward(theirs)
     for name in ("policy", "value"):
         assert same([p.grad for p in roles.trainable()[name]], [p.grad for p in trained_of(*models[name])])
+
+
+def test_scores_are_fp32_under_autocast_and_wide_in_a_wide_model():
+    roles = Roles.of(base(), policy=lora(), value=Shared("policy"))
+    torch.nn.init.normal_(roles.value.scalar.weight)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden = roles.value.hidden(PACKED)
+        scores = roles.value.scores(hidden)
+    assert torch.equal(scores, roles.value.scalar(hidden.float())[:, 0])
+    assert roles.value.scores(hidden.double()).dtype == torch.float64

@@ -1,5 +1,6 @@
 """A switch leaves no trace: not after an error, not in requires_grad, and not in a layer that backward runs again."""
 
+import copy
 from contextlib import nullcontext
 from functools import partial
 
@@ -61,7 +62,8 @@ def test_every_layer_has_the_adapter_and_only_inside(changes):
 
 def test_it_goes_back_through_nesting_and_errors():
     model = two()
-    model.get_base_model().model.layers[0].eval()
+    model.eval()
+    model.get_base_model().model.layers[0].train()
     switch, before = Switch.of(model), trace(model)
     with pytest.raises(RuntimeError, match="inside"), switch.using("other", training=False):
         within = trace(model)
@@ -152,6 +154,27 @@ def test_checkpointing_may_be_turned_on_and_changed_later():
         squared(switch, "other").backward()
         squared(Switch.of(plain), "other").backward()
         assert same(gradients(noted), gradients(plain))
+
+
+def test_a_copy_of_a_model_that_notes_has_notes_of_its_own():
+    model = two(checkpointing=True)
+    with Switch.of(model).using("one"):
+        copied = copy.deepcopy(model)
+    for each in (model, copied):
+        squared(Switch.of(each), "other").backward()
+    assert same(gradients(copied), gradients(model))
+
+
+def test_a_part_that_was_in_eval_mode_is_recomputed_in_eval_mode():
+    plain, noted = two(dropout=0.4), two(dropout=0.4, checkpointing=True)
+    noted.load_state_dict(plain.state_dict())
+    for model in (plain, noted):
+        quiet = model.get_base_model().model.layers[1].mlp.eval()
+        torch.manual_seed(1)
+        loss = squared(Switch.of(model), "other")
+        quiet.train()
+        loss.backward()
+    assert same(gradients(noted), gradients(plain))
 
 
 def test_checkpointing_that_cannot_note_is_refused():

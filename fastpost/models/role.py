@@ -7,7 +7,7 @@ and reward judge: theirs is scalar. A role that is not trained is a constant: no
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Role:
     """What one model does for another's training. Roles of one base share its `switch`, which holds the model."""
 
     name: str
-    switch: Switch
+    switch: Switch = field(repr=False)
     adapter: str | None  # None: the model with its adapters off, or without any
     trained: bool
     scalar: nn.Linear | None = None  # None: the head is the model's own

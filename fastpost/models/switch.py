@@ -25,34 +25,48 @@ FIELDS = ("_active_adapter", "_disable_adapters")  # of PEFT's BaseTunerLayer an
 State = tuple[Any, bool]  # the values of FIELDS: the names of the active adapters, and whether all of them are off
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a switch moves."""
+
+    states: Sequence[State]
+    modes: Sequence[bool]  # training or not, of every module; or none, where the mode is left alone
+
+
 @dataclass(frozen=True, eq=False)
 class Switch:
     """The adapters of a model, or of a part of one."""
 
-    model: nn.Module
-    layers: Sequence[Any]  # the modules of PEFT, each with a choice of adapters
-    checkpointable: Sequence[Any]  # the modules that may be recomputed
+    modules: Sequence[nn.Module]
+    layers: Sequence[Any]  # those of PEFT, each with a choice of adapters
+    checkpointable: Sequence[Any]  # those that may be recomputed
 
     @staticmethod
     def of(model: nn.Module) -> Switch:
         """Of a model that has all its adapters. Without any there is only its mode to switch."""
-        layers = [m for m in model.modules() if all(hasattr(m, name) for name in FIELDS)]
+        modules = list(model.modules())
+        layers = [m for m in modules if all(hasattr(m, name) for name in FIELDS)]
         if any(getattr(layer, "merged", False) for layer in layers):
             raise ValueError("an adapter is merged into its base, which then is no base for others: unmerge it first")
-        return Switch(model, layers, [m for m in model.modules() if hasattr(m, "gradient_checkpointing")])
+        return Switch(modules, layers, [m for m in modules if hasattr(m, "gradient_checkpointing")])
+
+    @property
+    def model(self) -> nn.Module:
+        return self.modules[0]
 
     @contextmanager
     def using(self, adapter: str | None, training: bool | None = None) -> Iterator[None]:
         """This adapter alone, or None; in this mode, or as it is. What was before comes back, after an error too."""
         for module in self.checkpointable if self.layers else ():  # checkpointing may have been turned on since
             _note(module)
-        with self._held([_state(layer, adapter) for layer in self.layers], training):
+        modes = [] if training is None else [training] * len(self.modules)
+        with self._held(Snapshot([_state(layer, adapter) for layer in self.layers], modes)):
             yield
 
     def noted(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """What surrounds a function that is checkpointed: its run, which is now, and each repetition of that run."""
-        states, training = self._states(), self.model.training
-        return nullcontext(), _Repeatedly(lambda: self._held(states, training))
+        now = Snapshot(self._states(), self._modes())
+        return nullcontext(), _Repeatedly(lambda: self._held(now))
 
     def parameters(self, adapter: str) -> list[nn.Parameter]:
         """The tensors of an adapter."""
@@ -63,42 +77,33 @@ class Switch:
     def _states(self) -> list[State]:
         return [(layer._active_adapter, layer._disable_adapters) for layer in self.layers]
 
-    @contextmanager
-    def _held(self, states: list[State], training: bool | None) -> Iterator[None]:
-        before = self._states()
-        with _mode(self.model, training):
-            try:
-                self._set(states)
-                yield
-            finally:
-                self._set(before)
+    def _modes(self) -> list[bool]:
+        return [module.training for module in self.modules]
 
-    def _set(self, states: list[State]) -> None:
-        for layer, state in zip(self.layers, states, strict=True):
+    @contextmanager
+    def _held(self, wanted: Snapshot) -> Iterator[None]:
+        before = Snapshot(self._states(), self._modes() if wanted.modes else [])
+        try:
+            self._set(wanted)
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, wanted: Snapshot) -> None:
+        """Mostly all is as it should be, and a module is slow to set: so look first."""
+        for layer, state in zip(self.layers, wanted.states, strict=True):
             for name, value in zip(FIELDS, state, strict=True):
-                if getattr(layer, name) != value:  # mostly it is, and a module is slow to set
+                if getattr(layer, name) != value:
                     setattr(layer, name, value)
+        for module, mode in zip(self.modules, wanted.modes, strict=False):
+            if module.training != mode:
+                module.training = mode
 
 
 def _state(layer: Any, adapter: str | None) -> State:
     """A module that is trained whole (`modules_to_save`) must be off where this adapter has no copy of it."""
     known = getattr(layer, "_adapters", (adapter,))
     return (layer._active_adapter, True) if adapter is None or adapter not in known else ([adapter], False)
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool | None) -> Iterator[None]:
-    """Training or evaluation, None: as it is; then each module's own mode again."""
-    if training is None or model.training == training:
-        yield
-        return
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        model.train(training)
-        yield
-    finally:
-        for module, was in before:
-            module.training = was
 
 
 @dataclass
