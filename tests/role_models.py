@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 import tiny
 from fastpost.models import attention
@@ -24,6 +24,18 @@ def base(family: str = "llama", **changes: Any) -> Any:
     attention.register()
     model = tiny.model(family, **changes)
     model.set_attn_implementation(attention.NAME)
+    return model.train()
+
+
+def four_bits(path: Path) -> Any:
+    """A directory's causal LM in NF4, which computes in bf16. Rows must be of 64."""
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    attention.register()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=four)
+    model.set_attn_implementation(attention.NAME)
+    for module in model.modules():  # bitsandbytes repacks on a CPU in eval mode, and then no gradient passes it
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.train()
 
 

@@ -9,14 +9,14 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import tiny
 from fastpost.models.roles import Copied, Roles, Shared
 from fastpost.models.trunk import hidden_states
-from role_models import PACKED, ROWS, base, lora, ppo, same, write_reward
+from role_models import PACKED, ROWS, base, four_bits, lora, ppo, same, write_reward
 
 
 def judged(model):
@@ -112,13 +112,10 @@ def test_models_trained_whole_are_saved_whole(tmp_path):
     torch.testing.assert_close(judged(judge), roles.value.at_ends(PACKED).detach())
 
 
-def test_an_adapter_that_load_model_made_is_the_policy(tmp_path):
-    from fastpost.models.loading import load_model
-
+def test_an_adapter_that_the_model_has_already_is_the_policys(tmp_path):
     tiny.model().save_pretrained(tmp_path / "tiny")
     tiny.tokenizer().save_pretrained(tmp_path / "tiny")
-    model, _ = load_model(tmp_path / "tiny", lora_r=2)
-    roles = Roles.of(model, value=lora())
+    roles = Roles.of(get_peft_model(base(), lora()), value=lora())
     assert roles.policy.adapter == "default" and roles.value.adapter == "value"
     assert roles.reference.shares_pass(roles.policy) is False
     roles.save(tmp_path / "saved")
@@ -243,9 +240,6 @@ def test_the_policys_own_model_cannot_be_a_separate_one_and_a_frozen_model_canno
 
 def test_a_quantised_model_is_not_trained_whole(tmp_path):
     pytest.importorskip("bitsandbytes")
-    from fastpost.models.loading import load_model
-
     tiny.model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"trains the model itself, which is quantised \(Params4bit\) and cannot be"):
-        Roles.of(load_model(tmp_path, load_in_4bit=True)[0])
+        Roles.of(four_bits(tmp_path))

@@ -16,12 +16,11 @@ import tiny
 from fastpost.models.roles import Copied, Roles, Shared
 from fastpost.models.trunk import hidden_states
 from fastpost.rollout import Sampling, generate
-from role_models import ENDS, PACKED, base, checkpointed, learnt, lora, ppo, same, write_reward
+from role_models import ENDS, PACKED, base, checkpointed, four_bits, learnt, lora, ppo, same, write_reward
 
 
 def alone(model, role):
-    """The role as a model of its own: a copy of the base with the same adapter and no other, and the same head."""
-    model = copy.deepcopy(model)
+    """The role as a model of its own: this copy of the base, the same adapter and no other, and the same head."""
     if role.adapter is not None:
         config = copy.deepcopy(role.model.peft_config[role.adapter])
         config.inference_mode = not role.trained
@@ -82,7 +81,7 @@ def test_four_roles_on_one_base_are_four_models_bit_for_bit(family, changes, dro
         checkpointed(model)
     untouched = copy.deepcopy(model)
     roles = ppo(model, files, dropout)
-    models = {name: alone(untouched, role) for name, role in roles.by_name.items()}
+    models = {name: alone(copy.deepcopy(untouched), role) for name, role in roles.by_name.items()}
     ours, theirs = step_of_roles(roles), step_of_models(models)
     assert same(ours, theirs)
     backward(ours)
@@ -219,18 +218,15 @@ def test_a_teacher_may_be_an_adapter_or_another_model(tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_four_bits_hold_one_base_for_all(tmp_path, checkpointing):
-    """bitsandbytes needs rows of 64, and computes in bf16."""
     pytest.importorskip("bitsandbytes")
-    from fastpost.models.loading import load_model
-
     files = write_reward(tmp_path, base(hidden_size=64, intermediate_size=128))
-    tiny.tokenizer().save_pretrained(tmp_path / "base")
-    options = {"load_in_4bit": True, "dtype": "bfloat16", "gradient_checkpointing": checkpointing}
-    model, _ = load_model(tmp_path / "base", **options)
-    roles = ppo(model.train(), files)
-    models = {}
-    for name, role in roles.by_name.items():
-        models[name] = alone(load_model(tmp_path / "base", **options)[0], role)
+
+    def load():
+        model = four_bits(tmp_path / "base")
+        return checkpointed(model) if checkpointing else model
+
+    roles = ppo(load(), files)
+    models = {name: alone(load(), role) for name, role in roles.by_name.items()}
     ours, theirs = step_of_roles(roles), step_of_models(models)
     assert same(ours, theirs)
     backward(ours)
