@@ -200,6 +200,9 @@ def test_another_vocabulary_is_refused(tmp_path):
             {"policy": Copied("reward")},
             r"policy must be an adapter of the model, or None .* got Copied\(role='reward'\)",
         ),
+        ({"policy": lora(init_lora_weights="pissa")}, "'pissa', which changes the base that all roles stand on"),
+        ({"policy": lora(bias="all")}, "bias='all', which trains the base that all roles stand on"),
+        ({"policy": lora(layer_replication=[(0, 2), (1, 2)])}, "layer_replication, which makes another model"),
         ({"policy": lora(), "reward": lora()}, "reward is not trained, so a new adapter would say nothing"),
         ({"policy": lora(), "reward": Shared("policy")}, "only the value can share"),
         ({"policy": lora(), "value": Copied("reward")}, "to be copied from 'reward', and there are policy"),
@@ -225,6 +228,8 @@ def test_the_policys_own_model_cannot_be_a_separate_one_and_a_frozen_model_canno
     judge = AutoModelForSequenceClassification.from_config(model.config)
     with pytest.raises(ValueError, match="value is the reward's own model, and one of the two trains"):
         Roles.of(base(), policy=lora(), reward=judge, value=judge)
+    with pytest.raises(ValueError, match="default's adapter has init_lora_weights='pissa'"):
+        Roles.of(get_peft_model(base(), lora(init_lora_weights="pissa")))
     with pytest.raises(ValueError, match="nothing of the policy requires a gradient"):
         Roles.of(base().requires_grad_(False))
     roles = Roles.of(base())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import nn
 
 from fastpost.models.loading import load_model
-from fastpost.models.named_adapters import CONFIG, add, add_copy, add_saved
+from fastpost.models.named_adapters import CONFIG, add, add_copy, add_saved, refuse_what_changes_the_base
 from fastpost.models.scalar import load_scalar, load_scored, new_scalar, own_scalar
 from fastpost.models.trunk import causal_lm
 from fastpost.quantised import KINDS
@@ -71,6 +71,8 @@ def _policy(base: Any, source: Source, tokenizer: Any) -> Place:
     if source is not None:
         return Place(add(base, "policy", source), "policy")
     if hasattr(base, "peft_config"):
+        for adapter, config in base.peft_config.items():
+            refuse_what_changes_the_base(config, adapter)
         return Place(base, base.active_adapter)
     quantised = {type(p).__name__ for p in base.parameters()} & set(KINDS)
     if quantised:

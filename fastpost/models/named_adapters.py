@@ -23,6 +23,7 @@ from fastpost.models.trunk import causal_lm
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # PiSSA, OLoRA and others subtract what they add from it
 CLASSIFIERS = {"score", "classifier"}  # what PEFT names in modules_to_save of every sequence classifier
 PREFIX = "base_model.model."  # of every name in PEFT's files
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -34,6 +35,7 @@ def add(model: Any, name: str, config: PeftConfig) -> PeftModel:
 
     config = copy.deepcopy(config)
     config.task_type = "CAUSAL_LM"
+    refuse_what_changes_the_base(config, name)
     try:
         if not isinstance(model, PeftModel):
             return get_peft_model(model, config, adapter_name=name)
@@ -68,6 +70,22 @@ def add_copy(model: PeftModel, name: str, other: str) -> PeftModel:
     model = add(model, name, model.peft_config[other])
     _fill(model, name, get_peft_model_state_dict(model, adapter_name=other), f"{name}'s copy of {other}'s adapter")
     return model
+
+
+def refuse_what_changes_the_base(config: Any, name: str) -> None:
+    """Other roles stand on it, and with every adapter off it is the reference."""
+    init, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
+    if init not in KEEPS_BASE:
+        raise ValueError(
+            f"{name}'s adapter has init_lora_weights={init!r}, which changes the base that all roles stand on: use one "
+            f"of {KEEPS_BASE}"
+        )
+    if bias != "none":
+        raise ValueError(
+            f"{name}'s adapter has bias={bias!r}, which trains the base that all roles stand on: use 'none'"
+        )
+    if getattr(config, "layer_replication", None):
+        raise ValueError(f"{name}'s adapter has layer_replication, which makes another model of the base: leave it out")
 
 
 def _fill(model: PeftModel, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
