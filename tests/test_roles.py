@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForSequenceClassification
 
 import fastpost as fp
@@ -26,8 +26,7 @@ def alone(model, role):
         config.inference_mode = not role.trained
         model = PeftModel(model, config)
         state = get_peft_model_state_dict(role.model, adapter_name=role.adapter)
-        named = {name.replace(".weight", ".default.weight"): x for name, x in state.items()}
-        assert not model.load_state_dict(named, strict=False).unexpected_keys
+        assert not set_peft_model_state_dict(model, state).unexpected_keys
     return model.train(role.trained), copy.deepcopy(role.scalar)
 
 
@@ -67,8 +66,26 @@ def backward(numbers):
     (logp.exp().sum() + entropy.sum() + values.square().sum()).backward()
 
 
-def trained_of(model, scalar):
-    return [p for p in (*model.parameters(), *([] if scalar is None else scalar.parameters())) if p.requires_grad]
+def gradients(model, scalar, adapter):
+    """By name, of an adapter and of a head."""
+    named = [(name.replace(f".{adapter}", ""), p) for name, p in model.named_parameters() if f".{adapter}" in name]
+    named += [] if scalar is None else list(scalar.named_parameters("score"))
+    return {name: p.grad for name, p in named if p.requires_grad}
+
+
+def assert_same_step(roles, models):
+    """The numbers of one step, and the gradients of all that trains."""
+    ours, theirs = step_of_roles(roles), step_of_models(models)
+    assert same(ours, theirs)
+    assert not torch.equal(ours[0], ours[2]), "an adapter that adds nothing proves nothing"
+    backward(ours)
+    backward(theirs)
+    for name, tensors in roles.trainable().items():
+        mine = gradients(roles.policy.model, roles[name].scalar, name)
+        truth = gradients(*models[name], "default")
+        assert mine.keys() == truth.keys() and len(mine) == len(tensors)
+        assert all(torch.equal(g, truth[key]) for key, g in mine.items())
+        assert all(g.norm() > 0 for g in mine.values())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -82,16 +99,25 @@ def test_four_roles_on_one_base_are_four_models_bit_for_bit(family, changes, dro
     untouched = copy.deepcopy(model)
     roles = ppo(model, files, dropout)
     models = {name: alone(copy.deepcopy(untouched), role) for name, role in roles.by_name.items()}
-    ours, theirs = step_of_roles(roles), step_of_models(models)
-    assert same(ours, theirs)
-    backward(ours)
-    backward(theirs)
-    trained = roles.trainable()
-    for name in ("policy", "value"):
-        own = trained_of(*models[name])
-        assert same([p.grad for p in trained[name]], [p.grad for p in own])
-        assert all(p.grad.norm() > 0 for p in own)
-    assert not torch.equal(ours[0], ours[2]), "an adapter that adds nothing proves nothing"
+    assert_same_step(roles, models)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "adapter"),
+    [
+        ("gpt2", {}, {"fan_in_fan_out": True}),
+        ("gemma3_text", {"head_dim": 8, "sliding_window": 4}, {"use_dora": True}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 4, "experts_implementation": "eager"}, {}),
+    ],
+)
+def test_so_they_are_with_other_layers_and_other_adapters(family, changes, adapter, tmp_path):
+    """Transposed layers; lengths beside directions; experts that are one parameter."""
+    model = base(family, **changes)
+    files = write_reward(tmp_path, model)
+    untouched = copy.deepcopy(checkpointed(model))
+    roles = Roles.of(model, policy=lora(**adapter), reward=files, value=Copied("reward"))
+    learnt(roles.policy.model)
+    assert_same_step(roles, {name: alone(copy.deepcopy(untouched), role) for name, role in roles.by_name.items()})
 
 
 def test_a_value_on_the_policys_adapter_shares_its_pass():
@@ -227,12 +253,7 @@ def test_four_bits_hold_one_base_for_all(tmp_path, checkpointing):
 
     roles = ppo(load(), files)
     models = {name: alone(load(), role) for name, role in roles.by_name.items()}
-    ours, theirs = step_of_roles(roles), step_of_models(models)
-    assert same(ours, theirs)
-    backward(ours)
-    backward(theirs)
-    for name in ("policy", "value"):
-        assert same([p.grad for p in roles.trainable()[name]], [p.grad for p in trained_of(*models[name])])
+    assert_same_step(roles, models)
 
 
 def test_scores_are_fp32_under_autocast_and_wide_in_a_wide_model():
