@@ -1,4 +1,4 @@
-"""Builds fastpost._native, the optional C++ twin of the row kernels; everything else is in pyproject.toml.
+"""Builds fastpost._native, optional C++ (the head on a CPU, best fit); everything else is in pyproject.toml.
 
 It is built where torch and a C++ compiler are at hand, which under pip means `--no-build-isolation` and torch installed
 first. Anywhere else the install says what is missing and goes on: the library then runs on its torch code.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
 
 import gpu
 from gpu import Stage
@@ -52,6 +55,13 @@ def test_what_a_stage_started_ends_with_it(stage, tmp_path):
     lines = "import subprocess, sys", f"subprocess.run([sys.executable, '-c', {child!r}])"
     assert gpu.main([], [stage("parent", *lines, limit=1), stage("next", "import time", "time.sleep(2)")]) == 1
     assert not (tmp_path / "alive").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_nothing_is_well():
+    command = [sys.executable, "tests/gpu.py"]
+    ended = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr.strip()) == (1, "no GPU here: nothing was run")
 
 
 def test_measurements_come_after_a_gate_and_before_the_long_tests():
