@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 import contest
+import pytest
 from measurement import Measurement, last_run
 
 MB = 10**6
