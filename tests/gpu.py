@@ -36,8 +36,9 @@ class Stage:
 STAGES = (
     Stage("gate", " ".join(("-m pytest -m gpu", *GATE)), expected=90, limit=180),
     Stage("rows", "benchmarks/rows.py", expected=65, limit=130),
-    Stage("head", "benchmarks/head.py", expected=150, limit=240),
+    Stage("head", "benchmarks/head.py --repeats 10", expected=110, limit=240),
     Stage("sweep", f"benchmarks/sweep.py {SHORT}", expected=40, limit=100),
+    Stage("ppo", "benchmarks/ppo_step.py", expected=40, limit=90),
     Stage("tests", " --ignore ".join(("-m pytest -m gpu", *GATE)), expected=120, limit=240),
     Stage("sanitize", "tests/sanitize.py", expected=70, limit=140),
 )

@@ -67,7 +67,7 @@ def test_without_a_gpu_nothing_is_well():
 def test_measurements_come_after_a_gate_and_before_the_long_tests():
     names = [stage.name for stage in gpu.STAGES]
     assert names[0] == "gate" and names[-1] == "sanitize"
-    assert max(names.index(name) for name in ("rows", "head", "sweep")) < names.index("tests")
+    assert max(names.index(name) for name in ("rows", "head", "sweep", "ppo")) < names.index("tests")
     assert sum(stage.expected for stage in gpu.STAGES) < gpu.NINE_MINUTES
     assert all(stage.expected < stage.limit for stage in gpu.STAGES)
 
