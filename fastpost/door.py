@@ -20,8 +20,8 @@ from fastpost.checks import (
 )
 from fastpost.compaction import find_rows
 from fastpost.lowrank import low_rank
+from fastpost.problem import Operands, Problem, Reference
 from fastpost.quantised import Quantised, Weight, same
-from fastpost.sweep import Operands, Problem, Reference
 from fastpost.types import NEEDS_REFERENCE, OUTPUTS, Head, Stats, TopK
 
 

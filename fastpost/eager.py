@@ -23,10 +23,11 @@ from fastpost.equation import Loss
 from fastpost.gemm import exact_products
 from fastpost.kept import Kept
 from fastpost.once import differentiable_once
+from fastpost.problem import Operands, Problem, put
 from fastpost.quantised import Quantised, Weight
 from fastpost.schedules import dlogp_rows, join_parts, scaled, totals_of, zeros
 from fastpost.shard import target_rows
-from fastpost.sweep import Operands, Problem, Sweep, put
+from fastpost.sweep import Sweep
 from fastpost.types import OUTPUTS, Batch, Stats
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastpost.gemm import exact_products, wide
 from fastpost.once import differentiable_once
-from fastpost.sweep import cut, put
+from fastpost.problem import cut, put
 from fastpost.types import LowRank
 
 ROWS = 1024  # of the hidden states that are widened together

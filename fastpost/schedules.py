@@ -25,9 +25,10 @@ from torch import Tensor
 from fastpost.chunk import Totals, fold_chunk, grad_chunk
 from fastpost.gemm import exact_products
 from fastpost.once import differentiable_once
+from fastpost.problem import Operands, Problem, put
 from fastpost.quantised import Quantised, Weight
 from fastpost.shard import add_up, target_rows
-from fastpost.sweep import Chunk, Operands, Problem, Sweep, put, spans
+from fastpost.sweep import Chunk, Sweep, spans
 from fastpost.types import NEEDS_REFERENCE
 
 PASS = {"cpu": 1 << 18, "cuda": 1 << 24}  # numbers that are rescaled or converted together: on a CPU, in cache
