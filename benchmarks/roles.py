@@ -13,10 +13,9 @@ one, each layer checkpointed. Where the loss of the second step differs between 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 from harness import machine
+from live import live_bytes, most_allocated
 
 from fastpost import fused_loss, linear_logprobs, losses
 from fastpost.models import attention
@@ -42,28 +42,6 @@ class Shape:
 
 ARRANGEMENTS = ("one base", "four models", "four, whole")
 STORAGES = ("float32", "nf4")
-
-
-# ---- memory ----
-
-
-def live_bytes() -> int:
-    """Of the storages of all tensors that Python can reach, each once."""
-    gc.collect()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-    return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}.values())
-
-
-def most_allocated(function: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator had handed out during a call, beyond what there was before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    held = most = 0
-    events = profile.profiler.kineto_results.events()
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
 
 
 # ---- the models ----
