@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -20,6 +21,7 @@ import tiny
 from fastpost.models import memory
 from fastpost.models.lora import lora_config, with_lora
 from fastpost.models.memory import offload_activations, tile_mlps, undo
+from fastpost.models.switch import Switch
 from fastpost.models.trunk import causal_lm, hidden_states
 from fastpost.packing import Example, pack
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
@@ -66,9 +68,9 @@ def test_tiles_change_nothing_but_the_rounding(family: str, lora: bool, checkpoi
 
 
 def spying(function, seen: list[int]):
-    def spy(forward, tokens: int, hidden: Tensor) -> Tensor:
+    def spy(module: nn.Module, forward, tokens: int, hidden: Tensor) -> Tensor:
         seen.append(tokens)
-        return function(forward, tokens, hidden)
+        return function(module, forward, tokens, hidden)
 
     return spy
 
@@ -89,10 +91,43 @@ def test_a_dropout_is_drawn_again_as_it_was():
         model = with_lora(tiny.model("llama"), lora_config(2, lora_dropout=0.5, init_lora_weights=False)).train()
         tile_mlps(model, 7)
         torch.manual_seed(3)
-        with nullcontext() if recomputed else patch.object(memory, "checkpoint", lambda f, x, use_reentrant: f(x)):
+        with nullcontext() if recomputed else patch.object(memory, "checkpoint", lambda f, x, **_: f(x)):
             return run(model)[1]
 
     assert torch.equal(gradient(True), gradient(False))
+
+
+def gradient_of_the_first_adapter(tile: int, checkpointed: bool = False, dtype=torch.float32) -> Tensor:
+    """Of a pass under it; when backward runs, the second is on."""
+    model = with_lora(tiny.model("llama"), lora_config(2, lora_target_modules=["up_proj"], init_lora_weights=False))
+    model.add_adapter("second", lora_config(2, lora_target_modules=["up_proj"], init_lora_weights=False))
+    model.set_requires_grad(["default", "second"])
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if tile:
+        tile_mlps(model.train(), tile)
+    switch = Switch.of(model.to(dtype))
+    with switch.using("default"):
+        loss = hidden_states(model, PACKED).sin().sum()
+    with switch.using("second"):
+        loss.backward()
+    return torch.cat([p.grad.flatten() for p in switch.parameters("default")])
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+def test_a_tile_is_computed_again_under_the_adapter_of_its_forward(checkpointed: bool):
+    ours, same = gradient_of_the_first_adapter(7, checkpointed), gradient_of_the_first_adapter(0)
+    assert_gradient_close_to_truth(ours, same, gradient_of_the_first_adapter(0, dtype=torch.float64))
+
+
+def test_a_tile_that_forgot_its_adapter_would_have_another_gradient():
+    """That the test above can fail."""
+    forgetful = lambda f, x, use_reentrant, context_fn: checkpoint(f, x, use_reentrant=use_reentrant)  # noqa: E731
+    with patch.object(memory, "checkpoint", forgetful):
+        found = gradient_of_the_first_adapter(7)
+    same, truth = (gradient_of_the_first_adapter(0, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    with pytest.raises(AssertionError, match="torch's own allows"):
+        assert_gradient_close_to_truth(found, same, truth)
 
 
 def test_what_was_put_on_is_taken_off_and_copies_have_their_own():

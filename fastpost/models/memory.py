@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from fastpost.models.switch import Switch
 from fastpost.models.trunk import causal_lm
 
 # The layers into and out of an MLP, by the families' names for them.
@@ -34,7 +35,7 @@ def tile_mlps(model: nn.Module, tokens: int) -> None:
     if not found:
         raise ValueError(f"tiled_mlp finds no MLP in {type(causal_lm(model)).__name__}: leave it out")
     for module in found:
-        _replace_forward(module, _tiled, tokens)
+        _replace_forward(module, partial(_tiled, module), tokens)
 
 
 def offload_activations(model: nn.Module) -> None:
@@ -69,13 +70,19 @@ def _is_mlp(module: nn.Module) -> bool:
     return any(into in children and out in children for into, out in MLPS)
 
 
-def _tiled(forward: Callable[[Tensor], Tensor], tokens: int, hidden: Tensor) -> Tensor:  # (..., T, D) -> (..., T, D)
+def _tiled(
+    module: nn.Module,
+    forward: Callable[[Tensor], Tensor],
+    tokens: int,
+    hidden: Tensor,  # (..., T, D)
+) -> Tensor:  # (..., T, D)
     if hidden.shape[-2] <= tokens:
         return forward(hidden)
     tiles = hidden.split(tokens, dim=-2)
     if not torch.is_grad_enabled():
         return torch.cat([forward(tile) for tile in tiles], -2)
-    return torch.cat([checkpoint(forward, tile, use_reentrant=False) for tile in tiles], -2)
+    noted = Switch.of(module).noted  # in the backward pass other adapters may be on
+    return torch.cat([checkpoint(forward, tile, use_reentrant=False, context_fn=noted) for tile in tiles], -2)
 
 
 # ---- activations on the host ----
