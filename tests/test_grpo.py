@@ -19,6 +19,7 @@ import tiny
 from fastpost.advantages import group_centred
 from fastpost.cli import main
 from fastpost.data import Prompt
+from fastpost.models.lora import lora_config, with_lora
 from fastpost.rewards import Scores
 from fastpost.rollout import Completion
 from fastpost.trainers.checkpoint import Start
@@ -174,7 +175,31 @@ def test_the_reference_is_the_policy_before_training():
     models = zip(both(tiny.model("qwen3")), both(model), strict=True)
     moved = [torch.cat(logps(m, rollouts, 1.0)) - torch.cat(logps(after, rollouts, 1.0)) for m, after in models]
     assert_close_to_truth(torch.tensor(kl), *((x.exp() - 1 - x).mean() for x in moved), "kl")
-    assert all(parameter.grad is None for parameter in reference.model.parameters())
+    assert all(parameter.grad is None for parameter in reference.role.model.parameters())
+
+
+def test_a_reference_without_the_adapter_leaves_what_trains_as_it_is():
+    """PEFT's own switch would not, as its line at the end shows."""
+    pytest.importorskip("peft")
+    model = with_lora(tiny.model("qwen3"), lora_config(2, init_lora_weights=False)).train()
+    seen = []
+    trace = lambda *_: seen.append({name: (id(p), p.requires_grad) for name, p in model.named_parameters()})  # noqa: E731
+    model.get_base_model().model.register_forward_hook(trace)
+    config, rollouts = config_of(beta=0.5, lora_r=2), rollouts_of()
+    reference = Reference.of(Start(model, None, torch.optim.SGD(model.parameters())), config)
+    packs = policy_packs(rollouts, group_centred(rollouts.scores.rewards, 3), config)
+    trace()
+    for _ in range(2):
+        packs = [reference.scored(packed) for packed in packs]
+        assert model.training
+        backward(model, packs, TOKENS, config)
+    trace()
+    assert len(seen) == 2 + 4 * 3 and all(each == seen[0] for each in seen)
+    scored = torch.cat([packed.batch.ref_logp[packed.batch.kept] for packed in packs])
+    assert_close_to_truth(scored, *(torch.cat(logps(m, rollouts, 1.0)) for m in both(tiny.model("qwen3"))))
+    with model.disable_adapter():
+        trace()
+    assert seen[-1] != seen[0]
 
 
 def test_metrics_and_samples_are_those_of_the_rollouts():

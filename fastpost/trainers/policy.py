@@ -6,9 +6,9 @@ those that never reach the model, having no gradient, keep their place in it.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastpost import Batch, Head, Loss, fused_loss, losses, metrics, token_stats, weights
 from fastpost.models.adapters import with_weights
-from fastpost.models.trunk import hidden_states
+from fastpost.models.role import Role
+from fastpost.models.switch import Switch
 from fastpost.packing import Example, Packed, pack
 from fastpost.trainers import checkpoint
 from fastpost.trainers.balance import hidden_and_balance
@@ -70,38 +71,35 @@ class Reference:
     """The model as it was before training: the policy without its adapter, or with the one that it began with; or a
     frozen copy."""
 
-    model: Any
+    role: Role
     config: Grpo
-    adapter: dict[str, Tensor] | None = None  # the policy's at the beginning, where that was not a fresh one
+    weights: dict[str, Tensor] | None = None  # of the policy's adapter at the beginning, where that was not a fresh one
 
     @staticmethod
     def of(start: checkpoint.Start, config: Grpo) -> Reference:
         if config.lora_r:
-            return Reference(start.model, config)
+            return Reference(_constant(start.model, None), config)
         if config.trains_adapter:
             from peft import load_peft_weights
 
-            return Reference(start.model, config, load_peft_weights(config.model, device="cpu"))
+            weights = load_peft_weights(config.model, device="cpu")
+            return Reference(_constant(start.model, start.model.active_adapter), config, weights)
         # On resume the policy has moved on; the reference is still where the run began.
         model = build(config, config.model)[0] if start.step else copy.deepcopy(start.model)
-        return Reference(model.to(the_device()).requires_grad_(False), config)
-
-    def _as_it_was(self) -> contextlib.AbstractContextManager[None]:
-        if self.adapter is not None:
-            return with_weights(self.model, self.adapter)
-        return self.model.disable_adapter() if self.config.lora_r else contextlib.nullcontext()
+        return Reference(_constant(model.to(the_device()).requires_grad_(False), None), config)
 
     @torch.no_grad()
     def scored(self, packed: Packed) -> Packed:
         """The pack with ref_logp."""
-        self.model.eval()
-        with self._as_it_was(), autocast(self.config):
-            hidden = hidden_states(self.model, packed)
-            stats = token_stats(
-                hidden[0], Head.of(self.model), packed.batch.target, temperature=self.config.temperature
-            )
-        self.model.train()
+        model: Any = self.role.model
+        with nullcontext() if self.weights is None else with_weights(model, self.weights), autocast(self.config):
+            hidden, head = self.role.hidden(packed), self.role.head()
+            stats = token_stats(hidden, head, packed.batch.target, temperature=self.config.temperature)
         return replace(packed, batch=replace(packed.batch, ref_logp=stats.logp))
+
+
+def _constant(model: Any, adapter: str | None) -> Role:
+    return Role("reference", Switch.of(model), adapter, trained=False)
 
 
 def backward(model: Any, packs: Sequence[Packed], tokens: int, config: Grpo) -> tuple[list[Packed], dict[str, float]]:
