@@ -6,6 +6,7 @@ An adapter fits one base. peft loads what it can and warns of the rest; here it 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from fastpost.models.switch import Switch
+from fastpost.models.trunk import causal_lm
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,32 +43,44 @@ def base_of(directory: str | PathLike[str]) -> str:
     return base
 
 
-def load_adapter(
-    model: Any, directory: str | PathLike[str], *, name: str = "default", trainable: bool = True
-) -> PeftModel:
-    """The model with the adapter of a directory on it, beside those that it has already."""
-    from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+def read_adapter(directory: Path, where: str) -> tuple[Any, dict[str, Tensor]]:
+    """peft's config and tensors of a directory."""
+    from peft import PeftConfig
+    from safetensors.torch import load_file
 
-    path = Path(directory).expanduser()
-    if not (path / WEIGHTS).is_file():
-        raise ValueError(f"the adapter {str(directory)!r} has no {WEIGHTS}")
-    config = PeftConfig.from_pretrained(str(path))
-    config.inference_mode = not trainable
-    _check_family(config.base_model_name_or_path, model, directory)
-    mapping = getattr(model, "_checkpoint_conversion_mapping", None)  # of layers that transformers has renamed
+    if not (directory / WEIGHTS).is_file():
+        raise ValueError(f"{where} has no {WEIGHTS}")
+    return PeftConfig.from_pretrained(str(directory)), load_file(directory / WEIGHTS)
+
+
+def fill(model: PeftModel, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Puts tensors, by the names that they have in a file, into an adapter of the model; they must be all of it."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    own = {id(p) for p in Switch.of(model).parameters(name)}
     try:
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, config)
-        else:
-            model = get_peft_model(model, config, adapter_name=name)
-        state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        _check_shapes({key: tuple(value.shape) for key, value in state.items()}, path)
-        result = model.load_adapter(str(path), name, is_trainable=trainable, key_mapping=mapping or None)
+        _check_shapes(wanted, tensors)
+        found = set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
+        missing = {key for key, p in model.named_parameters() if id(p) in own} & set(found.missing_keys)
+        _check_names(missing, found.unexpected_keys)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"the adapter {str(directory)!r} does not fit {_name(model)}: {error}") from error
-    lost = _lost(result.missing_keys, result.unexpected_keys)
-    if lost:
-        raise ValueError(f"the adapter {str(directory)!r} does not fit {_name(model)}: {lost}")
+        raise ValueError(f"{where} does not fit {name_of(model)}: {error}") from error
+
+
+def load_adapter(model: Any, directory: str | PathLike[str]) -> PeftModel:
+    """The model with the adapter of a directory on it, to be trained on."""
+    from peft import get_peft_model
+
+    where = f"the adapter {str(directory)!r}"
+    config, tensors = read_adapter(Path(directory).expanduser(), where)
+    config.inference_mode = False
+    check_base(config.base_model_name_or_path, model, where)
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"{where} does not fit {name_of(model)}: {error}") from error
+    fill(model, "default", tensors, where)
     return model
 
 
@@ -81,37 +97,34 @@ def with_weights(model: PeftModel, weights: Mapping[str, Tensor]) -> Iterator[No
         set_peft_model_state_dict(model, own)
 
 
-def _check_family(base: str | None, model: Any, directory: str | PathLike[str]) -> None:
-    """Families have layers of one name; that the base is another directory may be a copy."""
+def check_base(base: str | None, model: Any, where: str) -> None:
+    """ValueError for an adapter of another family, since families have layers of one name; a warning where the base
+    has another name, which may be a copy's: two bases of one shape cannot be told apart by an adapter's tensors."""
+    config, name = causal_lm(model).config, causal_lm(model).name_or_path
     file = Path(base or "").expanduser() / "config.json"
-    if not base or not file.is_file():
-        return
-    wanted, got = json.loads(file.read_text(encoding="utf-8")).get("model_type"), model.config.model_type
-    if wanted and wanted.removesuffix("_text") != got.removesuffix("_text"):
-        raise ValueError(
-            f"the adapter {str(directory)!r} was made for a {wanted} ({base}), and {_name(model)} is a {got}"
-        )
+    if base and file.is_file():
+        wanted, got = json.loads(file.read_text(encoding="utf-8")).get("model_type"), config.model_type
+        if wanted and wanted.removesuffix("_text") != got.removesuffix("_text"):
+            raise ValueError(f"{where} was made for a {wanted} ({base}), and {name_of(model)} is a {got}")
+    if base and name and Path(base).name != Path(name).name:
+        warnings.warn(f"{where} was trained on {base}, and is used on {name}", stacklevel=2)
 
 
-def _check_shapes(wanted: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    """ValueError for the first tensor of another shape in the file."""
-    from safetensors import safe_open
-
-    with safe_open(path / WEIGHTS, "pt") as file:
-        for key in sorted(set(file.keys()) & set(wanted)):
-            got = tuple(file.get_slice(key).get_shape())
-            if got != wanted[key]:
-                raise ValueError(f"{key} has shape {got} in the file, and {wanted[key]} would fit")
+def _check_shapes(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    for key in sorted(given.keys() & wanted.keys()):
+        got, right = tuple(given[key].shape), tuple(wanted[key].shape)
+        if got != right:
+            raise ValueError(f"{key} has shape {got} in the file, and {right} would fit")
 
 
-def _lost(missing: Collection[str], unexpected: Collection[str]) -> str:
-    """What was in the model or in the file alone, in words; empty where nothing was."""
+def _check_names(missing: Collection[str], unexpected: Collection[str]) -> None:
+    """ValueError for what was in the model or in the file alone."""
     only_in = {"the file": sorted(unexpected), "the model": sorted(missing)}
-    return "; ".join(
-        f"{keys[0]} and {len(keys) - 1} more are in {where} alone" for where, keys in only_in.items() if keys
-    )
+    lost = [f"{keys[0]} and {len(keys) - 1} more are in {where} alone" for where, keys in only_in.items() if keys]
+    if lost:
+        raise ValueError("; ".join(lost))
 
 
-def _name(model: Any) -> str:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return f"{type(inner).__name__} of {inner.config._name_or_path or 'no directory'}"
+def name_of(model: Any) -> str:
+    lm = causal_lm(model)
+    return f"{type(lm).__name__} of {lm.name_or_path or 'no directory'}"

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import nn
 
+from fastpost.models.adapters import CONFIG, is_adapter
 from fastpost.models.loading import load_model
-from fastpost.models.named_adapters import CONFIG, add, add_copy, add_saved, refuse_what_changes_the_base
+from fastpost.models.named_adapters import add, add_copy, add_saved, refuse_what_changes_the_base
 from fastpost.models.scalar import load_scalar, load_scored, new_scalar, own_scalar
 from fastpost.models.trunk import causal_lm
 from fastpost.quantised import KINDS
@@ -160,9 +161,9 @@ def _directory(name: str, source: str | PathLike[str]) -> Path:
 
 def _is_adapter(name: str, source: Any) -> bool:
     directory = _directory(name, source)
-    if not (directory / CONFIG).is_file() and not (directory / "config.json").is_file():
+    if not is_adapter(directory) and not (directory / "config.json").is_file():
         raise ValueError(f"{name} {str(source)!r} has neither {CONFIG} nor config.json: no adapter, and no model")
-    return (directory / CONFIG).is_file()
+    return is_adapter(directory)
 
 
 def _check_tokenizer(name: str, directory: Path, tokenizer: Any) -> None:

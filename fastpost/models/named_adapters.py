@@ -9,16 +9,13 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from fastpost.models.adapters import CONFIG, WEIGHTS, check_base, fill, name_of, read_adapter
 from fastpost.models.scalar import head_tensors, scalar_of, split_scalar
-from fastpost.models.switch import Switch
-from fastpost.models.trunk import causal_lm
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")  # PiSSA, OLoRA and others subtract what they add from it
 CLASSIFIERS = {"score", "classifier"}  # what PEFT names in modules_to_save of every sequence classifier
 PREFIX = "base_model.model."  # of every name in PEFT's files
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def add(model: Any, name: str, config: PeftConfig) -> PeftModel:
@@ -41,25 +37,20 @@ def add(model: Any, name: str, config: PeftConfig) -> PeftModel:
             return get_peft_model(model, config, adapter_name=name)
         model.add_adapter(name, config)
     except ValueError as error:
-        raise ValueError(f"{name}'s adapter does not fit {type(causal_lm(model)).__name__}: {error}") from error
+        raise ValueError(f"{name}'s adapter does not fit {name_of(model)}: {error}") from error
     return model
 
 
 def add_saved(model: Any, name: str, directory: Path, *, judges: bool) -> tuple[PeftModel, nn.Linear | None]:
     """The adapter of a directory, and with `judges` the scalar head beside it."""
-    from peft import PeftConfig
-    from safetensors.torch import load_file
-
     where = f"{name}'s adapter in {directory}"
-    if not (directory / WEIGHTS).is_file():
-        raise ValueError(f"{where} has no {WEIGHTS}")
-    config: Any = PeftConfig.from_pretrained(str(directory))
-    head, tensors = split_scalar(load_file(directory / WEIGHTS))
+    config, tensors = read_adapter(directory, where)
+    head, tensors = split_scalar(tensors)
     scalar = scalar_of(head, model, where) if judges else None
-    _warn_of_other_base(config.base_model_name_or_path, model, where)
+    check_base(config.base_model_name_or_path, model, where)
     config.modules_to_save = sorted(set(config.modules_to_save or ()) - CLASSIFIERS) or None
     model = add(model, name, config)
-    _fill(model, name, tensors, where)
+    fill(model, name, tensors, where)
     return model, scalar
 
 
@@ -68,7 +59,7 @@ def add_copy(model: PeftModel, name: str, other: str) -> PeftModel:
     from peft import get_peft_model_state_dict
 
     model = add(model, name, model.peft_config[other])
-    _fill(model, name, get_peft_model_state_dict(model, adapter_name=other), f"{name}'s copy of {other}'s adapter")
+    fill(model, name, get_peft_model_state_dict(model, adapter_name=other), f"{name}'s copy of {other}'s adapter")
     return model
 
 
@@ -86,31 +77,6 @@ def refuse_what_changes_the_base(config: Any, name: str) -> None:
         )
     if getattr(config, "layer_replication", None):
         raise ValueError(f"{name}'s adapter has layer_replication, which makes another model of the base: leave it out")
-
-
-def _fill(model: PeftModel, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-    base = type(causal_lm(model)).__name__
-    for key, wanted in get_peft_model_state_dict(model, adapter_name=name).items():
-        if key in tensors and tensors[key].shape != wanted.shape:
-            raise ValueError(
-                f"{where} is one of another base: {key} must be {tuple(wanted.shape)} for this {base}, got "
-                f"{tuple(tensors[key].shape)}"
-            )
-    found = set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
-    own = {id(p) for p in Switch.of(model).parameters(name)}
-    absent = [key for key, p in model.named_parameters() if id(p) in own and key in set(found.missing_keys)]
-    if absent or found.unexpected_keys:
-        what = f"it has no {absent[0]}" if absent else f"this {base} has no {found.unexpected_keys[0]}"
-        raise ValueError(f"{where} is one of another base: {what}")
-
-
-def _warn_of_other_base(named: str | None, model: Any, where: str) -> None:
-    """Two bases of one shape cannot be told apart by an adapter's tensors, and their names may differ for no reason."""
-    base = getattr(model, "name_or_path", None)
-    if named and base and Path(named).name != Path(base).name:
-        warnings.warn(f"{where} was trained on {named}, and is used on {base}", stacklevel=2)
 
 
 def save_adapter(model: PeftModel, adapter: str, scalar: nn.Linear | None, directory: Path) -> None:
