@@ -100,14 +100,19 @@ def test_a_step_of_sft_adds_it_by_each_packs_share_of_tokens(tmp_path, asked):
         per_device_train_batch_size=2,
         router_aux_loss_coef=asked,
     )
-    truth, tokens, predicted = 0.0, sum(len(row.input_ids) for row in rows), sum(len(row.predicted) for row in rows)
+    tokens, predicted = sum(len(row.input_ids) for row in rows), sum(len(row.predicted) for row in rows)
+    truth, aux_loss = 0.0, 0.0
     for packed in (pack(rows[:2]), pack(rows[2:])):
         hidden, balance = hidden_states_and_router_loss(model, packed)
         logp = fp.linear_logprobs(hidden[0], fp.Head.of(model), packed.batch.target)
         share = packed.input_ids.numel() / tokens
+        aux_loss = aux_loss + share * balance.detach()
         truth = truth - logp.sum() / predicted + (0.25 if asked is None else asked) * share * balance
     expected = decoders.gradients(model, truth.reshape(1), coefficients=torch.ones(1))
     model.zero_grad()
-    backward(model, rows, config)
+    values = backward(model, rows, config)
+    assert ("aux_loss" in values) == (asked != 0.0)
+    if asked != 0.0:
+        torch.testing.assert_close(torch.tensor(values["aux_loss"]), aux_loss)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])

@@ -6,16 +6,21 @@ from typing import Any
 
 from torch import Tensor
 
+from fastpost.metrics import Part, mean
 from fastpost.models.router import coefficient
 from fastpost.models.trunk import causal_lm, hidden_states, hidden_states_and_router_loss
 from fastpost.packing import Packed
 from fastpost.trainers.config import Training
 
 
-def hidden_and_balance(model: Any, packed: Packed, tokens: int, config: Training) -> tuple[Tensor, Tensor | float]:
-    """Hidden states, and what to add to the pack's loss in a step of so many tokens; 0 for a dense model."""
+def hidden_and_balance(
+    model: Any, packed: Packed, tokens: int, config: Training
+) -> tuple[Tensor, Tensor | float, dict[str, Part]]:
+    """Hidden states; what to add to the pack's loss in a step of so many tokens, 0 for a dense model; and for the log
+    aux_loss, the router's loss as it is, which a mean over the step's tokens makes of it."""
     weight = coefficient(causal_lm(model), config.router_aux_loss_coef)
     if not weight:
-        return hidden_states(model, packed), 0.0
+        return hidden_states(model, packed), 0.0, {}
     hidden, balance = hidden_states_and_router_loss(model, packed)
-    return hidden, weight * packed.input_ids.numel() / tokens * balance
+    shown = {"aux_loss": mean(balance.expand(packed.input_ids.numel()))}
+    return hidden, weight * packed.input_ids.numel() / tokens * balance, shown

@@ -116,7 +116,7 @@ def backward(model: Any, packs: Sequence[Packed], tokens: int, config: Grpo) -> 
     total, seen, scored = 0.0, {}, []
     for packed in packs:
         with autocast(config):
-            hidden, balance = hidden_and_balance(model, packed, in_packs, config)
+            hidden, balance, of_router = hidden_and_balance(model, packed, in_packs, config)
             loss, stats = fused_loss(
                 loss_function,
                 hidden,
@@ -133,7 +133,7 @@ def backward(model: Any, packs: Sequence[Packed], tokens: int, config: Grpo) -> 
         scored.append(replace(packed, batch=batch))
         total = total + loss.detach()
         shown = metrics.policy(stats, batch, importance_sampling_level=config.importance_sampling_level, **clip)
-        seen = metrics.joined(seen, shown)
+        seen = metrics.joined(seen, shown, of_router)
     if packs:
         skipped = tokens - sum(len(packed.batch.kept) for packed in packs)
         seen = metrics.joined(seen, metrics.unclipped(skipped, the_device()))

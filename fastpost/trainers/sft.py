@@ -101,14 +101,14 @@ def backward(model: Any, window: Sequence[Example], config: Sft) -> dict[str, fl
         packed = pack([window[i] for i in rows])
         packed = replace(packed, batch=replace(packed.batch, weight=token_mean(packed.batch, whole))).to(the_device())
         with autocast(config):
-            hidden, balance = hidden_and_balance(model, packed, tokens, config)
+            hidden, balance, shown = hidden_and_balance(model, packed, tokens, config)
             loss, stats = fused_loss(
                 losses.sft, hidden, Head.of(model), packed.batch, outputs=("entropy", "top1"), return_stats=True
             )
         if torch.is_grad_enabled():
             (loss + balance).backward()
         loss_of_tokens = metrics.mean(-stats.logp, packed.batch.target != IGNORE)
-        seen = metrics.joined(seen, {"loss": loss_of_tokens}, metrics.sft(stats, packed.batch))
+        seen = metrics.joined(seen, {"loss": loss_of_tokens}, metrics.sft(stats, packed.batch), shown)
     return metrics.floats(seen)
 
 
