@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,13 +33,18 @@ class SharedPack:
     continues: Tensor  # (N,) int64 on the host, the segment that each continues, or -1
     copies: Tensor  # (T,) int64, how many sequences have the token
     rows: Tensor  # (R,) int64, the token whose hidden state predicts batch.target
+    ends: Tensor  # (S,) int64, the last token of each sequence
     batch: Batch  # of the sequences' R predicted tokens alone
     longest: int  # positions of the longest sequence
+    num_tokens: int  # of all sequences, the prefix of each counted
 
     def to(self, device: torch.device | str) -> SharedPack:
         """The same pack on the device, but for what is read on the host."""
-        names = ("input_ids", "position_ids", "copies", "rows", "batch")
+        names = ("input_ids", "position_ids", "copies", "rows", "ends", "batch")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+
+AnyPack: TypeAlias = Packed | SharedPack
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,8 @@ def share_prompts(packed: Packed, units: int | Sequence[int]) -> SharedPack:
         torch.tensor([segment.continues for segment in segments]),
         torch.tensor([segment.copies for segment in segments]).repeat_interleave(lengths),
         place[origin[batch.kept]],
+        place[origin[batch.lengths.cumsum(0) - 1]],
         replace(predicted, kept=torch.arange(len(batch.kept)), kept_lengths=predicted.lengths),
         packed.longest,
+        packed.num_tokens,
     )

@@ -22,6 +22,7 @@ from fastpost.data import Prompt
 from fastpost.models.lora import lora_config, with_lora
 from fastpost.rewards import Scores
 from fastpost.rollout import Completion
+from fastpost.trainers import policy
 from fastpost.trainers.checkpoint import Start
 from fastpost.trainers.config import Grpo
 from fastpost.trainers.grpo import grpo
@@ -253,13 +254,21 @@ def test_the_reward_rises(run: Callable[..., list[dict]]):
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.2
 
 
+@pytest.mark.parametrize("share_prompts", [None, False])
+def test_a_run_shares_prompts_unless_it_is_told_not_to(run, monkeypatch: pytest.MonkeyPatch, share_prompts):
+    seen, plain = [], policy.share_prompts
+    monkeypatch.setattr(policy, "share_prompts", lambda *given: seen.append(given) or plain(*given))
+    run("out", max_steps=1, share_prompts=share_prompts)
+    assert bool(seen) == (share_prompts is None and not torch.cuda.is_available())
+
+
 EVERYTHING = {"num_iterations": 2, "beta": 0.1, "lora_r": 4, "lora_dropout": 0.2, "learning_rate": 1e-2}
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"beta": 0.1, "learning_rate": 1e-2}, EVERYTHING],
-    ids=["plain", "KL to a copy", "two iterations, KL, LoRA with dropout"],
+    [{}, {"share_prompts": False}, {"beta": 0.1, "learning_rate": 1e-2}, EVERYTHING],
+    ids=["plain", "prompts repeated", "KL to a copy", "two iterations, KL, LoRA with dropout"],
 )
 def test_k_steps_and_a_resume_give_the_bits_of_the_straight_run(
     run: Callable[..., list[dict]], tmp_path: Path, changes: dict

@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "integrations": ("", "types", "door", "equation", "losses", "head", "models"),
     "rewards": ("types", "packing", "head", "models", "rollout"),
     "trainers": (
-        *("", "types", "losses", "advantages", "weights", "metrics", "packing", "head"),
+        *("", "types", "losses", "advantages", "weights", "metrics", "packing", "shared_prompt", "head"),
         *("files", "data", "models", "integrations", "rollout", "rewards"),
     ),
     "demo": ("", "types", "files", "data", "models", "rollout", "rewards", "trainers"),

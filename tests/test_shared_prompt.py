@@ -53,6 +53,7 @@ def test_the_layout_written_out():
     assert shared.lengths.tolist() == [2, 2, 1] and shared.continues.tolist() == [-1, 0, 0]
     assert shared.copies.tolist() == [2, 2, 1, 1, 1] and shared.longest == 4
     assert shared.rows.tolist() == [1, 2, 1]  # the prompt's last token predicts 7 and 9
+    assert shared.ends.tolist() == [3, 4] and shared.num_tokens == 7
     batch = shared.batch
     assert batch.target.tolist() == [7, 8, 9] and batch.lengths.tolist() == [2, 1]
     torch.testing.assert_close(batch.advantage, torch.tensor([0.1, 0.2, 0.3]))
@@ -63,10 +64,11 @@ def test_every_prompt_is_there_once():
     rows = repeated()
     shared = share_prompts(pack(rows), UNITS)
     assert shared.input_ids.shape[1] == 9 + 22 + 2 + 7 + 7 + 9 + 6  # twins are all prefix, strangers have none
-    assert int(shared.copies.sum()) == sum(len(row.input_ids) for row in rows)
+    assert int(shared.copies.sum()) == shared.num_tokens == sum(len(row.input_ids) for row in rows)
+    assert shared.input_ids[0, shared.ends].tolist() == [row.input_ids[-1] for row in rows]
     assert shared.batch.target.tolist() == list(chain(*([row.input_ids[i] for i in row.predicted] for row in rows)))
     moved = shared.to("meta")
-    assert moved.rows.is_meta and moved.batch.target.is_meta
+    assert moved.rows.is_meta and moved.ends.is_meta and moved.batch.target.is_meta
     assert moved.lengths.device.type == moved.continues.device.type == "cpu"
 
 

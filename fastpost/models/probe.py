@@ -6,6 +6,8 @@ in a pack do not see each other (some models of transformers 5.23 ignore positio
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from fastpost.models.heads import head_of
 from fastpost.models.trunk import causal_lm, hidden_states
 from fastpost.packing import Example, Packed, pack
 from fastpost.quantised import Quantised, Weight
+from fastpost.shared_prompt import share_prompts
 
 ROWS = 4096  # of a weight that are widened together
 
@@ -22,11 +25,17 @@ ROWS = 4096  # of a weight that are widened together
 @torch.no_grad()
 def probe(model: nn.Module) -> None:
     """ValueError if the model cannot be trained on packs through its Head; its mode is left as it was."""
+    with _in_eval_mode(model):
+        check_head(model)
+        check_packing(model)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        check_head(model)
-        check_packing(model)
+        yield
     finally:
         model.train(was_training)
 
@@ -88,6 +97,21 @@ def check_packing(model: nn.Module) -> None:
         )
 
 
+@torch.no_grad()
+def check_sharing(model: nn.Module) -> None:
+    """Two continuations of one prompt: behind it once, and each behind its own."""
+    lm = causal_lm(model)
+    prompt, *rests = (_sequence(lm, k, n) for k, n in ((1, 5), (2, 4), (3, 2)))
+    plain = pack([Example(prompt + rest, [False] * 5 + [True] * len(rest)) for rest in rests])
+    with _in_eval_mode(model):
+        own = hidden_states(model, plain.to(_device(lm)))[0, plain.batch.kept].float()
+        shared = hidden_states(model, share_prompts(plain, 2).to(_device(lm)))[0].float()
+    if (shared - own).norm() > 0.05 * own.norm():
+        raise ValueError(
+            f"{type(lm).__name__} does not see a shared prompt as it sees one of its own: set share_prompts to false"
+        )
+
+
 def _sequence(lm: Any, first: int, length: int) -> list[int]:
     """Some tokens, all different from those of another `first`."""
     vocabulary = lm.get_input_embeddings().weight.shape[0]
@@ -96,5 +120,8 @@ def _sequence(lm: Any, first: int, length: int) -> list[int]:
 
 def _packed(lm: Any, *sequences: list[int]) -> Packed:
     """A pack with nothing to predict, where the model is."""
-    device = lm.get_input_embeddings().weight.device
-    return pack([Example(ids, [False] * len(ids)) for ids in sequences]).to(device)
+    return pack([Example(ids, [False] * len(ids)) for ids in sequences]).to(_device(lm))
+
+
+def _device(lm: Any) -> torch.device:
+    return lm.get_input_embeddings().weight.device

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastpost.models import attention, router
 from fastpost.packing import Packed
-from fastpost.shared_prompt import SharedPack
+from fastpost.shared_prompt import AnyPack, SharedPack
 
 LAYERS = {"full_attention", "sliding_attention", "attention"}  # what packs can do, of transformers' `layer_types`
 
@@ -44,7 +44,7 @@ def positions(model: nn.Module) -> int | None:
     return None if known is None else max(known, *stretched, 0)
 
 
-def hidden_states(model: nn.Module, packed: Packed | SharedPack) -> Tensor:  # (1, T, D)
+def hidden_states(model: nn.Module, packed: AnyPack) -> Tensor:  # (1, T, D)
     """The last hidden states of a causal LM over a pack, differentiable; what `Head.of(model)` turns into logits.
 
     Those of a `SharedPack` are in the order of its rows, so that they fit its batch: (1, R, D).
@@ -53,7 +53,7 @@ def hidden_states(model: nn.Module, packed: Packed | SharedPack) -> Tensor:  # (
     return _rows(_run(model, packed).last_hidden_state, packed)
 
 
-def hidden_states_and_router_loss(model: nn.Module, packed: Packed | SharedPack) -> tuple[Tensor, Tensor]:
+def hidden_states_and_router_loss(model: nn.Module, packed: AnyPack) -> tuple[Tensor, Tensor]:
     """Those, and the load-balancing loss of a mixture of experts, not multiplied by its coefficient yet."""
     outputs = _run(model, packed, output_router_logits=True)
     copies = packed.copies if isinstance(packed, SharedPack) else None
@@ -61,7 +61,12 @@ def hidden_states_and_router_loss(model: nn.Module, packed: Packed | SharedPack)
     return _rows(outputs.last_hidden_state, packed), loss
 
 
-def _run(model: nn.Module, packed: Packed | SharedPack, **asked: bool) -> Any:
+def takes_shared_prompts(model: nn.Module) -> bool:
+    """Whether the model can go over a `SharedPack`: its attention must be our own."""
+    return _attention(_decoder(causal_lm(model))) == attention.NAME
+
+
+def _run(model: nn.Module, packed: AnyPack, **asked: bool) -> Any:
     lm = causal_lm(model)
     decoder = _decoder(lm)
     _check_lengths(lm, packed)
@@ -69,7 +74,7 @@ def _run(model: nn.Module, packed: Packed | SharedPack, **asked: bool) -> Any:
     return decoder(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **apart, **asked)
 
 
-def _rows(hidden: Tensor, packed: Packed | SharedPack) -> Tensor:  # (1, T, D) -> (1, T or R, D)
+def _rows(hidden: Tensor, packed: AnyPack) -> Tensor:  # (1, T, D) -> (1, T or R, D)
     if isinstance(packed, Packed):
         return hidden
     # As an embedding: where rows repeat, its gradient is summed in one order on a GPU, and that of an index is not.
@@ -100,7 +105,11 @@ def _decoder(lm: Any) -> Any:
     return decoder
 
 
-def _check_lengths(lm: Any, packed: Packed | SharedPack) -> None:
+def _attention(decoder: Any) -> str:
+    return decoder.config._attn_implementation or "eager"
+
+
+def _check_lengths(lm: Any, packed: AnyPack) -> None:
     """ValueError for a sequence of no token, or of more than the model has positions. Lengths are on the host."""
     lengths = packed.batch.lengths if isinstance(packed, Packed) else packed.lengths
     if lengths.device.type == "cpu" and int(lengths.min()) < 1:
@@ -114,9 +123,9 @@ def _check_lengths(lm: Any, packed: Packed | SharedPack) -> None:
         )
 
 
-def _apart(decoder: Any, packed: Packed | SharedPack) -> dict[str, Any]:
+def _apart(decoder: Any, packed: AnyPack) -> dict[str, Any]:
     """The arguments that keep the sequences of a pack apart."""
-    how, device = decoder.config._attn_implementation or "eager", packed.input_ids.device
+    how, device = _attention(decoder), packed.input_ids.device
     shared = isinstance(packed, SharedPack)
     if shared and how != attention.NAME:
         raise ValueError(

@@ -46,6 +46,11 @@ class Packed:
     batch: Batch
     longest: int  # positions of the longest sequence
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all sequences."""
+        return self.input_ids.numel()
+
     def to(self, device: torch.device | str) -> Packed:
         """The same pack on the device, but for its lengths, which are read on the host."""
         return Packed(self.input_ids.to(device), self.position_ids.to(device), self.batch.to(device), self.longest)

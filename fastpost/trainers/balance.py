@@ -9,12 +9,12 @@ from torch import Tensor
 from fastpost.metrics import Part, mean
 from fastpost.models.router import coefficient
 from fastpost.models.trunk import causal_lm, hidden_states, hidden_states_and_router_loss
-from fastpost.packing import Packed
+from fastpost.shared_prompt import AnyPack
 from fastpost.trainers.config import Training
 
 
 def hidden_and_balance(
-    model: Any, packed: Packed, tokens: int, config: Training
+    model: Any, packed: AnyPack, tokens: int, config: Training
 ) -> tuple[Tensor, Tensor | float, dict[str, Part]]:
     """Hidden states; what to add to the pack's loss in a step of so many tokens, 0 for a dense model; and for the log
     aux_loss, the router's loss as it is, which a mean over the step's tokens makes of it."""
@@ -22,5 +22,5 @@ def hidden_and_balance(
     if not weight:
         return hidden_states(model, packed), 0.0, {}
     hidden, balance = hidden_states_and_router_loss(model, packed)
-    shown = {"aux_loss": mean(balance.expand(packed.input_ids.numel()))}
-    return hidden, weight * packed.input_ids.numel() / tokens * balance, shown
+    shown = {"aux_loss": mean(balance.expand(packed.num_tokens))}
+    return hidden, weight * packed.num_tokens / tokens * balance, shown

@@ -133,6 +133,9 @@ class Grpo(Training):
     """Group-relative policy optimisation on rewards that a function computes. arXiv:2402.03300"""
 
     learning_rate: float = option(1e-6, STEPS, "peak of the schedule", least=0)
+    share_prompts: bool | None = option(
+        None, STEPS, "completions in one microbatch have their common prompt once; default: on a CPU, if attention can"
+    )
 
     max_prompt_length: int | None = option(None, DATA, "tokens; rows with a longer prompt are left out", above=0)
 

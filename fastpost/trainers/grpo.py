@@ -3,7 +3,8 @@
 A round is one set of rollouts and `num_iterations` optimizer steps on it. In the first of them the policy is the one
 that sampled, so old_logp is its own logp in that very pass: no other pass is spent on it. At beta 0 a completion of
 advantage 0 has no gradient, so groups without variance never reach the model; they keep their place in the
-denominators and in the rewards that are logged. GSPO (arXiv:2507.18071) is the same loop with another loss.
+denominators and in the rewards that are logged. Completions of a prompt that share a pack have it once there
+(`fastpost.trainers.sharing`). GSPO (arXiv:2507.18071) is the same loop with another loss.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from fastpost.advantages import group_centred
 from fastpost.data import Prompt, check_columns, prompts
 from fastpost.files import read_rows
 from fastpost.models.saving import save_model
-from fastpost.packing import Packed
 from fastpost.rewards import load_reward
 from fastpost.rollout import Sampling
+from fastpost.shared_prompt import AnyPack
 from fastpost.trainers import checkpoint
 from fastpost.trainers.config import Grpo
 from fastpost.trainers.loop import (
@@ -39,6 +40,7 @@ from fastpost.trainers.metrics import Metrics, append, say
 from fastpost.trainers.plots import plot_metrics
 from fastpost.trainers.policy import Reference, backward, policy_packs, predicted_tokens
 from fastpost.trainers.rollouts import Task, first_group, greedy_reward, roll_out, rollout_metrics
+from fastpost.trainers.sharing import shares_prompts
 
 
 def grpo(config: Grpo) -> None:
@@ -50,6 +52,7 @@ def grpo(config: Grpo) -> None:
     model, tokenizer = start.model, start.tokenizer
     data = {name: _prompts(name, part, tokenizer, config) for name, part in rows.items()}
     reference = Reference.of(start, config) if config.beta else None
+    shared = shares_prompts(model, config)
     G, iterations, asked = config.num_generations, config.num_iterations, data["train"]
     each = config.rows_per_step // G  # prompts of a round
     stop = rows_to_see(config, len(asked), each, iterations)
@@ -65,7 +68,7 @@ def grpo(config: Grpo) -> None:
         sampling = replace(task.sampling, seed=seed_of(config.seed, step))
         rollouts = roll_out(model, tokenizer, chosen, replace(task, sampling=sampling), G, step)
         advantages = group_centred(rollouts.scores.rewards, G, config.scale_rewards)
-        packs = policy_packs(rollouts, advantages, config)
+        packs = policy_packs(rollouts, advantages, config, shared=shared)
         packs = packs if reference is None else [reference.scored(packed) for packed in packs]
         facts, tokens = rollout_metrics(rollouts, G), predicted_tokens(rollouts, config)
         unscored = int(rollouts.scores.rewards.isnan().sum())
@@ -89,8 +92,8 @@ def grpo(config: Grpo) -> None:
 
 
 def update(
-    model: Any, optimizer: torch.optim.Optimizer, packs: list[Packed], tokens: int, rate: float, config: Grpo
-) -> tuple[list[Packed], dict[str, float]]:
+    model: Any, optimizer: torch.optim.Optimizer, packs: list[AnyPack], tokens: int, rate: float, config: Grpo
+) -> tuple[list[AnyPack], dict[str, float]]:
     """One optimizer step on the packs; returns them with old_logp, and what the log shows of the step."""
     began = time.perf_counter()
     packs, values = backward(model, packs, tokens, config)

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,19 +21,28 @@ from fastpost.models.adapters import with_weights
 from fastpost.models.role import Role
 from fastpost.models.switch import Switch
 from fastpost.packing import Example, Packed, pack
+from fastpost.shared_prompt import AnyPack, SharedPack, share_prompts
 from fastpost.trainers import checkpoint
 from fastpost.trainers.balance import hidden_and_balance
 from fastpost.trainers.build import build
 from fastpost.trainers.config import Grpo
 from fastpost.trainers.loop import autocast, bins, the_device
 from fastpost.trainers.rollouts import Rollouts
+from fastpost.trainers.sharing import Part, parts_of_packs
 from fastpost.weights import Window
 
 LOSSES: dict[str, Loss] = {"token": losses.grpo, "sequence": losses.gspo}  # by importance_sampling_level
 
 
-def policy_packs(rollouts: Rollouts, advantages: Tensor, config: Grpo) -> list[Packed]:
-    """The completions that can have a gradient, packed with their advantages and weights."""
+def policy_packs(
+    rollouts: Rollouts,
+    advantages: Tensor,  # (S,)
+    config: Grpo,
+    *,
+    shared: bool = False,
+) -> list[AnyPack]:
+    """The completions that can have a gradient, packed with their advantages and weights; `shared`: those of a prompt
+    together, behind the one prompt."""
     examples = [
         _example(prompt.input_ids, completion.ids, completion.finished or not config.mask_truncated_completions)
         for prompt, completion in zip(rollouts.prompts, rollouts.completions, strict=True)
@@ -40,8 +50,12 @@ def policy_packs(rollouts: Rollouts, advantages: Tensor, config: Grpo) -> list[P
     counts = [len(example.predicted) for example in examples]
     window = Window(sum(counts), len(examples))
     live = [i for i in range(len(examples)) if counts[i] and (config.beta or advantages[i])]
-    lengths = [len(examples[i].input_ids) for i in live]
-    return [_pack([live[b] for b in rows], examples, advantages, window, config) for rows in bins(lengths, config)]
+    if shared:
+        found = [_shared(parts, examples, advantages) for parts in parts_of_packs(live, rollouts, config)]
+    else:
+        lengths = [len(examples[i].input_ids) for i in live]
+        found = [_pack([live[b] for b in rows], examples, advantages) for rows in bins(lengths, config)]
+    return [_weighted(packed, window, config).to(the_device()) for packed in found]
 
 
 def predicted_tokens(rollouts: Rollouts, config: Grpo) -> int:
@@ -54,9 +68,16 @@ def _example(prompt: list[int], completion: list[int], kept: bool) -> Example:
     return Example([*prompt, *completion], [False] * len(prompt) + [kept] * len(completion))
 
 
-def _pack(rows: list[int], examples: Sequence[Example], advantages: Tensor, window: Window, config: Grpo) -> Packed:
-    packed = pack([examples[i] for i in rows], advantage=advantages[rows])
-    return replace(packed, batch=replace(packed.batch, weight=_weight(packed.batch, window, config))).to(the_device())
+def _pack(rows: list[int], examples: Sequence[Example], advantages: Tensor) -> Packed:
+    return pack([examples[i] for i in rows], advantage=advantages[rows])
+
+
+def _shared(parts: Sequence[Part], examples: Sequence[Example], advantages: Tensor) -> SharedPack:
+    return share_prompts(_pack([*chain(*parts)], examples, advantages), [len(part) for part in parts])
+
+
+def _weighted(packed: AnyPack, window: Window, config: Grpo) -> AnyPack:
+    return replace(packed, batch=replace(packed.batch, weight=_weight(packed.batch, window, config)))
 
 
 def _weight(batch: Batch, window: Window, config: Grpo) -> Tensor:  # (U,)
@@ -89,7 +110,7 @@ class Reference:
         return Reference(_constant(model.to(the_device()).requires_grad_(False), None), config)
 
     @torch.no_grad()
-    def scored(self, packed: Packed) -> Packed:
+    def scored(self, packed: AnyPack) -> AnyPack:
         """The pack with ref_logp."""
         model: Any = self.role.model
         with nullcontext() if self.weights is None else with_weights(model, self.weights), autocast(self.config):
@@ -102,7 +123,7 @@ def _constant(model: Any, adapter: str | None) -> Role:
     return Role("reference", Switch.of(model), adapter, trained=False)
 
 
-def backward(model: Any, packs: Sequence[Packed], tokens: int, config: Grpo) -> tuple[list[Packed], dict[str, float]]:
+def backward(model: Any, packs: Sequence[AnyPack], tokens: int, config: Grpo) -> tuple[list[AnyPack], dict[str, float]]:
     """Adds the gradient of the packs; returns them with old_logp filled in, and means for the log.
 
     `tokens` are those of the whole step, of completions without a gradient too: where nothing was done nothing was
@@ -112,7 +133,7 @@ def backward(model: Any, packs: Sequence[Packed], tokens: int, config: Grpo) -> 
     """
     loss_function = LOSSES[config.importance_sampling_level]
     clip = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high}
-    in_packs = sum(packed.input_ids.numel() for packed in packs)
+    in_packs = sum(packed.num_tokens for packed in packs)
     total, seen, scored = 0.0, {}, []
     for packed in packs:
         with autocast(config):
