@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import tiny
 from fastpost.models import attention
+from fastpost.models.qlora import keep_differentiable
 from fastpost.models.roles import Copied, Roles
 from fastpost.packing import Example, pack
 
@@ -27,15 +28,14 @@ def base(family: str = "llama", **changes: Any) -> Any:
     return model.train()
 
 
-def four_bits(path: Path) -> Any:
+def four_bits(path: Path, prepared: bool = True) -> Any:
     """A directory's causal LM in NF4, which computes in bf16. Rows must be of 64."""
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     attention.register()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=four)
     model.set_attn_implementation(attention.NAME)
-    for module in model.modules():  # bitsandbytes repacks on a CPU in eval mode, and then no gradient passes it
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    if prepared:
+        keep_differentiable(model)
     return model.train()
 
 

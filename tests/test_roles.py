@@ -15,8 +15,10 @@ import fastpost as fp
 import tiny
 from fastpost.models.roles import Copied, Roles, Shared
 from fastpost.models.trunk import hidden_states
+from fastpost.packing import Example, pack
 from fastpost.rollout import Sampling, generate
-from role_models import ENDS, PACKED, base, checkpointed, four_bits, learnt, lora, ppo, same, write_reward
+from fastpost.shared_prompt import share_prompts
+from role_models import ENDS, PACKED, ROWS, base, checkpointed, four_bits, learnt, lora, ppo, same, write_reward
 
 
 def alone(model, role):
@@ -254,6 +256,42 @@ def test_four_bits_hold_one_base_for_all(tmp_path, checkpointing):
     roles = ppo(load(), files)
     models = {name: alone(load(), role) for name, role in roles.by_name.items()}
     assert_same_step(roles, models)
+
+
+def test_four_bits_that_nobody_prepared_keep_their_gradient(tmp_path):
+    """bitsandbytes repacks a weight on a CPU when it is first used in eval mode, here by the reference."""
+    pytest.importorskip("bitsandbytes")
+    base(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    found = []
+    for prepared in (True, False):
+        torch.manual_seed(0)
+        roles = Roles.of(four_bits(tmp_path, prepared), policy=lora())
+        learnt(roles.policy.model)
+        roles.reference.hidden(PACKED)
+        roles.policy.hidden(PACKED).float().square().sum().backward()
+        found.append([p.grad for p in roles.trainable()["policy"]])
+    assert same(*found) and all(gradient.norm() > 0 for gradient in found[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_role_reads_a_shared_prompt_as_it_reads_a_repeated_one(family, tmp_path):
+    changes = {"num_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+    model = base(family, **(changes if family == "qwen3_moe" else {}))
+    roles = ppo(model, write_reward(tmp_path, model))
+    rows = [[*ROWS[0], *rest] for rest in (ROWS[3], [12], ROWS[0])]
+    plain = pack([Example(row, [i >= 7 for i in range(len(row))]) for row in rows])
+    shared = share_prompts(plain, 3)
+    close = torch.testing.assert_close
+    for role in roles.by_name.values():
+        close(role.hidden(shared), role.hidden(plain)[plain.batch.kept])
+    close(roles.value(shared), roles.value(plain)[plain.batch.kept])
+    close(roles.reward.at_ends(shared), roles.reward.at_ends(plain))
+    if family == "qwen3_moe":
+        ours, theirs = (roles.policy.hidden_and_router_loss(packed) for packed in (shared, plain))
+        close(ours[0], roles.policy.hidden(shared), rtol=0, atol=0)
+        close(ours[1], theirs[1])
+        constant = roles.reference.hidden_and_router_loss(plain)
+        assert ours[1].requires_grad and not constant[1].requires_grad and not torch.equal(constant[1], theirs[1])
 
 
 def test_scores_are_fp32_under_autocast_and_wide_in_a_wide_model():

@@ -6,8 +6,9 @@ and reward judge: theirs is scalar. A role that is not trained is a constant: no
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from fastpost.models.heads import head_of
 from fastpost.models.scalar import scores
 from fastpost.models.switch import Switch
-from fastpost.models.trunk import hidden_states
-from fastpost.packing import Packed
+from fastpost.models.trunk import hidden_states, hidden_states_and_router_loss
+from fastpost.shared_prompt import AnyPack, SharedPack
 from fastpost.types import Head
 
 
@@ -46,10 +47,21 @@ class Role:
         """Whatever the model does inside, a generation or a forward pass of its own, it does in this role."""
         return self.switch.using(self.adapter, None if self.trained else False)
 
-    def hidden(self, packed: Packed) -> Tensor:  # (T, D)
+    def hidden(self, packed: AnyPack) -> Tensor:  # (T, D), or (R, D) where prompts are shared
         """One pass of the trunk, without a head. A role that trains drops as its model's mode says, any other never."""
-        with self.using(), torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+        with self._passing():
             return hidden_states(self.model, packed)[0]
+
+    def hidden_and_router_loss(self, packed: AnyPack) -> tuple[Tensor, Tensor]:  # (T, D) or (R, D), ()
+        """Those of a mixture of experts, and its load-balancing loss, not multiplied by its coefficient yet."""
+        with self._passing():
+            hidden, loss = hidden_states_and_router_loss(self.model, packed)
+            return hidden[0], loss
+
+    @contextmanager
+    def _passing(self) -> Iterator[None]:
+        with self.using(), torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+            yield
 
     def head(self) -> Head:
         """What turns this role's hidden states into logits; to be asked for anew at each pass, as `Head.of`."""
@@ -66,12 +78,14 @@ class Role:
             )
         return scores(self.scalar, hidden)
 
-    def __call__(self, packed: Packed) -> Tensor:  # (T,)
+    def __call__(self, packed: AnyPack) -> Tensor:  # (T,), or (R,) where prompts are shared
         """The scalar head's number at every token, from a pass of its own."""
         return self.scores(self.hidden(packed))
 
-    def at_ends(self, packed: Packed) -> Tensor:  # (S,)
+    def at_ends(self, packed: AnyPack) -> Tensor:  # (S,)
         """The number at the last token of each sequence: where a reward model judges the whole."""
+        if isinstance(packed, SharedPack):  # of whose rows it is none: they predict, and nothing comes after it
+            return self(replace(packed, rows=packed.ends))
         ends = packed.batch.lengths.cumsum(0) - 1
         return self.scores(self.hidden(packed)[ends.to(packed.input_ids.device)])
 

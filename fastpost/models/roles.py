@@ -27,6 +27,7 @@ from torch import nn
 from fastpost.models.casting import TRAINED, Copied, Shared, Source, cast
 from fastpost.models.loading import load_model
 from fastpost.models.named_adapters import save_adapter
+from fastpost.models.qlora import keep_differentiable
 from fastpost.models.role import Role
 from fastpost.models.saving import written_aside
 from fastpost.models.scalar import save_scalar
@@ -132,6 +133,8 @@ class Roles:
         base = load_model(model)[0] if isinstance(model, str | PathLike) else model
         given = {"policy": policy, "reward": reward, "value": value, "reference": reference, "teacher": teacher}
         places = cast(base, given, tokenizer)
+        for place in places.values():
+            keep_differentiable(place.model)
         switches = {id(place.model): Switch.of(place.model) for place in places.values()}
         roles = Roles(
             {
