@@ -72,9 +72,10 @@ def test_packed_rounds_no_more_than_padded(family, dtype):
 
 # ---- a layout, and the ways to attend to one ----
 
-# A prompt of 9 with three completions, a sequence alone, a prompt of 3 with completions of which one is of one token.
-LAYOUT = Layout.of(torch.tensor([9, 6, 2, 11, 7, 3, 1, 4]), torch.tensor([-1, 0, 0, 0, -1, -1, 5, 5]))
-PLAIN = Layout.of(torch.tensor([9, 6, 2, 11, 7, 3, 1, 4]))
+# A prompt of 9 with two completions, another with one, a prompt of 3 with a completion of one token, a sequence alone.
+LENGTHS_OF_SEGMENTS = torch.tensor([9, 6, 5, 9, 7, 3, 1, 3])
+LAYOUT = Layout.of(LENGTHS_OF_SEGMENTS, torch.tensor([-1, 0, 0, -1, 3, -1, 5, -1]))
+PLAIN = Layout.of(LENGTHS_OF_SEGMENTS)
 
 
 def test_a_layout_survives_in_the_place_of_a_mask():
@@ -106,7 +107,8 @@ def test_groups_hold_every_token_once_and_at_most_half_padding():
         found = list(exact.groups(layout))
         assert torch.cat([group.index[group.real] for group in found]).sort().values.tolist() == list(range(43))
         assert all((group.real.sum(1) * 2 > group.real.shape[1]).all() for group in found)
-    assert {(group.prefix.start, group.prefix.stop) for group in exact.groups(LAYOUT)} == {(0, 0), (0, 9), (35, 38)}
+    behind = {tuple(group.prefixes[:, :1].flatten().tolist()): group.copies for group in exact.groups(LAYOUT)}
+    assert behind == {(): [2], (0, 20): [2, 1], (36,): [1]}, "prompts of one length are in one group"
 
 
 class Layer(torch.nn.Module):

@@ -1,14 +1,16 @@
 """Attention over a pack on any device, in any dtype: segments of like length are right-padded and attend together.
 
 No real token comes after a padded one, so causal attention never lets one see it, and no mask of padding is needed.
-Segments that continue the same one have its keys and values before their own. Each pays for its own length times what
-it sees, and at most half of a row is padding.
+Segments that continue others have their keys and values before their own; those are of one length in a group. Each pays
+for its own length times what it sees, and at most half of a row is padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +21,31 @@ from fastpost.models.attention.scores import Scores, attend
 
 @dataclass(frozen=True)
 class Group:
-    """n segments of like length, at most L tokens, that continue the same segment or none."""
+    """n segments of like length, at most L tokens, which continue m segments of P tokens, or none."""
 
     index: Tensor  # (n, L) places in the pack; past a segment's end, that of its last token
     real: Tensor  # (n, L) bool: not past the end
-    prefix: slice  # the places of the segment that they continue
+    prefixes: Tensor  # (m, P) the places of what they continue, in their order
+    copies: Sequence[int]  # m, how many of them continue each
 
 
 def groups(layout: Layout) -> Iterator[Group]:
     """Every token of the pack once; of each row of `index` more than half is real."""
     bounds = layout.bounds.tolist()
-    continues = [-1] * (len(bounds) - 1) if layout.continues is None else layout.continues.tolist()
+    sizes = [b - a for a, b in pairwise(bounds)]
+    continues = [-1] * len(sizes) if layout.continues is None else layout.continues.tolist()
     alike: dict[tuple[int, int], list[int]] = {}
-    for s, before in enumerate(continues):
-        if length := bounds[s + 1] - bounds[s]:
-            alike.setdefault((before, length.bit_length()), []).append(s)
+    for s in sorted(range(len(sizes)), key=continues.__getitem__):
+        before = sizes[continues[s]] if continues[s] >= 0 else 0
+        if sizes[s]:
+            alike.setdefault((before, sizes[s].bit_length()), []).append(s)
     for (before, _), segments in alike.items():
         start = layout.bounds[:-1][segments, None].long()
         length = layout.bounds.diff()[segments, None].long()
-        step = torch.arange(max(bounds[s + 1] - bounds[s] for s in segments), device=start.device)
-        prefix = slice(0, 0) if before < 0 else slice(bounds[before], bounds[before + 1])
-        yield Group(start + torch.minimum(step, length - 1), step < length, prefix)
+        step = torch.arange(max(sizes[s] for s in segments), device=start.device)
+        copies = Counter(continues[s] for s in segments)
+        prefixes = layout.bounds[[*copies], None].long() + torch.arange(before, device=start.device)
+        yield Group(start + torch.minimum(step, length - 1), step < length, prefixes, [*copies.values()])
 
 
 def packed(
@@ -53,23 +59,26 @@ def packed(
     """Group by group, and everything back in its place."""
     outs, places = [], []
     for group in groups(layout):
-        prefix = _within(group.prefix, scores.window)
+        prefixes = _within(group.prefixes, scores.window)
         q, k, v = (x[0][:, group.index].transpose(0, 1) for x in (query, key, value))  # (n, heads, L, d)
-        if prefix.stop > prefix.start:
-            k, v = _behind(key[:, :, prefix], k), _behind(value[:, :, prefix], v)
+        if prefixes.shape[1]:
+            k, v = (_behind(x[0][:, prefixes], group.copies, own) for x, own in ((key, k), (value, v)))
         mask = _mask(q.shape[2], k.shape[2], scores.window, query.device)
         outs.append(attend(module, q, k, v, mask, scores)[group.real])
         places.append(group.index[group.real])
     return torch.cat(outs).index_select(0, torch.cat(places).argsort())[None]
 
 
-def _within(prefix: slice, window: int | None) -> slice:
-    """The end of the prefix, as much of it as the first token after it sees."""
-    return prefix if window is None else slice(max(prefix.start, prefix.stop - window + 1), prefix.stop)
+def _within(prefixes: Tensor, window: int | None) -> Tensor:  # (m, P) -> (m, at most window - 1)
+    """Their ends, as much as the first token after them sees."""
+    return prefixes if window is None else prefixes[:, max(0, prefixes.shape[1] - window + 1) :]
 
 
-def _behind(prefix: Tensor, own: Tensor) -> Tensor:  # (1, heads, P, d), (n, heads, L, d) -> (n, heads, P + L, d)
-    return torch.cat([prefix.expand(len(own), -1, -1, -1), own], 2)
+def _behind(prefixes: Tensor, copies: Sequence[int], own: Tensor) -> Tensor:
+    # (heads, m, P, d), m, (n, heads, L, d) -> (n, heads, P + L, d)
+    # Expanded, not indexed: then the gradients of the copies are added up in one order.
+    before = [prefix.expand(n, -1, -1, -1) for prefix, n in zip(prefixes.unbind(1), copies, strict=True)]
+    return torch.cat([torch.cat(before) if len(before) > 1 else before[0], own], 2)
 
 
 def _mask(L: int, K: int, window: int | None, device: torch.device) -> Tensor | None:  # (1, 1, L, K) bool
