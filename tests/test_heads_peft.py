@@ -73,7 +73,8 @@ def test_a_lora_on_the_head_is_the_models_own(family, shape):
     assert lora.a is layer.lora_A["default"].weight and lora.scaling == 1.5 and lora.dropout == 0
     assert lora.b is layer.lora_B["default"].weight or family == "inkling_text"
     assert not head.weight.requires_grad and lora.a.requires_grad
-    check_head(on_head(family, torch.float32, shape))  # (not every trunk is there in float64)
+    if family != "inkling_text":  # whose layers do not go over packs
+        check_head(on_head(family, torch.float32, shape))  # (not every trunk is there in float64)
 
 
 def test_a_step_of_training_is_that_of_the_models_own_logits():
