@@ -19,9 +19,11 @@ import step_packed
 import step_plain
 import step_trl
 import torch
+from contest import RESULTS
 from end_to_end import ENTRIES, Entry
 from step import METHODS, Shape
 from step_check import Rule, judged, write_gradients
+from tables import rewritten
 
 TINY = Shape(hidden=64, layers=2, vocab=96, rows=8, group=4, prompt=6, completion=8, longest=24, max_tokens=96, batch=4)
 TINY = replace(TINY, dtype="float32")
@@ -139,6 +141,14 @@ def test_the_program_writes_what_it_shows_and_the_readme_has_it(monkeypatch, tmp
     assert "| tokens a second, peak memory | **fastpost** | TRL, padded | TRL, packed |" in text and "old" not in text
     (row,) = (line for line in text.splitlines() if line.startswith(f"| sft, {ours['tokens']} tokens, float32 | "))
     assert len(re.findall(r"\d+, \d+ MB", row)) == 3
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_results(tmp_path):
+    now, readme = end_to_end_table.README.read_text(), tmp_path / "README.md"
+    readme.write_text(emptied := rewritten(now, "end_to_end", []))
+    files = map(str, (RESULTS / "end_to_end").glob("*.jsonl"))
+    assert end_to_end_table.main([*files, "--readme", str(readme)]) == 0
+    assert emptied != readme.read_text() == now, "run `make readme`"
 
 
 def test_a_wrong_step_has_no_speed(monkeypatch, tmp_path, capsys):
