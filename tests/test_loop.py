@@ -174,6 +174,17 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path):
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
 
 
+def test_checkpoints_after_the_one_resumed_are_renamed_as_often_as_it_is(tmp_path: Path, capsys):
+    for again in (1, 2):
+        for step in (1, 2, 10):
+            (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
+            (tmp_path / f"checkpoint-{step}" / "written").touch()
+        checkpoint.set_later_aside(tmp_path, 2)
+        assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+        assert (tmp_path / f"checkpoint-10.abandoned-{again}" / "written").exists()
+        assert f"checkpoint-10: it is now checkpoint-10.abandoned-{again}" in capsys.readouterr().err
+
+
 def test_the_plot_shows_what_there_is(tmp_path: Path):
     metrics.append(tmp_path / "metrics.jsonl", [{"step": i, "loss": 1 / i, "kl": None} for i in (1, 2)])
     plot_metrics(tmp_path)

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 import tiny
 from fastpost.models.loading import load_model
 from fastpost.packing import Example
-from fastpost.trainers.checkpoint import check_output_dir
+from fastpost.trainers import checkpoint
 from fastpost.trainers.config import Sft
 from fastpost.trainers.metrics import read_lines
 from fastpost.trainers.sft import backward, evaluate, sft
@@ -159,6 +159,17 @@ def test_latest_continues_in_place_and_forgets_lines_after_the_checkpoint(files:
     assert same[0] == same[1]
 
 
+def test_a_run_that_goes_back_keeps_what_it_writes_and_continues_from_there(files: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    config = config_of(files, out, save_steps=1, max_steps=3)
+    sft(config)
+    sft(replace(config, max_steps=2, resume_from_checkpoint=str(out / "checkpoint-1"), save_total_limit=1))
+    (kept,) = checkpoint.checkpoints(out)
+    facts = json.loads((kept / "state.json").read_text())
+    assert kept.name == "checkpoint-2" and facts["config"]["max_steps"] == 2  # the second run's, not the first one's
+    assert {path.name for path in out.glob("*abandoned*")} == {f"checkpoint-{i}.abandoned-1" for i in (2, 3)}
+
+
 def test_resuming_with_another_setting_says_so(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     config = config_of(files, tmp_path / "out", max_steps=3)
     sft(config)
@@ -183,7 +194,7 @@ def test_four_bits_need_an_adapter_and_a_file_is_no_output_dir(files: Path, tmp_
         config_of(files, tmp_path, load_in_4bit=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
-        check_output_dir(config_of(files, tmp_path / "file"))
+        checkpoint.check_output_dir(config_of(files, tmp_path / "file"))
 
 
 def test_the_run_uses_the_model_it_was_given(files: Path, tmp_path: Path):

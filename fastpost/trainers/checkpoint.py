@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,23 @@ def save(config: Training, state: Start, step: int, num_tokens: int) -> None:
             shutil.rmtree(old)
 
 
+def set_later_aside(output: Path, step: int) -> None:
+    """Renames the checkpoints after `step`: a run resumed there goes another way, and has the later numbers itself.
+
+    Left among its own, they would be the 'latest' ones, and outlive those that it writes by save_total_limit.
+    """
+    for path in checkpoints(output):
+        if _step_of(path) > step:
+            names = (path.with_name(f"{path.name}.abandoned-{i}") for i in count(1))
+            aside = next(name for name in names if not name.exists())
+            path.rename(aside)
+            say(f"resuming before {path}: it is now {aside.name}, and counts no more")
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
 def _plain(config: Training) -> dict[str, Any]:
     """The fields that decide what a step computes, as JSON gives them back."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
@@ -120,7 +138,7 @@ def _plain(config: Training) -> dict[str, Any]:
 def checkpoints(output: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(found, key=_step_of)
 
 
 def find_checkpoint(config: Training) -> Path | None:

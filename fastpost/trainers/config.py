@@ -92,7 +92,9 @@ class Training:
     eval_steps: int = option(0, RUN, "optimizer steps between evaluations; 0: at the end only", least=0)
     save_steps: int = option(500, RUN, "optimizer steps between checkpoints; 0: none", least=0)
     save_total_limit: int | None = option(None, RUN, "checkpoints to keep, the newest; default: all", above=0)
-    resume_from_checkpoint: str | None = option(None, RUN, "a checkpoint directory, or 'latest' of output_dir")
+    resume_from_checkpoint: str | None = option(
+        None, RUN, "a checkpoint directory, or 'latest' of output_dir; later ones in output_dir are renamed"
+    )
 
     def __post_init__(self) -> None:
         read_fields(self)

@@ -59,6 +59,7 @@ def grpo(config: Grpo) -> None:
     total = math.ceil(stop / each) * iterations
 
     output = Path(config.output_dir)
+    checkpoint.set_later_aside(output, start.step)
     metrics = Metrics(output, "grpo", start.step, total, start.num_tokens)
     for step in range(start.step, total, iterations):
         seed_step(config.seed, step)

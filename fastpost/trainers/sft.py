@@ -48,6 +48,7 @@ def sft(config: Sft) -> None:
     total = math.ceil(stop / each)
 
     output = Path(config.output_dir)
+    checkpoint.set_later_aside(output, start.step)
     log = Metrics(output, "sft", start.step, total, start.num_tokens)
     for step in range(start.step, total):
         seed_step(config.seed, step)
