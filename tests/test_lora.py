@@ -59,8 +59,8 @@ def logits(model) -> Tensor:
 # ---- which layers ----
 
 
-def targeted(names) -> set[str]:
-    found = with_lora(tiny.model("qwen3"), lora_config(2, lora_target_modules=names)).targeted_module_names
+def targeted(names, family: str = "qwen3") -> set[str]:
+    found = with_lora(tiny.model(family), lora_config(2, lora_target_modules=names)).targeted_module_names
     return {name.rpartition(".")[2] for name in found}
 
 
@@ -69,6 +69,13 @@ def test_all_linear_layers_are_all_but_the_head_which_can_be_named_beside_them()
     assert targeted("all-linear") == targeted(["all-linear"]) == linear
     assert targeted(["all-linear", *ENDS]) == linear | set(ENDS)
     assert targeted(r".*\.(q|v)_proj") == {"q_proj", "v_proj"}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")  # peft's, of Conv1D
+def test_all_linear_means_the_same_layers_of_gpt2_beside_other_names_too():
+    linear = {"c_attn", "c_proj", "c_fc"}  # Conv1D, which is no nn.Linear
+    assert targeted("all-linear", "gpt2") == linear
+    assert targeted(["all-linear", "lm_head"], "gpt2") == linear | {"lm_head"}
 
 
 def test_a_name_that_no_layer_has_is_refused_beside_names_that_fit():

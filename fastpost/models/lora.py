@@ -102,9 +102,11 @@ def _targets(model: Any, names: Any) -> Any:
 
 
 def _linear_names(model: Any) -> Iterator[str]:
-    """Every linear layer but the head, as 'all-linear' means it."""
-    head = model.get_output_embeddings()
-    return (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head)
+    """Every linear layer but the head, as 'all-linear' means it: GPT-2's, whose weights are transposed, too."""
+    from transformers.pytorch_utils import Conv1D
+
+    head, linear = model.get_output_embeddings(), (nn.Linear, Conv1D)
+    return (name for name, module in model.named_modules() if isinstance(module, linear) and module is not head)
 
 
 def _refuse_unknown(field: str, names: Collection[str], model: nn.Module) -> None:
