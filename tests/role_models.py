@@ -58,12 +58,14 @@ def learnt(model: Any) -> Any:
     return model
 
 
-def write_reward(path: Path, model: Any = None, labels: int = 1, r: int = 4, dropout: float = 0.0) -> Path:
+def write_reward(
+    path: Path, model: Any = None, labels: int = 1, r: int = 4, dropout: float = 0.0, embeddings: bool = False
+) -> Path:
     """What TRL's RewardTrainer leaves: PEFT's adapter of a model for sequence classification, with its head."""
     (base() if model is None else model).save_pretrained(path / "base")
     judge = AutoModelForSequenceClassification.from_pretrained(path / "base", num_labels=labels)
     config = lora(r, dropout, task_type="SEQ_CLS", modules_to_save=["score"])
-    learnt(get_peft_model(judge, config)).save_pretrained(path / "reward")
+    learnt(get_peft_model(judge, config)).save_pretrained(path / "reward", save_embedding_layers=embeddings)
     return path / "reward"
 
 

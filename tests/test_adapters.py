@@ -129,6 +129,25 @@ def test_an_adapter_for_another_base_is_refused_by_name(adapter: Path, changes: 
         load_model(adapter)
 
 
+def test_a_base_that_peft_saved_beside_an_adapter_is_compared_and_never_loaded(adapter: Path, base: Path):
+    """It does so where an adapter is on the head, in the dtype that the base had then."""
+    key = "base_model.model.lm_head.base_layer.weight"
+    file, head = adapter / "adapter_model.safetensors", load_file(base / "model.safetensors")["lm_head.weight"]
+    alone = load_file(file)
+    save_file(alone | {key: head.bfloat16()}, file, metadata={"format": "pt"})
+    model = load_adapter(AutoModelForCausalLM.from_pretrained(base), adapter)
+    with with_weights(model, load_file(file)):
+        pass
+    assert torch.equal(model.get_base_model().lm_head.base_layer.weight, head)
+    for other, message in (
+        (head + 1, f"{key} of its base has other values here: load the base that it was trained on"),
+        (head.new_zeros(104, 64), rf"{key} of its base has shape \(104, 64\), and here \(97, 64\): the vocabulary was"),
+    ):
+        save_file(alone | {key: other}, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"adapter' does not fit Qwen3ForCausalLM of .*base: {message}"):
+            load_adapter(AutoModelForCausalLM.from_pretrained(base), adapter)
+
+
 def test_an_adapter_for_another_family_is_refused_by_name(adapter: Path, base: Path):
     llama = save_base(adapter.parent / "llama", "llama")
     with pytest.raises(

@@ -153,6 +153,15 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
         Roles.of(base(), policy=lora(), reward=files)
 
 
+def test_no_file_changes_the_base_that_all_stand_on(tmp_path):
+    """peft writes the base's embedding where it is asked to; under the policy's adapter it has another name."""
+    files = write_reward(tmp_path, embeddings=True)
+    for policy in (lora(), lora(target_modules=["embed_tokens"])):
+        Roles.of(base(), policy=policy, reward=files)
+        with pytest.raises(ValueError, match=r"reward's .*embed_tokens\.weight of its base has other values here"):
+            Roles.of(base(seed=5), policy=policy, reward=files)
+
+
 def test_a_scalar_head_of_another_width_is_refused(tmp_path):
     wide = write_reward(tmp_path / "wide", base(hidden_size=64))
     three = write_reward(tmp_path / "three", labels=3)

@@ -1,11 +1,13 @@
 """Adapters on the disk: adapter_config.json, which names the base, and adapter_model.safetensors, as peft writes them.
 
 An adapter fits one base. peft loads what it can and warns of the rest; here it fits, or ValueError says what does not.
+And it leaves the base as it is: embeddings that peft saved beside an adapter are not loaded into it, but compared.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fastpost.models.switch import Switch
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WRAPPED = re.compile(r"\.(?:base_layer|original_module|token_adapter)(?=\.)")  # what peft puts into names of the base
 
 
 def is_adapter(path: str | PathLike[str]) -> bool:
@@ -60,8 +64,9 @@ def fill(model: PeftModel, name: str, tensors: Mapping[str, Tensor], where: str)
     wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     own = {id(p) for p in Switch.of(model).parameters(name)}
     try:
+        tensors = _without_base(model, wanted, tensors)
         _check_shapes(wanted, tensors)
-        found = set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
+        found = set_peft_model_state_dict(model, tensors, adapter_name=name)
         missing = {key for key, p in model.named_parameters() if id(p) in own} & set(found.missing_keys)
         _check_names(missing, found.unexpected_keys)
     except (ValueError, KeyError, RuntimeError) as error:
@@ -91,7 +96,7 @@ def with_weights(model: PeftModel, weights: Mapping[str, Tensor]) -> Iterator[No
 
     own = {name: x.clone() for name, x in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     try:
-        set_peft_model_state_dict(model, dict(weights))
+        set_peft_model_state_dict(model, _without_base(model, own, weights))
         yield
     finally:
         set_peft_model_state_dict(model, own)
@@ -108,6 +113,31 @@ def check_base(base: str | None, model: Any, where: str) -> None:
             raise ValueError(f"{where} was made for a {wanted} ({base}), and {name_of(model)} is a {got}")
     if base and name and Path(base).name != Path(name).name:
         warnings.warn(f"{where} was trained on {base}, and is used on {name}", stacklevel=2)
+
+
+def _without_base(model: Any, own: Collection[str], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that are the adapter's. Those of the base, which peft writes where an adapter is on the embedding or
+    the head, or the vocabulary was resized, must be what this base has: ValueError if not."""
+    base = {WRAPPED.sub("", key): x for key, x in model.state_dict().items()}
+    of_base = {key: base[bare] for key in given.keys() - own if (bare := WRAPPED.sub("", key)) in base}
+    for key in sorted(of_base):
+        _check_same_base(key, given[key], of_base[key])
+    return {key: x for key, x in given.items() if key not in of_base}
+
+
+def _check_same_base(key: str, theirs: Tensor, ours: Tensor) -> None:
+    """As far as the narrower of their dtypes tells."""
+    if theirs.shape != ours.shape:
+        raise ValueError(
+            f"{key} of its base has shape {tuple(theirs.shape)}, and here {tuple(ours.shape)}: the vocabulary was "
+            "resized, or it is another base"
+        )
+    dtype = min(theirs.dtype, ours.dtype, key=lambda dtype: dtype.itemsize)
+    if not torch.equal(theirs.to(ours.device, dtype), ours.to(dtype)):
+        raise ValueError(
+            f"{key} of its base has other values here: load the base that it was trained on, or save it with "
+            "save_embedding_layers=False"
+        )
 
 
 def _check_shapes(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
