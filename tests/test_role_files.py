@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import tiny
 from fastpost.models.roles import Copied, Roles, Shared
 from fastpost.models.trunk import hidden_states
-from role_models import PACKED, ROWS, base, four_bits, lora, ppo, same, write_reward
+from role_models import PACKED, ROWS, base, four_bits, learnt, lora, ppo, same, write_reward
 
 
 def judged(model):
@@ -86,6 +86,20 @@ def test_roles_of_what_was_saved_are_the_roles_that_were(tmp_path):
     trained, trained_again = roles.trainable(), again.trainable()
     assert trained.keys() == trained_again.keys()
     assert all(same(tensors, trained_again[name]) for name, tensors in trained.items())
+
+
+def test_what_is_saved_of_an_adapter_on_head_and_embedding_is_nothing_of_the_base(tmp_path):
+    """peft would write both, on its own."""
+    targets = {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}
+    roles = Roles.of(base(), policy=lora(**targets), value=Copied("policy"))
+    learnt(roles.policy.model)
+    roles.save(tmp_path / "saved")
+    for name, count in (("policy", 8), ("value", 9)):  # two tensors for each of four layers, and a scalar head
+        saved = load_file(tmp_path / "saved" / name / "adapter_model.safetensors")
+        assert len(saved) == len(roles.trainable()[name]) == count
+    again = Roles.of(base(), policy=tmp_path / "saved" / "policy")
+    assert torch.equal(again.policy.hidden(PACKED), roles.policy.hidden(PACKED))
+    assert torch.equal(again.reference.hidden(PACKED), roles.reference.hidden(PACKED))
 
 
 def test_a_head_alone_is_saved_as_a_head_alone(tmp_path):

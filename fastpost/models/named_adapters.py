@@ -59,7 +59,8 @@ def add_copy(model: PeftModel, name: str, other: str) -> PeftModel:
     from peft import get_peft_model_state_dict
 
     model = add(model, name, model.peft_config[other])
-    fill(model, name, get_peft_model_state_dict(model, adapter_name=other), f"{name}'s copy of {other}'s adapter")
+    tensors = get_peft_model_state_dict(model, adapter_name=other, save_embedding_layers=False)
+    fill(model, name, tensors, f"{name}'s copy of {other}'s adapter")
     return model
 
 
@@ -84,7 +85,7 @@ def save_adapter(model: PeftModel, adapter: str, scalar: nn.Linear | None, direc
     from safetensors.torch import load_file, save_file
 
     scratch = directory.with_name(f"{directory.name}.tmp")
-    model.save_pretrained(str(scratch), selected_adapters=[adapter])
+    model.save_pretrained(str(scratch), selected_adapters=[adapter], save_embedding_layers=False)  # none of the base's
     (scratch if adapter == "default" else scratch / adapter).replace(directory)
     shutil.rmtree(scratch, ignore_errors=True)
     if scalar is None:
