@@ -1,13 +1,16 @@
 """Packing: which rows share a pack, and where every number lands."""
 
+import json
 import random
+import re
 import warnings
+from dataclasses import asdict
 
 import numpy
 import pytest
 import torch
 
-from fastpost.packing import Example, pack, plan
+from fastpost.packing import Example, pack, plan, stream
 
 
 def test_targets_positions_and_fields_land_where_they_belong():
@@ -70,6 +73,10 @@ def test_what_fits_nowhere_is_named():
         plan([1, 2, 3], 8, unit=2)
 
 
+NO_LIMITS = [("unit", 0), ("unit", -2), ("unit", True), ("max_length", 0), ("max_length", "8")]
+NO_LIMITS += [("max_tokens", value) for value in (0, 8.0, True, numpy.float64(8), None)]
+
+
 def test_lengths_that_cannot_be_packed_are_named():
     with pytest.raises(ValueError, match="row 2 has 0 tokens: a row must have at least one"):
         plan([3, 9, 0], 16)
@@ -82,9 +89,17 @@ def test_lengths_that_cannot_be_packed_are_named():
     for lengths in ([3, 2.0], [3, None], ["3"]):
         with pytest.raises(ValueError, match="lengths must be whole numbers"):
             plan(lengths, 16)
-    for name, value in (("max_tokens", 0), ("unit", 0), ("unit", -2), ("max_length", 0), ("max_tokens", 8.0)):
-        with pytest.raises(ValueError, match=f"{name} must be a whole number above 0, got {value}"):
+    for name, value in NO_LIMITS:
+        with pytest.raises(ValueError, match=re.escape(f"{name} must be a whole number above 0, got {value!r}")):
             plan([1, 2], **({"max_tokens": 8} | {name: value}))
+
+
+@pytest.mark.parametrize("number", [numpy.int64, numpy.int32, torch.tensor], ids=["int64", "int32", "tensor"])
+def test_limits_may_be_any_librarys_whole_numbers(number):
+    packs = plan([3, 2, 4, 4], number(8), number(2), max_length=number(4))
+    assert packs == plan([3, 2, 4, 4], 8, 2, max_length=4) and {type(row) for pack in packs for row in pack} == {int}
+    (step,) = stream([3, 2, 4, 4], int, number(8), 2, number(2), window=2)
+    assert json.loads(json.dumps(asdict(step.then)))["row"] == 4
 
 
 def test_what_cannot_be_packed_is_dropped_and_counted_where_asked():

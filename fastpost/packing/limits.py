@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,8 +17,8 @@ class Limits:
     def __post_init__(self):
         for name in ("max_tokens", "unit", "max_length"):
             value = getattr(self, name)
-            if not ((isinstance(value, int) and value > 0) or (value is None and name == "max_length")):
-                raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
+            if value is not None or name != "max_length":
+                object.__setattr__(self, name, _counted(name, value))
 
     def keep(self, lengths: Sequence[int], sizes: Sequence[int]) -> bool:
         """Whether no row and no unit has a fault: all of them at once, since a plan may hold millions."""
@@ -40,3 +42,14 @@ class Limits:
         """What to say of units that were left out."""
         rows = "rows" if self.unit == 1 else f"units of {self.unit} rows"
         return f"{rows} dropped: {faults}; the first: {first}"
+
+
+def _counted(name: str, value: Any) -> int:
+    """Python's own number for any library's. True, which Python takes for 1, is more likely a slip."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
+    return number

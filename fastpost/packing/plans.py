@@ -37,6 +37,7 @@ def plan(
     max_length, or too long for a pack as a whole, is a ValueError; with `drop` it is in no pack, and a warning counts.
     """
     limits, rows = Limits(max_tokens, unit, max_length), _whole_numbers(lengths)
+    unit = limits.unit
     if len(rows) % unit:
         raise ValueError(f"unit must divide the number of rows, got unit {unit} and {len(rows)} rows")
     sizes = rows if unit == 1 else [sum(rows[i : i + unit]) for i in range(0, len(rows), unit)]
@@ -45,7 +46,7 @@ def plan(
         kept = _faultless(rows, limits, drop)
         sizes = [sizes[u] for u in kept]
     packs: defaultdict[int, Pack] = defaultdict(list)
-    for u, found in zip(kept, best_fit(sizes, max_tokens), strict=True):
+    for u, found in zip(kept, best_fit(sizes, limits.max_tokens), strict=True):
         packs[found].append(u)
     if unit == 1:
         return list(packs.values())
