@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastpost.packing import Pack, cost, deal, plan, steps
+import fastpost as fp
+from fastpost.packing import Example, Pack, cost, deal, pack, placeholder, plan, steps
 from test_packing_fit import lognormal
 
 WIDTH = 4096
@@ -56,9 +57,9 @@ def test_every_rank_has_as_many_packs_and_together_they_have_the_rows(ranks, uni
         assert len(shares[0]) == -(-len(packs) // ranks)
         dealt = [pack for share in shares for pack in share]
         assert rows_of(dealt) == rows_of(packs) == list(range(len(lengths)))
-        for pack in dealt:
-            assert sum(lengths[row] for row in pack) <= 256
-            assert [row // unit * unit + i for row in pack[::unit] for i in range(unit)] == pack
+        for rows in dealt:
+            assert sum(lengths[row] for row in rows) <= 256
+            assert [row // unit * unit + i for row in rows[::unit] for i in range(unit)] == rows
         # A pack is empty only where every other is a single unit: nothing was left to split.
         assert [] not in dealt or max(map(len, dealt)) == unit
         assert shares == deal(packs, lengths, ranks, WIDTH, unit)
@@ -67,6 +68,32 @@ def test_every_rank_has_as_many_packs_and_together_they_have_the_rows(ranks, uni
 def test_a_pack_that_is_split_leaves_two_of_nearly_the_same_work():
     lengths = [50, 20, 20, 10]
     assert sorted(deal([[0, 1, 2, 3]], lengths, 2, WIDTH)) == [[[0]], [[1, 2, 3]]]
+
+
+def test_a_rank_without_rows_packs_a_placeholder():
+    examples = [Example([5, 6, 7], [False, True, True]), Example([8, 9], [False, True])]
+    lengths = [len(example.input_ids) for example in examples]
+    shares = deal(plan(lengths, 16), lengths, 4, WIDTH)
+    packs = [pack([examples[i] for i in rows] or placeholder()) for share in shares for rows in share]
+    assert sorted(packed.num_tokens for packed in packs) == [1, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("loss", "unit", "fields"),
+    [
+        (fp.losses.sft, 1, {}),
+        (fp.losses.grpo, 4, {"advantage": torch.ones(4), "old_logp": torch.zeros(4)}),
+        (fp.losses.dpo, 2, {"ref_logp": torch.zeros(2)}),
+    ],
+    ids=["sft", "grpo", "dpo"],
+)
+def test_a_placeholder_has_gradients_and_they_are_zero(loss, unit, fields):
+    packed = pack(placeholder(unit), **fields)
+    hidden, weight = torch.ones(unit, 3, requires_grad=True), torch.ones(10, 3, requires_grad=True)
+    found = fp.fused_loss(loss, hidden, fp.Head(weight), packed.batch)
+    found.backward()
+    assert packed.num_tokens == unit and found == 0
+    assert all(x.grad is not None and not x.grad.any() for x in (hidden, weight))
 
 
 def test_work_differs_by_no_more_than_packs_of_a_round_do():

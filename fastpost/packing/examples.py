@@ -56,6 +56,14 @@ class Packed:
         return Packed(self.input_ids.to(device), self.position_ids.to(device), self.batch.to(device), self.longest)
 
 
+def placeholder(unit: int = 1) -> list[Example]:
+    """A unit of which nothing is to be predicted: what a rank without rows packs, to keep in step with the others.
+
+    Its loss and every gradient are 0, of the losses of pairs as well. Token 0 is in every vocabulary.
+    """
+    return [Example([0], [False])] * unit
+
+
 def _field(
     name: str, value: Tensor | Sequence[Sequence[float]], examples: Sequence[Example], rows: Tensor, T: int
 ) -> Tensor:

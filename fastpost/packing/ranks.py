@@ -32,7 +32,7 @@ def deal(
     """The packs of a step for each rank, as many for all of them; `width` is the model's hidden size.
 
     Where there are too few, the costliest are split between units. Where there is nothing left to split, ranks get
-    empty packs: they go through the motions with a sequence of which nothing is to be predicted.
+    empty packs: they go through the motions with a `placeholder`.
     """
     if ranks < 1 or width < 1:
         raise ValueError(f"ranks and width must be at least 1, got {ranks} ranks and width {width}")
