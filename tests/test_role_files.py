@@ -269,6 +269,30 @@ def test_the_policys_own_model_cannot_be_a_separate_one_and_a_frozen_model_canno
         Roles.of(base(), policy=lora(), value=Shared("policy")).value.head()
 
 
+def test_roles_that_were_made_before_are_never_made_over(tmp_path):
+    model = base()
+    roles = ppo(model, write_reward(tmp_path))
+    before = [tensor.clone() for tensors in roles.trainable().values() for tensor in tensors]
+    for source in (lora(), None):
+        with pytest.raises(ValueError, match=r"has adapters already, .* pass .* roles\.policy\.model, or load"):
+            Roles.of(model, policy=source)
+    for given in ({"policy": lora()}, {"value": Copied("policy")}):
+        with pytest.raises(ValueError, match=r"there is an adapter '(policy|value)' on it, which this one"):
+            Roles.of(roles.policy.model, **given)
+    assert same(before, [tensor for tensors in roles.trainable().values() for tensor in tensors])
+    again = Roles.of(roles.policy.model)
+    assert same(again.trainable()["policy"], roles.trainable()["policy"])
+
+
+@pytest.mark.parametrize("wrong", [{"reward": "typo"}, {"value": Shared("policy", head="typo")}], ids=str)
+def test_a_base_is_as_it_was_after_a_typo(wrong):
+    model = base()
+    with pytest.raises(ValueError, match=r"'typo' is no directory"):
+        Roles.of(model, policy=lora(), **wrong)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert len(Roles.of(model, policy=lora()).trainable()["policy"]) == 28
+
+
 def test_a_quantised_model_is_not_trained_whole(tmp_path):
     pytest.importorskip("bitsandbytes")
     tiny.model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastpost.models.adapters import CONFIG, is_adapter
 from fastpost.models.loading import load_model
-from fastpost.models.named_adapters import add, add_copy, add_saved, refuse_what_changes_the_base
+from fastpost.models.named_adapters import add, add_copy, add_saved, refuse_bare_base, refuse_what_changes_the_base
 from fastpost.models.scalar import load_scalar, load_scored, new_scalar, own_scalar
 from fastpost.models.trunk import causal_lm
 from fastpost.quantised import KINDS
@@ -52,23 +52,24 @@ class Place:
 
 def cast(base: Any, given: Mapping[str, Source], tokenizer: Any) -> dict[str, Place]:
     """The place of every role, the policy's first; the adapters they need are put into the base."""
-    places = {"policy": _policy(base, given["policy"], tokenizer)}
+    refuse_bare_base(base)
+    for name, source in given.items():
+        _check_files(name, source, tokenizer)
+    places = {"policy": _policy(base, given["policy"])}
     for name, source in given.items():
         if name not in places and source is not None:
-            places[name] = _place(name, source, places, tokenizer)
+            places[name] = _place(name, source, places)
     if "reference" not in places and places["policy"].adapter is not None:
         places["reference"] = replace(places["policy"], adapter=None)
     return places
 
 
-def _policy(base: Any, source: Source, tokenizer: Any) -> Place:
+def _policy(base: Any, source: Source) -> Place:
     from_files = isinstance(source, str | PathLike)
     if isinstance(source, nn.Module | Shared | Copied) or (from_files and not _is_adapter("policy", source)):
         raise ValueError(f"policy must be an adapter of the model, or None for the model itself, got {_shown(source)}")
     if from_files:
-        directory = _directory("policy", source)
-        _check_tokenizer("policy", directory, tokenizer)
-        return Place(add_saved(base, "policy", directory, judges=False)[0], "policy")
+        return Place(add_saved(base, "policy", _directory("policy", source), judges=False)[0], "policy")
     if source is not None:
         return Place(add(base, "policy", source), "policy")
     if hasattr(base, "peft_config"):
@@ -84,7 +85,7 @@ def _policy(base: Any, source: Source, tokenizer: Any) -> Place:
     return Place(base, None)
 
 
-def _place(name: str, source: Source, places: Mapping[str, Place], tokenizer: Any) -> Place:
+def _place(name: str, source: Source, places: Mapping[str, Place]) -> Place:
     base, judges = places["policy"].model, name in JUDGES
     if isinstance(source, Shared):
         return _shared(name, source, places)
@@ -95,7 +96,6 @@ def _place(name: str, source: Source, places: Mapping[str, Place], tokenizer: An
         return _apart(source, name)
     if isinstance(source, str | PathLike):
         directory = _directory(name, source)
-        _check_tokenizer(name, directory, tokenizer)
         if not _is_adapter(name, directory):
             loaded = load_scored(directory, name, fresh=name == "value") if judges else load_model(directory)[0]
             return _apart(loaded.to(causal_lm(base).device), name)
@@ -157,6 +157,15 @@ def _directory(name: str, source: str | PathLike[str]) -> Path:
     if not directory.is_dir():
         raise ValueError(f"{name} {str(source)!r} is no directory; what is on a hub, load and pass")
     return directory
+
+
+def _check_files(name: str, source: Source, tokenizer: Any) -> None:
+    """What can be told while the base is still as it was."""
+    if isinstance(source, Shared) and source.head is not None:
+        _directory(name, source.head)
+    if isinstance(source, str | PathLike):
+        _is_adapter(name, source)
+        _check_tokenizer(name, _directory(name, source), tokenizer)
 
 
 def _is_adapter(name: str, source: Any) -> bool:

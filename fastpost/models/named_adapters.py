@@ -16,6 +16,7 @@ from torch import nn
 
 from fastpost.models.adapters import CONFIG, WEIGHTS, check_base, fill, name_of, read_adapter
 from fastpost.models.scalar import head_tensors, scalar_of, split_scalar
+from fastpost.models.switch import Switch
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -35,6 +36,8 @@ def add(model: Any, name: str, config: PeftConfig) -> PeftModel:
     try:
         if not isinstance(model, PeftModel):
             return get_peft_model(model, config, adapter_name=name)
+        if name in model.peft_config:
+            raise ValueError(f"there is an adapter {name!r} on it, which this one would replace: load the model afresh")
         model.add_adapter(name, config)
     except ValueError as error:
         raise ValueError(f"{name}'s adapter does not fit {name_of(model)}: {error}") from error
@@ -62,6 +65,19 @@ def add_copy(model: PeftModel, name: str, other: str) -> PeftModel:
     tensors = get_peft_model_state_dict(model, adapter_name=other, save_embedding_layers=False)
     fill(model, name, tensors, f"{name}'s copy of {other}'s adapter")
     return model
+
+
+def refuse_bare_base(model: Any) -> None:
+    """Of a PEFT model that was made before, in place: PEFT would wrap it once more, and put new adapters over old."""
+    if not Switch.of(model).layers:
+        return
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"{name_of(model)} has adapters already, of roles that were made before: pass the PEFT model that holds "
+            "them, roles.policy.model, or load the model afresh"
+        )
 
 
 def refuse_what_changes_the_base(config: Any, name: str) -> None:
