@@ -87,6 +87,17 @@ def test_the_coefficient_is_the_configs_and_a_dense_model_has_none():
         hidden_states_and_router_loss(dense, pack(decoders.examples([3])))
 
 
+@pytest.mark.parametrize("listed", [True, False], ids=["output_router_logits on", "off"])
+def test_the_coefficient_is_trls_whatever_the_model_would_return(tmp_path, listed):
+    pytest.importorskip("trl")
+    from trl_trainers import trainer_of
+
+    model = tiny.model("mixtral", num_local_experts=4, output_router_logits=listed)
+    ours = router.coefficient(model)
+    trainer = trainer_of("sft", tmp_path, lambda: model)
+    assert trainer.aux_loss_enabled and ours == trainer.router_aux_loss_coef == 0.001
+
+
 @pytest.mark.parametrize("asked", [None, 0.5, 0.0])
 def test_a_step_of_sft_adds_it_by_each_packs_share_of_tokens(tmp_path, asked):
     """Two packs of the step: the gradient is that of the token loss and, by tokens, of each pack's router loss."""

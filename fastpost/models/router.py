@@ -17,7 +17,10 @@ NO_ROUTER = "which has no router, or none whose load is balanced by a loss"
 
 
 def coefficient(lm: Any, asked: float | None = None) -> float:
-    """What multiplies the loss: as asked, or as the model's config has it; 0 for a model without one."""
+    """What multiplies the loss: as asked, or as the model's config has it; 0 for a model without one.
+
+    The config's output_router_logits, off by default, is not read: as in TRL, a coefficient of 0 turns the loss off.
+    """
     if _equation(lm) is None:
         if asked:
             raise ValueError(f"router_aux_loss_coef must be 0 or left out for {type(lm).__name__}, {NO_ROUTER}")

@@ -59,7 +59,8 @@ class Training:
     router_aux_loss_coef: float | None = option(
         None,
         LOSS,
-        "weight of a mixture of experts' load-balancing loss; default: as the model's config has it",
+        "weight of a mixture of experts' load-balancing loss; default: as the model's config has it, even where its "
+        "output_router_logits is off",
         least=0,
     )
 
