@@ -269,6 +269,23 @@ def test_the_policys_own_model_cannot_be_a_separate_one_and_a_frozen_model_canno
         Roles.of(base(), policy=lora(), value=Shared("policy")).value.head()
 
 
+def test_tokens_that_train_do_so_in_every_adapter_of_a_base_or_in_none(tmp_path):
+    files, tokens = write_reward(tmp_path), lora(trainable_token_indices=[3, 5])
+    for policy, other, name in (
+        (tokens, {"reward": files}, "policy"),
+        (tokens, {"value": lora()}, "policy"),
+        (lora(), {"value": tokens}, "value"),
+    ):
+        with pytest.raises(ValueError, match=rf"does not fit .*: {name} has trainable_token_indices: all adapters on"):
+            Roles.of(base(), policy=policy, **other)
+    roles = Roles.of(base(), policy=tokens, value=Copied("policy"))
+    learnt(roles.policy.model)
+    roles.save(tmp_path / "saved")
+    again = Roles.of(base(), policy=tmp_path / "saved" / "policy", value=tmp_path / "saved" / "value")
+    for name, role in roles.by_name.items():
+        assert torch.equal(again[name].hidden(PACKED), role.hidden(PACKED))
+
+
 def test_roles_that_were_made_before_are_never_made_over(tmp_path):
     model = base()
     roles = ppo(model, write_reward(tmp_path))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ def add(model: Any, name: str, config: PeftConfig) -> PeftModel:
             return get_peft_model(model, config, adapter_name=name)
         if name in model.peft_config:
             raise ValueError(f"there is an adapter {name!r} on it, which this one would replace: load the model afresh")
+        _refuse_tokens_of_one(model.peft_config, name, config)
         model.add_adapter(name, config)
     except ValueError as error:
         raise ValueError(f"{name}'s adapter does not fit {name_of(model)}: {error}") from error
@@ -94,6 +96,14 @@ def refuse_what_changes_the_base(config: Any, name: str) -> None:
         )
     if getattr(config, "layer_replication", None):
         raise ValueError(f"{name}'s adapter has layer_replication, which makes another model of the base: leave it out")
+
+
+def _refuse_tokens_of_one(others: Mapping[str, Any], name: str, config: Any) -> None:
+    """PEFT looks for an adapter's trained tokens in every embedding that has some of any adapter's."""
+    trains = {key: bool(getattr(x, "trainable_token_indices", None)) for key, x in {**others, name: config}.items()}
+    if len(set(trains.values())) > 1:
+        some = ", ".join(key for key, tokens in trains.items() if tokens)
+        raise ValueError(f"{some} has trainable_token_indices: all adapters on one base must have some, or none")
 
 
 def save_adapter(model: PeftModel, adapter: str, scalar: nn.Linear | None, directory: Path) -> None:
