@@ -6,12 +6,13 @@ import gc
 from collections.abc import Callable
 
 import torch
+from torch._subclasses import FakeTensor
 
 
 def live_bytes() -> int:
     """Of the storages of all tensors that Python can reach, each once."""
     gc.collect()
-    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and not isinstance(x, FakeTensor)]
     return sum({s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in tensors)}.values())
 
 

@@ -52,7 +52,7 @@ def test_tiles_go_around_ligers_mlp_and_come_off():
     mlp = model.model.layers[0].mlp
     theirs = mlp.forward
     memory.tile_mlps(model, 4)
-    assert mlp.forward.args == (theirs, 4)
+    assert mlp.forward.args[-2:] == (theirs, 4)
     memory.undo(model)
     assert mlp.forward == theirs
 

@@ -148,6 +148,11 @@ def twice() -> list[tuple[Tensor, dict[str, Tensor]]]:
     return [measured(p, ("entropy",), upstream)["entropy"] for _ in range(2)]
 
 
+def by_torch(patch: pytest.MonkeyPatch) -> None:
+    """A workspace holds as many rows with the native extension as without."""
+    patch.setattr("fastpost.gemm.native_products", lambda dtype, device: None)
+
+
 def moved(call: Callable[[], Tensor], workspace: int = 1 << 20) -> tuple[list[int], list[int]]:
     """How many numbers each collective of a call moves, and of its backward pass."""
     calls, reduce = [], dist.all_reduce
@@ -159,6 +164,7 @@ def moved(call: Callable[[], Tensor], workspace: int = 1 << 20) -> tuple[list[in
     with pytest.MonkeyPatch.context() as patch:
         small_tiles(patch)
         small_workspace(patch, workspace)
+        by_torch(patch)
         patch.setattr(dist, "all_reduce", counted)
         value = call()
         forward = list(calls)
@@ -182,6 +188,7 @@ def eager_rows() -> list[int]:
     with pytest.MonkeyPatch.context() as patch:
         small_tiles(patch, columns=64)
         small_workspace(patch, 8_000)
+        by_torch(patch)
         patch.setattr("fastpost.eager._in_place", lambda sweep: False)
         return [eager_sweep(door.problem, door.operands, kept=kept).rows_each for kept in (False, True)]
 
