@@ -34,13 +34,16 @@ T, D, D_Q, V = 13, 24, 10, 301
 STATISTICS = tuple(name for name in OUTPUTS if name != "top1")
 
 
-def kernel_names() -> list[str]:
+def triton_names() -> list[str]:
     """Those that are launched: by their names, which other functions of Triton do not have."""
     trees = [ast.parse(path.read_text()) for path in sorted(SOURCES.glob("*.py"))]
     functions = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
-    of_triton = [f.name for f in functions if f.name.endswith("_kernel") and f.decorator_list]
+    return [f.name for f in functions if f.name.endswith("_kernel") and f.decorator_list]
+
+
+def kernel_names() -> list[str]:
     of_cuda = [name for path in cuda_rows.SOURCES for name in re.findall(r"(\w+_kernel)\(", path.read_text())]
-    return [*of_triton, *of_cuda]
+    return [*triton_names(), *of_cuda]
 
 
 def launch(device: torch.device) -> None:

@@ -28,7 +28,7 @@ class Launched:
 
 def test_every_kernel_is_launched(monkeypatch):
     launched: set[str] = set()
-    for name in sanitize.kernel_names():
+    for name in sanitize.triton_names():
         module = rows if hasattr(rows, name) else forward
         monkeypatch.setattr(module, name, Launched(getattr(module, name), name, launched))
     monkeypatch.setattr(sweep, "row_kernels", lambda device, dtype: rows.TritonRows())
@@ -36,4 +36,4 @@ def test_every_kernel_is_launched(monkeypatch):
     monkeypatch.setattr(forward, "forward_on", lambda device: forward.TritonForward(tables, True, 3))
     sanitize.launch(torch.device("cpu"))
     sanitize.launch_forward(torch.device("cpu"))
-    assert launched == set(sanitize.kernel_names()) and len(launched) >= 5
+    assert launched == set(sanitize.triton_names()) and len(launched) >= 5
