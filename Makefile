@@ -48,6 +48,7 @@ readme: .venv/.dev
 	$(BIN)/python docs/losses_table.py
 	$(BIN)/python benchmarks/tables.py $(MEASURED)
 	$(BIN)/python benchmarks/end_to_end_table.py benchmarks/results/end_to_end/*.jsonl
+	$(BIN)/python docs/memory_table.py
 
 clean:
 	rm -rf build dist *.egg-info fastpost/_native*.so .pytest_cache .ruff_cache

@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from fastpost.planning import config as planned
 from fastpost.trainers import config as configs
 from fastpost.trainers.options import REQUIRED, bare, placeholder
 from fastpost.types import nearest
@@ -27,6 +28,11 @@ VERBS: dict[str, tuple[type, str]] = {
     "grpo": (configs.Grpo, "fastpost.trainers.grpo:grpo"),
     "merge": (configs.Merge, "fastpost.trainers.merge:merge"),
     "demo": (configs.Demo, "fastpost.demo:demo"),
+    "plan sft": (planned.PlannedSft, "fastpost.planning.command:plan"),
+    "plan dpo": (planned.PlannedDpo, "fastpost.planning.command:plan"),
+    "plan reward": (planned.PlannedReward, "fastpost.planning.command:plan"),
+    "plan grpo": (planned.PlannedGrpo, "fastpost.planning.command:plan"),
+    "plan ppo": (planned.PlannedPpo, "fastpost.planning.command:plan"),
 }
 PACKAGE = Path(__file__).resolve().parent
 HELP = ("-h", "--help")
@@ -34,7 +40,7 @@ HELP = ("-h", "--help")
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
-    words = sys.argv[1:] if argv is None else argv
+    words = of_two_words(sys.argv[1:] if argv is None else argv)
     verb = words[0] if words and not words[0].startswith("-") else None
     try:
         if verb is None:
@@ -71,6 +77,13 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def of_two_words(words: list[str]) -> list[str]:
+    """A verb that has two words, as one; of its first word alone there is no help but that of all verbs."""
+    if len(words) < 2 or not any(verb.startswith(f"{words[0]} ") for verb in VERBS):
+        return words
+    return words[1:] if words[1] in HELP else [" ".join(words[:2]), *words[2:]]
 
 
 def said_by_us(error: BaseException) -> bool:
@@ -165,7 +178,7 @@ def check_name(cls: type, name: str, what: str, shown: str) -> None:
 
 def overview() -> str:
     """What `fastpost --help` says."""
-    verbs = "\n".join(f"  {verb:<6} {first_line(cls)}" for verb, (cls, _) in VERBS.items())
+    verbs = "\n".join(f"  {verb:<11} {first_line(cls)}" for verb, (cls, _) in VERBS.items())
     usage = "usage: fastpost VERB --config run.yaml [--field value ...]"
     return f"{usage}\n\n{verbs}\n\nfastpost VERB --help lists the fields."
 

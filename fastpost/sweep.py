@@ -123,10 +123,11 @@ class Sweep:
         self.fused = self.gemm.native if plain else None
         self.room = None if self.fused is None else self.fused.Room()
         self._buffers: dict[str, Tensor] = {}
-        self.columns_each, self.rows_each = self._plan(keeps, spare)
+        self.columns_each, self.rows_each, self.workspace = self._plan(keeps, spare)
 
-    def _plan(self, keeps: bool, spare: int) -> tuple[int, int]:
-        """(columns, rows) of a tile: as many rows as there is room for after what a block of the head takes."""
+    def _plan(self, keeps: bool, spare: int) -> tuple[int, int, int]:
+        """(columns, rows) of a tile, as many rows as there is room for after what a block of the head takes; and the
+        bytes of both together."""
         wide, narrow, panel = self.wide.itemsize, self.gemm.tile_dtype.itemsize, self.gemm.panel_bytes
         dense = self.p.dense
         widths = self.operands.width + (dense.operands.width if dense else 0)
@@ -149,7 +150,8 @@ class Sweep:
         room = (WORKSPACE_HELD if self.held else WORKSPACE)[self.kind] - sum(a_block.values())
         if self.held or keeps:
             room += spare
-        return columns, max(1, min(room // sum(a_row.values()), MOST_ROWS, len(self.p)))
+        rows = max(1, min(room // sum(a_row.values()), MOST_ROWS, len(self.p)))
+        return columns, rows, sum(a_block.values()) + rows * sum(a_row.values())
 
     def _buffer(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Scratch of this shape, kept between tiles."""

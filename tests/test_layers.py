@@ -66,13 +66,14 @@ MAY_IMPORT = {
         *("files", "data", "models", "integrations", "rollout", "rewards"),
     ),
     "demo": ("", "types", "files", "data", "models", "rollout", "rewards", "trainers"),
-    "cli": ("", "types", "data", "models", "rewards", "trainers", "demo"),
+    "planning": ("quantised", "sweep", "eager", "models", "trainers"),
+    "cli": ("", "types", "data", "models", "rewards", "trainers", "planning", "demo"),
 }
 # Doors that lead up, opened when called and not on import: (module, what it imports).
 DOORS = {("fastpost.types.head", "fastpost.models.heads")}
 
 # Parts that import more than torch; `import fastpost` reaches none of them.
-WITH_EXTRAS = {"files", "data", "models", "integrations", "rollout", "rewards", "trainers", "demo", "cli"}
+WITH_EXTRAS = {"files", "data", "models", "integrations", "rollout", "rewards", "trainers", "planning", "demo", "cli"}
 OUTSIDE = {part: {"torch"} for part in MAY_IMPORT.keys() - WITH_EXTRAS} | {
     "kernels": {"torch", "triton"},
     "quantised": {"torch", "bitsandbytes"},  # imported where a weight of it is read

@@ -19,6 +19,20 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 
+def adapter_of(config: Training) -> LoraConfig:
+    """The fresh adapter that a config asks for."""
+    return lora_config(
+        config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        lora_target_modules=config.lora_target_modules,
+        lora_modules_to_save=config.lora_modules_to_save,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
+    )
+
+
 def build(config: Training, path: str) -> tuple[Any, Any]:
     """Model and tokenizer of a directory, as the config wants them."""
     frozen_on_gpu = config.trains_adapter and the_device().type == "cuda"
@@ -26,7 +40,7 @@ def build(config: Training, path: str) -> tuple[Any, Any]:
         path,
         dtype=("bfloat16" if frozen_on_gpu else "float32") if config.dtype == "auto" else config.dtype,
         attn_implementation=config.attn_implementation,
-        peft_config=_adapter(config) if config.lora_r else None,
+        peft_config=adapter_of(config) if config.lora_r else None,
         quantization_config=_four_bits(config) if config.load_in_4bit else None,
         gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
@@ -58,19 +72,6 @@ def _widen(model: Any, config: Training) -> None:
         kind = str(narrow[0].dtype).removeprefix("torch.")
         lost = f"{len(narrow)} of the trained tensors in {kind}, which rounds small steps away"
         say(f"{lost}: give bf16 as well, or dtype float32")
-
-
-def _adapter(config: Training) -> LoraConfig:
-    return lora_config(
-        config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        lora_target_modules=config.lora_target_modules,
-        lora_modules_to_save=config.lora_modules_to_save,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
-    )
 
 
 def _four_bits(config: Training) -> BitsAndBytesConfig:

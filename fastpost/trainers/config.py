@@ -13,8 +13,8 @@ from fastpost.models.adapters import is_adapter
 from fastpost.trainers.options import REQUIRED, option, read_fields
 
 MODEL, DATA, ROLLOUT = "Model", "Data", "Rollouts and rewards"
-LOSS, STEPS, RUN = "Loss", "Optimisation", "Run"
-GROUPS = (MODEL, DATA, ROLLOUT, LOSS, STEPS, RUN)
+LOSS, STEPS, RUN, PLAN = "Loss", "Optimisation", "Run", "Plan"
+GROUPS = (PLAN, MODEL, DATA, ROLLOUT, LOSS, STEPS, RUN)
 
 
 @dataclass(frozen=True, kw_only=True)
