@@ -61,9 +61,10 @@ MAY_IMPORT = {
     "rollout": ("types", "packing", "head", "models"),
     "integrations": ("", "types", "door", "equation", "losses", "head", "models"),
     "rewards": ("types", "packing", "head", "models", "rollout"),
+    "watching": (),
     "trainers": (
         *("", "types", "losses", "advantages", "weights", "metrics", "packing", "shared_prompt", "head"),
-        *("files", "data", "models", "integrations", "rollout", "rewards"),
+        *("files", "data", "models", "integrations", "rollout", "rewards", "watching"),
     ),
     "demo": ("", "types", "files", "data", "models", "rollout", "rewards", "trainers"),
     "planning": ("quantised", "sweep", "eager", "models", "trainers"),
@@ -73,7 +74,10 @@ MAY_IMPORT = {
 DOORS = {("fastpost.types.head", "fastpost.models.heads")}
 
 # Parts that import more than torch; `import fastpost` reaches none of them.
-WITH_EXTRAS = {"files", "data", "models", "integrations", "rollout", "rewards", "trainers", "planning", "demo", "cli"}
+WITH_EXTRAS = {
+    *("files", "data", "models", "integrations", "rollout", "rewards"),
+    *("watching", "trainers", "planning", "demo", "cli"),
+}
 OUTSIDE = {part: {"torch"} for part in MAY_IMPORT.keys() - WITH_EXTRAS} | {
     "kernels": {"torch", "triton"},
     "quantised": {"torch", "bitsandbytes"},  # imported where a weight of it is read
