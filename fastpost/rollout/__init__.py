@@ -1,5 +1,6 @@
 """Samples from a policy."""
 
-from fastpost.rollout.generate import Completion, Sampling, generate
+from fastpost.rollout.generate import generate
+from fastpost.rollout.sampling import Completion, Sampling
 
 __all__ = ["Completion", "Sampling", "generate"]
