@@ -37,10 +37,11 @@ from fastpost.planning.fit import surveyed
 from fastpost.rollout import Completion
 from fastpost.trainers import policy, sft
 from fastpost.trainers.build import adapter_of
-from fastpost.trainers.checkpoint import Start
 from fastpost.trainers.loop import apply_gradients
 from fastpost.trainers.optimizers import adamw
+from fastpost.trainers.reference import Reference
 from fastpost.trainers.rollouts import Rollouts
+from fastpost.trainers.start import Parts, Start
 
 TOTAL, LARGEST = 0.10, 0.15  # what a plan may be off by
 
@@ -126,7 +127,7 @@ def gradients(start: Start, config: Planned, shape: Shape, length: int) -> Calla
         reference = model if config.lora_r else copy.deepcopy(model).requires_grad_(False)
         return lambda: dpo(model, reference, pack(rows))
     assert isinstance(config, PlannedGrpo)
-    reference = policy.Reference.of(start, config)
+    reference = Reference.of(start, config)
     prompts = [Prompt("", row.input_ids[: length // 4], {}) for row in rows]
     completions = [Completion(row.input_ids[length // 4 :], True) for row in rows]
     rollouts = Rollouts(prompts, completions, [], None, {})  # type: ignore[arg-type]  # nobody asks what they scored
@@ -157,12 +158,13 @@ def dpo(model: Any, reference: Any, packed: Packed) -> None:
 def measured(config: Planned, shape: Shape, length: int) -> dict[str, Any]:
     before = live_bytes()
     model = built(config)
-    optimizer = adamw(model, config)
-    run = gradients(Start(model, None, optimizer), config, shape, length)
+    parts = Parts.of(model)
+    optimizer = adamw(parts.parameters, config)
+    run = gradients(Start(parts, optimizer), config, shape, length)
 
     def step() -> None:
         run()
-        apply_gradients(model, optimizer, 1e-5, 1.0)
+        apply_gradients(parts.parameters, optimizer, 1e-5, 1.0)
 
     step()
     live = live_bytes() - before

@@ -19,7 +19,7 @@ from typing import Any
 
 from fastpost.planning import config as planned
 from fastpost.trainers import config as configs
-from fastpost.trainers.options import REQUIRED, bare, placeholder
+from fastpost.trainers.options import bare, is_needed, placeholder
 from fastpost.types import nearest
 
 # verb -> (its config, module:function). The module is imported when the verb runs.
@@ -109,7 +109,7 @@ def read_config(cls: type, words: list[str]) -> Any:
     flags = read_flags(cls, words)
     path = flags.pop("config", None)
     values = (read_yaml(cls, path) if path is not None else {}) | flags
-    missing = [f.name for f in dataclasses.fields(cls) if f.default is REQUIRED and f.name not in values]
+    missing = [f.name for f in dataclasses.fields(cls) if is_needed(f) and values.get(f.name) in (None, "", [])]
     if missing:
         raise ValueError(f"{', '.join(missing)} must be given, as a flag (--{missing[0]} ...) or in the --config file")
     return cls(**values)
@@ -198,7 +198,7 @@ def help_of(verb: str, cls: type) -> str:
 
 def field_help(field: dataclasses.Field, kind: Any, width: int) -> str:
     """A flag, what it takes, what it means."""
-    if field.default is REQUIRED:
+    if is_needed(field):
         default = " (required)"
     elif field.default is None:
         default = ""

@@ -28,8 +28,8 @@ from fastpost.rewards import load_reward
 from fastpost.rollout import Sampling
 from fastpost.trainers.config import Demo, Grpo, Sft
 from fastpost.trainers.grpo import grpo
+from fastpost.trainers.log import append, read_lines, say
 from fastpost.trainers.loop import peak_memory_mb
-from fastpost.trainers.metrics import append, read_lines, say
 from fastpost.trainers.rollouts import Task, greedy_reward
 from fastpost.trainers.sft import sft
 

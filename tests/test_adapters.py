@@ -23,9 +23,9 @@ from fastpost.models.loading import load_model
 from fastpost.models.lora import lora_config
 from fastpost.models.qlora import four_bit_config, is_quantised
 from fastpost.models.saving import save_model
-from fastpost.trainers.checkpoint import start
 from fastpost.trainers.config import Merge, Sft
 from fastpost.trainers.merge import merge
+from fastpost.trainers.start import start
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 IDS = torch.arange(5, 29)[None]

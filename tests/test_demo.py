@@ -11,7 +11,7 @@ import pytest
 from fastpost import demo
 from fastpost.cli import main
 from fastpost.rewards.builtin import number_match
-from fastpost.trainers.metrics import read_lines
+from fastpost.trainers.log import read_lines
 
 NUMBER = re.compile(r"\d+")
 

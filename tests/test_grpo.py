@@ -23,12 +23,13 @@ from fastpost.models.lora import lora_config, with_lora
 from fastpost.rewards import Scores
 from fastpost.rollout import Completion
 from fastpost.trainers import policy
-from fastpost.trainers.checkpoint import Start
 from fastpost.trainers.config import Grpo
 from fastpost.trainers.grpo import grpo
-from fastpost.trainers.metrics import read_lines
-from fastpost.trainers.policy import Reference, backward, policy_packs
+from fastpost.trainers.log import read_lines
+from fastpost.trainers.policy import backward, policy_packs
+from fastpost.trainers.reference import Reference
 from fastpost.trainers.rollouts import Rollouts, first_group, rollout_metrics
+from fastpost.trainers.start import Parts, Start
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
 TIMES = ("tokens_per_second", "peak_memory_mb", "step_time/rollout", "step_time/reward", "step_time/update")
@@ -166,7 +167,7 @@ def test_the_second_iteration_clips_against_the_first():
 
 def test_the_reference_is_the_policy_before_training():
     config, rollouts, model = config_of(beta=0.5), rollouts_of(), tiny.model("qwen3").train()
-    reference = Reference.of(Start(model, None, torch.optim.SGD(model.parameters())), config)
+    reference = Reference.of(Start(Parts.of(model), torch.optim.SGD(model.parameters())), config)
     advantages = group_centred(rollouts.scores.rewards, 3)
     packs = [reference.scored(packed) for packed in policy_packs(rollouts, advantages, config)]
     assert backward(model, packs, TOKENS, config)[1]["kl"] == 0
@@ -187,7 +188,7 @@ def test_a_reference_without_the_adapter_leaves_what_trains_as_it_is():
     trace = lambda *_: seen.append({name: (id(p), p.requires_grad) for name, p in model.named_parameters()})  # noqa: E731
     model.get_base_model().model.register_forward_hook(trace)
     config, rollouts = config_of(beta=0.5, lora_r=2), rollouts_of()
-    reference = Reference.of(Start(model, None, torch.optim.SGD(model.parameters())), config)
+    reference = Reference.of(Start(Parts.of(model), torch.optim.SGD(model.parameters())), config)
     packs = policy_packs(rollouts, group_centred(rollouts.scores.rewards, 3), config)
     trace()
     for _ in range(2):

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import math
 import random
+import resource
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from fastpost.trainers import checkpoint, loop, metrics, optimizers
+from fastpost.trainers import checkpoint, log, loop, optimizers
+from fastpost.trainers.checkpoint import State
 from fastpost.trainers.config import Grpo, Sft
 from fastpost.trainers.plots import plot_metrics
+from fastpost.trainers.start import Parts, Start, start
 
 
 def config(**changes) -> Sft:
@@ -76,7 +81,7 @@ def test_something_is_due_when_a_multiple_was_reached_or_passed():
 def test_vectors_do_not_decay_and_frozen_weights_are_left_out():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2))
     model[2].requires_grad_(False)
-    groups = optimizers.adamw(model, config(weight_decay=0.3)).param_groups
+    groups = optimizers.adamw(loop.trainable(model), config(weight_decay=0.3)).param_groups
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.3, 1), (0.0, 3)]
 
 
@@ -85,7 +90,7 @@ def test_a_step_clips_steps_and_clears():
     before = model.weight.detach().clone()
     model.weight.grad = torch.tensor([[3.0, 4.0]])
     optimizer = torch.optim.SGD(model.parameters(), lr=99.0)
-    assert loop.apply_gradients(model, optimizer, 0.5, max_norm=1.0) == pytest.approx(5.0)
+    assert loop.apply_gradients([model.weight], optimizer, 0.5, max_norm=1.0) == pytest.approx(5.0)
     torch.testing.assert_close(before - model.weight.detach(), 0.5 * torch.tensor([[0.6, 0.8]]))
     assert model.weight.grad is None
 
@@ -95,7 +100,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied():
     before = model.weight.detach().clone()
     model.weight.grad = torch.tensor([[float("nan"), 1.0]])
     with pytest.raises(FloatingPointError, match="norm is nan"):
-        loop.apply_gradients(model, torch.optim.SGD(model.parameters(), lr=1.0), 1.0, 1.0)
+        loop.apply_gradients([model.weight], torch.optim.SGD(model.parameters(), lr=1.0), 1.0, 1.0)
     assert torch.equal(model.weight, before)
 
 
@@ -103,14 +108,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied():
 
 
 def test_a_line_is_the_mean_of_its_steps_and_json_has_no_nan(tmp_path: Path):
-    log = metrics.Metrics(tmp_path, "sft", 0, 4, num_tokens=10)
-    log.add({"loss": 1.0, "kl": 4.0}, tokens=5)
-    log.add({"loss": 3.0, "reward": math.nan}, tokens=7)
-    log.write(2, 0.5)
-    log.add({"loss": 9.0}, tokens=1)
-    log.write(3, 0.75)
-    log.close()
-    first, second = metrics.read_lines(tmp_path / "metrics.jsonl")
+    lines = log.Log(tmp_path, "sft", 0, 4, num_tokens=10)
+    lines.add({"loss": 1.0, "kl": 4.0}, tokens=5)
+    lines.add({"loss": 3.0, "reward": math.nan}, tokens=7)
+    lines.write(2, 0.5)
+    lines.add({"loss": 9.0}, tokens=1)
+    lines.write(3, 0.75)
+    lines.close()
+    first, second = log.read_lines(tmp_path / "metrics.jsonl")
     assert (first["loss"], first["kl"], first["reward"], first["num_tokens"]) == (2.0, 4.0, None, 22)
     assert (second["loss"], second["step"], "kl" in second) == (9.0, 3, False)
 
@@ -118,7 +123,7 @@ def test_a_line_is_the_mean_of_its_steps_and_json_has_no_nan(tmp_path: Path):
 def test_lines_after_the_step_of_a_resume_go_and_so_does_half_a_line(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    metrics.keep_until(file, 2)
+    log.keep_until(file, 2)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -126,12 +131,37 @@ def test_checkpoints_are_found_by_number_and_half_written_ones_are_not(tmp_path:
     for name in ("checkpoint-9", "checkpoint-10", ".checkpoint-11.4242", "checkpoint-x"):
         (tmp_path / name).mkdir()
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
-    found = checkpoint.find_checkpoint(config(output_dir=str(tmp_path), resume_from_checkpoint="latest"))
-    assert found == tmp_path / "checkpoint-10"
     with pytest.raises(ValueError, match=r"is no checkpoint: it has no state\.json"):
-        checkpoint.find_checkpoint(config(resume_from_checkpoint=str(tmp_path)))
-    with pytest.raises(ValueError, match="holds no checkpoint-N to resume from"):
-        checkpoint.find_checkpoint(config(output_dir=str(tmp_path / "x"), resume_from_checkpoint="latest"))
+        checkpoint.find(config(resume_from_checkpoint=str(tmp_path)))
+
+
+def saved_run(directory: Path, steps: Sequence[int], best: dict | None = None, **changes) -> None:
+    """Checkpoints of a run of nothing."""
+    model = torch.nn.Linear(2, 2)
+    saved = SimpleNamespace(save_pretrained=lambda path: None)
+    begun = Start(
+        Parts(saved, saved, [], lambda path: save_file({"w": model.weight.detach()}, path / "m.safetensors")),
+        torch.optim.AdamW(model.parameters()),
+    )
+    for step in steps:
+        checkpoint.save(config(output_dir=directory, **changes), begun, State(step, best=best))
+
+
+def test_the_newest_sound_checkpoint_is_the_latest(tmp_path: Path, capsys):
+    latest = config(output_dir=str(tmp_path), resume_from_checkpoint="latest")
+    assert checkpoint.find(latest) is None
+    assert "holds no checkpoint to resume from: the run begins at step 0" in capsys.readouterr().err
+    saved_run(tmp_path, (2, 4, 6))
+    assert checkpoint.find(latest) == tmp_path / "checkpoint-6"
+    spoil = tmp_path / "checkpoint-6" / "m.safetensors"
+    spoil.write_bytes(spoil.read_bytes()[:-1] + b"\0")
+    (tmp_path / "checkpoint-4" / "optimizer.safetensors").unlink()
+    assert checkpoint.find(latest) == tmp_path / "checkpoint-2"
+    said = capsys.readouterr().err
+    assert "checkpoint-6 is spoilt: m.safetensors is not what was written: it is passed over" in said
+    assert "checkpoint-4 is spoilt: optimizer.safetensors is missing: it is passed over" in said
+    with pytest.raises(ValueError, match=r"checkpoint-6' is spoilt: m\.safetensors is not what was written"):
+        checkpoint.find(config(resume_from_checkpoint=str(tmp_path / "checkpoint-6")))
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(tmp_path: Path):
@@ -157,21 +187,30 @@ def test_an_output_dir_that_cannot_be_made_is_refused_before_anything_runs(tmp_p
 
 
 def test_a_checkpoint_of_other_adapters_is_refused_by_the_field(tmp_path: Path):
-    then = config(output_dir=tmp_path, lora_r=4)
-    (tmp_path / "checkpoint-1").mkdir()
-    facts = {"step": 1, "num_tokens": 0, "config": checkpoint._plain(then)}
-    (tmp_path / "checkpoint-1" / "state.json").write_text(json.dumps(facts))
+    saved_run(tmp_path, (1,), lora_r=4)
     with pytest.raises(ValueError, match=r"lora_r is 8 and was 4 in .*checkpoint-1: a resumed run must have the same"):
-        checkpoint.start(config(output_dir=tmp_path, lora_r=8, resume_from_checkpoint="latest"))
+        start(config(output_dir=tmp_path, lora_r=8, resume_from_checkpoint="latest"))
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path):
-    model = torch.nn.Linear(2, 2)
-    saved = SimpleNamespace(save_pretrained=lambda path: None)
-    state = checkpoint.Start(saved, saved, torch.optim.AdamW(model.parameters()))
-    for step in (1, 2, 3):
-        checkpoint.save(config(output_dir=tmp_path, save_total_limit=2), state, step, 0)
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+def test_the_newest_checkpoints_are_kept_and_the_best(tmp_path: Path):
+    saved_run(tmp_path, (1, 2, 3, 4), best={"step": 1, "value": 0.5}, save_total_limit=2)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [f"checkpoint-{i}" for i in (1, 3, 4)]
+
+
+def test_a_full_disk_is_said_and_what_was_there_stays(tmp_path: Path):
+    saved_run(tmp_path, (1,))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        with pytest.raises(
+            ValueError, match=r"checkpoint-2 could not be written: .*; the run can go on from .*checkpoint-1"
+        ):
+            saved_run(tmp_path, (2,))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"] and not checkpoint.spoilt(
+        tmp_path / "checkpoint-1"
+    )
 
 
 def test_checkpoints_after_the_one_resumed_are_renamed_as_often_as_it_is(tmp_path: Path, capsys):
@@ -186,7 +225,7 @@ def test_checkpoints_after_the_one_resumed_are_renamed_as_often_as_it_is(tmp_pat
 
 
 def test_the_plot_shows_what_there_is(tmp_path: Path):
-    metrics.append(tmp_path / "metrics.jsonl", [{"step": i, "loss": 1 / i, "kl": None} for i in (1, 2)])
+    log.append(tmp_path / "metrics.jsonl", [{"step": i, "loss": 1 / i, "kl": None} for i in (1, 2)])
     plot_metrics(tmp_path)
     assert (tmp_path / "metrics.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -194,4 +233,4 @@ def test_the_plot_shows_what_there_is(tmp_path: Path):
 def test_a_config_reads_what_python_yaml_and_flags_write():
     read = Grpo(model=Path("m"), dataset="d", output_dir="o", reward="f", reward_weights=["2"], learning_rate="1e-4")
     assert (read.model, read.reward, read.reward_weights, read.learning_rate) == ("m", ("f",), (2.0,), 1e-4)
-    assert json.loads(json.dumps(checkpoint._plain(read)))["reward"] == ["f"]
+    assert json.loads(json.dumps(checkpoint.plain(read)))["reward"] == ["f"]

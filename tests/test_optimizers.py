@@ -14,6 +14,7 @@ import bitsandbytes
 from safetensors.torch import load_file, save_file
 
 from fastpost.trainers.config import Sft
+from fastpost.trainers.loop import trainable
 from fastpost.trainers.optimizers import BITSANDBYTES, adamw, load_state_tensors, state_tensors
 from rules import assert_gradient_close_to_truth
 
@@ -51,7 +52,7 @@ def flat(model: nn.Module) -> Tensor:
 
 def trained(optim: str, steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = network()
-    optimizer = adamw(model, config(optim=optim))
+    optimizer = adamw(list(model.parameters()), config(optim=optim))
     for seed in range(steps):
         step(model, optimizer, seed)
     return model, optimizer
@@ -61,7 +62,7 @@ def test_vectors_do_not_decay_and_frozen_weights_are_left_out():
     model = network()
     model[2].requires_grad_(False)
     for optim in KINDS:
-        groups = adamw(model, config(weight_decay=0.3, optim=optim)).param_groups
+        groups = adamw(trainable(model), config(weight_decay=0.3, optim=optim)).param_groups
         assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.3, 1), (0.0, 3)]
 
 
@@ -88,7 +89,7 @@ def test_state_goes_to_the_disk_and_back_to_the_bit(optim: str, tmp_path: Path):
     straight, _ = trained(optim, 5)
     model, optimizer = trained(optim, 3)
     save_file(state_tensors(optimizer), tmp_path / "state.safetensors")
-    again = adamw(model, config(optim=optim))
+    again = adamw(list(model.parameters()), config(optim=optim))
     load_state_tensors(again, load_file(tmp_path / "state.safetensors"))
     before, after = state_tensors(optimizer), state_tensors(again)
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
@@ -110,7 +111,7 @@ def test_moments_in_8_bits_are_a_quarter_of_those_in_32():
 def test_what_is_loaded_into_a_paged_optimizer_is_paged_again(monkeypatch: pytest.MonkeyPatch):
     """On a CPU nothing is; what asks for pages is counted."""
     model, optimizer = trained("paged_adamw_8bit", 1)
-    again = adamw(model, config(optim="paged_adamw_8bit"))
+    again = adamw(list(model.parameters()), config(optim="paged_adamw_8bit"))
     asked, plain = [], type(again).get_state_buffer
 
     def get_state_buffer(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,9 +125,9 @@ def test_what_is_loaded_into_a_paged_optimizer_is_paged_again(monkeypatch: pytes
 
 
 def test_that_nothing_is_paged_on_a_cpu_is_said(capsys: pytest.CaptureFixture):
-    adamw(network(), config(optim="paged_adamw_32bit"))
+    adamw(list(network().parameters()), config(optim="paged_adamw_32bit"))
     assert "optim paged_adamw_32bit: nothing is paged on a CPU" in capsys.readouterr().err
-    adamw(network(), config(optim="adamw_8bit"))
+    adamw(list(network().parameters()), config(optim="adamw_8bit"))
     assert not capsys.readouterr().err
 
 

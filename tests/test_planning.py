@@ -28,6 +28,7 @@ from fastpost.planning.outline import outline
 from fastpost.planning.report import table
 from fastpost.planning.states import adamw_bytes, four_bit_bytes
 from fastpost.planning.timeline import recording
+from fastpost.trainers.loop import trainable
 from fastpost.trainers.optimizers import BITSANDBYTES, adamw
 from test_workspace import peak
 
@@ -126,7 +127,7 @@ def test_four_bits_are_bitsandbytes_own(nested: bool):
 def test_moments_are_the_optimizer_s_own(optim: str, directory: Path):
     pytest.importorskip("bitsandbytes")
     model = nn.Sequential(nn.Linear(64, 128), nn.LayerNorm(128), nn.Linear(128, 4), nn.Linear(300, 37))
-    optimizer = adamw(model, run(directory, optim=optim))
+    optimizer = adamw(trainable(model), run(directory, optim=optim))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()

@@ -20,8 +20,8 @@ from fastpost.models.loading import load_model
 from fastpost.models.lora import lora_config
 from fastpost.models.qlora import four_bit_config, is_quantised
 from fastpost.models.saving import save_model
-from fastpost.trainers.checkpoint import start
 from fastpost.trainers.config import Sft
+from fastpost.trainers.start import start
 
 # Large enough that every absmax is in a block of 256 of them; 97 words, as the tokenizer has.
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "tie_word_embeddings": False}

@@ -17,7 +17,7 @@ from fastpost.models.loading import load_model
 from fastpost.packing import Example
 from fastpost.trainers import checkpoint
 from fastpost.trainers.config import Sft
-from fastpost.trainers.metrics import read_lines
+from fastpost.trainers.log import read_lines
 from fastpost.trainers.sft import backward, evaluate, sft
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 

@@ -17,9 +17,10 @@ from fastpost.advantages import group_centred
 from fastpost.models import attention
 from fastpost.models.probe import check_sharing
 from fastpost.shared_prompt import SharedPack
-from fastpost.trainers.checkpoint import Start
-from fastpost.trainers.policy import Reference, backward, policy_packs
+from fastpost.trainers.policy import backward, policy_packs
+from fastpost.trainers.reference import Reference
 from fastpost.trainers.sharing import parts_of_packs, shares_prompts
+from fastpost.trainers.start import Parts, Start
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 from test_grpo import LENGTHS, TOKENS, config_of, plain_gradient, rollouts_of
 
@@ -69,7 +70,7 @@ def two_steps(shared: bool, family: str, dtype=torch.float32, **changes) -> tupl
     """Two iterations on the same rollouts, with a reference: their gradients, and what is logged of them."""
     config = config_of(beta=0.5, num_iterations=2, per_device_train_batch_size=3, gradient_accumulation_steps=2)
     rollouts, model = rollouts_of(), made(family, dtype, **changes)
-    reference = Reference.of(Start(model, None, torch.optim.SGD(model.parameters())), config)
+    reference = Reference.of(Start(Parts.of(model), torch.optim.SGD(model.parameters())), config)
     packs = policy_packs(rollouts, group_centred(rollouts.scores.rewards, 3), config, shared=shared)
     assert len(packs) == 2 and all(isinstance(packed, SharedPack) == shared for packed in packs)
     packs = [reference.scored(packed) for packed in packs]

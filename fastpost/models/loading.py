@@ -59,6 +59,11 @@ def load_model(
         trust_remote_code=trust_remote_code,
     )
     model, tokenizer = _adapted(path, load) if is_adapter(path) else load(path)
+    return prepare_model(model, peft_config, gradient_checkpointing), tokenizer
+
+
+def prepare_model(model: Any, peft_config: LoraConfig | None = None, gradient_checkpointing: bool = False) -> Any:
+    """A model that is loaded, ready to train: with a fresh adapter where one is wanted, and probed."""
     if peft_config is not None:
         model = with_lora(model, peft_config)
     probe(model)
@@ -66,7 +71,7 @@ def load_model(
         # transformers renamed it in 5.2x; reentrant, it would need an input with a gradient, which LoRA has not.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return model, tokenizer
+    return model
 
 
 def _adapted(path: str | PathLike[str], load: Callable[[str], tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -96,7 +101,7 @@ def _model_and_tokenizer(
     source = _source(path)
     options = {"trust_remote_code": trust_remote_code, "local_files_only": isinstance(source, Path)}
     quantised = {} if quantization_config is None else {"quantization_config": quantization_config}
-    attention.register()
+    attention.register()  # a config may name ours already
     try:
         tokenizer = _tokenizer(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -113,8 +118,8 @@ def _model_and_tokenizer(
         raise ValueError(f"model {str(path)!r} is an adapter on the hub: download it, and pass its directory")
     _check_size(tokenizer, model, path)
     keep_differentiable(model)
-    if attn_implementation is None and _takes_packs(model):
-        model.set_attn_implementation(attention.NAME)
+    if attn_implementation is None:
+        attend_packed(model)
     return model, tokenizer
 
 
@@ -177,7 +182,9 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     return DTYPES[dtype] if isinstance(dtype, str) else dtype
 
 
-def _takes_packs(model: Any) -> bool:
-    """Whether it attends by SDPA, or would but for a soft cap or sinks, which SDPA has not."""
-    how = model.config._attn_implementation
-    return how == "sdpa" or (how == "eager" and model._supports_attention_backend)
+def attend_packed(lm: Any) -> None:
+    """Packed attention, where the model attends by SDPA, or would but for a soft cap or sinks, which SDPA has not."""
+    attention.register()
+    how = lm.config._attn_implementation
+    if how == "sdpa" or (how == "eager" and lm._supports_attention_backend):
+        lm.set_attn_implementation(attention.NAME)

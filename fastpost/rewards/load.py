@@ -36,6 +36,13 @@ def _module(file: Path, spec: str) -> Any:
     return module
 
 
+def given_reward(function: Callable[..., Any]) -> Reward:
+    """A function that a caller in Python has at hand, by its own name."""
+    if not callable(function):
+        raise ValueError(f"reward_funcs must hold functions, got {function!r}")
+    return Reward(getattr(function, "__name__", type(function).__name__), function)
+
+
 def load_reward(spec: str) -> Reward:
     """A built-in name, or `file.py:function`."""
     path, colon, name = spec.rpartition(":")

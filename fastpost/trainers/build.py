@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastpost.models.loading import load_model
+from fastpost.models.loading import attend_packed, load_model, prepare_model
 from fastpost.models.lora import beside_tied, lora_config
 from fastpost.models.memory import offload_activations, tile_mlps
 from fastpost.models.qlora import four_bit_config, is_quantised
+from fastpost.models.trunk import causal_lm
 from fastpost.trainers.config import Training
+from fastpost.trainers.given import Given
+from fastpost.trainers.log import say
 from fastpost.trainers.loop import the_device, trainable, wants_bf16
-from fastpost.trainers.metrics import say
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -33,24 +36,28 @@ def adapter_of(config: Training) -> LoraConfig:
     )
 
 
-def build(config: Training, path: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a directory, as the config wants them."""
-    frozen_on_gpu = config.trains_adapter and the_device().type == "cuda"
-    model, tokenizer = load_model(
-        path,
-        dtype=("bfloat16" if frozen_on_gpu else "float32") if config.dtype == "auto" else config.dtype,
-        attn_implementation=config.attn_implementation,
-        peft_config=adapter_of(config) if config.lora_r else None,
-        quantization_config=_four_bits(config) if config.load_in_4bit else None,
-        gradient_checkpointing=config.gradient_checkpointing,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if not config.trains_adapter and is_quantised(model):
-        raise ValueError(f"model {path!r} is quantised, so its weights cannot train: give lora_r, 16 say, for adapters")
-    if config.trains_adapter:
+def build(config: Training, given: Given | None = None, found: Path | None = None) -> tuple[Any, Any]:
+    """Model and tokenizer as the config wants them, of its directory or of what is given, with the weights of a
+    checkpoint where one is `found`."""
+    given = given or {}
+    base = given.get("model")
+    adapts = config.trains_adapter or hasattr(base, "peft_config")
+    # An adapter's checkpoint holds the adapter alone; its base is still where it was.
+    if base is not None and (adapts or found is None):
+        model, tokenizer = _prepared(base, given, config)
+    else:
+        model, tokenizer = _loaded(config, config.model if adapts or found is None else str(found))
+    if not adapts and is_quantised(model):
+        name = repr(config.model or type(model).__name__)
+        raise ValueError(f"model {name} is quantised, so its weights cannot train: give lora_r, 16 say, for adapters")
+    if adapts:
         _widen(model, config)
         if (note := beside_tied(model)) is not None:
             say(note)
+    if found is not None and adapts:
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(found), device="cpu"))
     if config.use_liger_kernel:
         from fastpost.integrations.liger import apply_liger
 
@@ -60,6 +67,35 @@ def build(config: Training, path: str) -> tuple[Any, Any]:
     if config.activation_offloading:
         offload_activations(model)
     return model, tokenizer
+
+
+def _loaded(config: Training, path: str) -> tuple[Any, Any]:
+    """Of a directory."""
+    if not path:
+        raise ValueError("model must be given: a directory in the config, or a model as `model`")
+    frozen_on_gpu = config.trains_adapter and the_device().type == "cuda"
+    return load_model(
+        path,
+        dtype=("bfloat16" if frozen_on_gpu else "float32") if config.dtype == "auto" else config.dtype,
+        attn_implementation=config.attn_implementation,
+        peft_config=adapter_of(config) if config.lora_r else None,
+        quantization_config=_four_bits(config) if config.load_in_4bit else None,
+        gradient_checkpointing=config.gradient_checkpointing,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _prepared(model: Any, given: Given, config: Training) -> tuple[Any, Any]:
+    """A model that the caller has loaded, with its tokenizer."""
+    tokenizer = given.get("processing_class")
+    if tokenizer is None:
+        raise ValueError("processing_class must be given beside a model: its tokenizer")
+    if hasattr(model, "peft_config") and config.lora_r:
+        raise ValueError("the model has an adapter, which trains on as it is: leave lora_r out, or merge it first")
+    if config.attn_implementation is None:
+        attend_packed(causal_lm(model))
+    peft_config = adapter_of(config) if config.lora_r else None
+    return prepare_model(model, peft_config, config.gradient_checkpointing), tokenizer
 
 
 def _widen(model: Any, config: Training) -> None:

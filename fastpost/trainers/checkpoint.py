@@ -1,49 +1,148 @@
 """checkpoint-N: the model after N steps, the optimizer's moments, and the little that (seed, N) does not already say.
 
-Tensors are safetensors, the rest JSON. A checkpoint is written aside and renamed, so it is whole or absent.
+Tensors are safetensors, the rest JSON, and `files.json` has what each file must hash to. A checkpoint is written aside
+and renamed, so it is whole or absent; one that a disk has spoilt since is known by its hashes, and passed over.
 N steps straight and k steps, then a resume to N, give the same bits on a CPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fastpost.models.saving import save_weights, written_aside
-from fastpost.trainers.build import build
+from fastpost.models.saving import written_aside
 from fastpost.trainers.config import Training
-from fastpost.trainers.loop import seed_step, the_device
-from fastpost.trainers.metrics import say
-from fastpost.trainers.optimizers import adamw, load_state_tensors, state_tensors
+from fastpost.trainers.log import say
+from fastpost.trainers.optimizers import state_tensors
+
+if TYPE_CHECKING:
+    from fastpost.trainers.start import Start
 
 # Fields that may differ on resume without a word: they do not change what is computed in a step.
-FREE = {"output_dir", "resume_from_checkpoint", "eval_dataset"}
+FREE = {"output_dir", "resume_from_checkpoint", "eval_dataset", "metric_for_best_model", "greater_is_better"}
 FREE |= {"logging_steps", "eval_steps", "save_steps", "save_total_limit"}
-# Fields that move every learning rate, unless that is constant.
-LENGTH = ("max_steps", "num_train_epochs")
-# Fields that say which tensors there are, and what a base rounds to: a checkpoint fits no others.
-SHAPING = ("lora_r", "lora_target_modules", "lora_modules_to_save", "use_dora", "optim")
-SHAPING += ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
+STATE, OPTIMIZER, HASHES = "state.json", "optimizer.safetensors", "files.json"
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins."""
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a run knows at the end of a step, besides tensors."""
 
-    model: Any
-    tokenizer: Any
-    optimizer: torch.optim.Optimizer
     step: int = 0
+    rows: int = 0  # taken from the endless row of epochs
     num_tokens: int = 0
+    kept: dict[str, Any] = dataclasses.field(default_factory=dict)  # a verb's own, in JSON: a controller, a mean
+    best: dict[str, float] | None = None  # {"step": ..., "value": ...} of metric_for_best_model
+
+
+# ---- writing ----
+
+
+def save(config: Training, start: Start, state: State) -> None:
+    """Writes checkpoint-<step>, then removes the oldest beyond save_total_limit, but not the best."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    output = Path(config.output_dir)
+    path = output / f"checkpoint-{state.step}"
+    try:
+        with written_aside(path) as aside:
+            start.save_model(aside)
+            save_file(state_tensors(start.optimizer), aside / OPTIMIZER)
+            _write_json(aside / STATE, dataclasses.asdict(state) | {"config": plain(config)})
+            _write_json(aside / HASHES, {str(file.relative_to(aside)): _hash(file) for file in _files(aside)})
+    except (OSError, SafetensorError) as error:
+        before = checkpoints(output)
+        rest = f"the run can go on from {before[-1]}" if before else "there is none before it"
+        raise ValueError(f"{path} could not be written: {error}; {rest}") from error
+    best = None if state.best is None else int(state.best["step"])
+    for old in checkpoints(output)[: -config.save_total_limit] if config.save_total_limit else ():
+        if _step_of(old) != best:
+            shutil.rmtree(old)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != HASHES)
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as bytes_:
+        return hashlib.file_digest(bytes_, "sha256").hexdigest()
+
+
+def plain(config: Training) -> dict[str, Any]:
+    """The fields that decide what a step computes, as JSON gives them back."""
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    return json.loads(json.dumps(fields))
+
+
+# ---- finding ----
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=_step_of)
+
+
+def find(config: Training) -> Path | None:
+    """The checkpoint to resume from; None: there is none, or none is asked for."""
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted != "latest":
+        fault = spoilt(Path(wanted))
+        if fault:
+            raise ValueError(f"resume_from_checkpoint {wanted!r} {fault}")
+        return Path(wanted)
+    for path in reversed(checkpoints(Path(config.output_dir))):
+        fault = spoilt(path)
+        if not fault:
+            return path
+        say(f"{path} {fault}: it is passed over, the one before is taken")
+    say(f"output_dir {config.output_dir} holds no checkpoint to resume from: the run begins at step 0")
+    return None
+
+
+def spoilt(path: Path) -> str | None:
+    """What is wrong with a checkpoint, as the rest of a sentence that begins with its name."""
+    if not (path / STATE).is_file():
+        return f"is no checkpoint: it has no {STATE}"
+    try:
+        hashes = json.loads((path / HASHES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"is spoilt: {HASHES} cannot be read ({error})"
+    for name, wanted in hashes.items():
+        if not (path / name).is_file():
+            return f"is spoilt: {name} is missing"
+        if _hash(path / name) != wanted:
+            return f"is spoilt: {name} is not what was written"
+    return None
+
+
+def read_state(path: Path) -> tuple[State, dict[str, Any]]:
+    """What `save` wrote, and the config of then."""
+    facts = json.loads((path / STATE).read_text(encoding="utf-8"))
+    config = facts.pop("config")
+    return State(**facts), config
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+# ---- the directory of a run ----
 
 
 def check_output_dir(config: Training) -> None:
@@ -66,52 +165,6 @@ def check_output_dir(config: Training) -> None:
         )
 
 
-def start(config: Training) -> Start:
-    """The model on its device with its optimizer, fresh or as a checkpoint left them."""
-    from safetensors.torch import load_file
-
-    found = find_checkpoint(config)
-    state = {} if found is None else json.loads((found / "state.json").read_text(encoding="utf-8"))
-    for name in SHAPING if state else ():
-        now = _plain(config)[name]
-        then = state["config"].get(name, now)
-        if now != then:
-            raise ValueError(f"{name} is {now!r} and was {then!r} in {found}: a resumed run must have the same")
-    seed_step(config.seed, -1)  # adapters begin at random
-    # An adapter's checkpoint holds the adapter alone; its base is still where it was.
-    model, tokenizer = build(config, config.model if config.trains_adapter or found is None else str(found))
-    if found is not None and config.trains_adapter:
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, load_peft_weights(str(found), device="cpu"))
-    model.to(the_device()).train()
-    optimizer = adamw(model, config)
-    if found is None:
-        return Start(model, tokenizer, optimizer)
-    load_state_tensors(optimizer, load_file(found / "optimizer.safetensors"))
-    for name, then in state["config"].items():
-        now = _plain(config).get(name)
-        if now != then and not (name in LENGTH and config.lr_scheduler_type == "constant"):
-            say(f"resuming with another {name}: {now!r}, in the checkpoint {then!r}")
-    return Start(model, tokenizer, optimizer, state["step"], state["num_tokens"])
-
-
-def save(config: Training, state: Start, step: int, num_tokens: int) -> None:
-    """Writes checkpoint-<step>, then removes the oldest beyond save_total_limit."""
-    from safetensors.torch import save_file
-
-    output = Path(config.output_dir)
-    with written_aside(output / f"checkpoint-{step}") as aside:
-        save_weights(state.model, aside)
-        state.tokenizer.save_pretrained(aside)
-        save_file(state_tensors(state.optimizer), aside / "optimizer.safetensors")
-        facts = {"step": step, "num_tokens": num_tokens, "config": _plain(config)}
-        (aside / "state.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    if config.save_total_limit is not None:
-        for old in checkpoints(output)[: -config.save_total_limit]:
-            shutil.rmtree(old)
-
-
 def set_later_aside(output: Path, step: int) -> None:
     """Renames the checkpoints after `step`: a run resumed there goes another way, and has the later numbers itself.
 
@@ -123,34 +176,3 @@ def set_later_aside(output: Path, step: int) -> None:
             aside = next(name for name in names if not name.exists())
             path.rename(aside)
             say(f"resuming before {path}: it is now {aside.name}, and counts no more")
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.split("-")[1])
-
-
-def _plain(config: Training) -> dict[str, Any]:
-    """The fields that decide what a step computes, as JSON gives them back."""
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
-    return json.loads(json.dumps(fields))
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=_step_of)
-
-
-def find_checkpoint(config: Training) -> Path | None:
-    """The checkpoint to resume from, if any is asked for."""
-    wanted = config.resume_from_checkpoint
-    if wanted is None:
-        return None
-    if wanted == "latest":
-        found = checkpoints(Path(config.output_dir))
-        if not found:
-            raise ValueError(f"output_dir {config.output_dir} holds no checkpoint-N to resume from")
-        return found[-1]
-    if not (Path(wanted) / "state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint {wanted!r} is no checkpoint: it has no state.json")
-    return Path(wanted)

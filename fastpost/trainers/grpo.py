@@ -9,110 +9,56 @@ denominators and in the rewards that are logged. Completions of a prompt that sh
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Unpack
 
 from fastpost.advantages import group_centred
-from fastpost.data import Prompt, check_columns, prompts
-from fastpost.files import read_rows
-from fastpost.models.saving import save_model
-from fastpost.rewards import load_reward
-from fastpost.rollout import Sampling
-from fastpost.shared_prompt import AnyPack
-from fastpost.trainers import checkpoint
+from fastpost.data import Prompt, prompts
+from fastpost.trainers.checkpoint import check_output_dir
 from fastpost.trainers.config import Grpo
-from fastpost.trainers.loop import (
-    apply_gradients,
-    autocast,
-    due,
-    learning_rate,
-    order,
-    rows_to_see,
-    seed_of,
-    seed_step,
-)
-from fastpost.trainers.metrics import Metrics, append, say
-from fastpost.trainers.plots import plot_metrics
-from fastpost.trainers.policy import Reference, backward, policy_packs, predicted_tokens
-from fastpost.trainers.rollouts import Task, first_group, greedy_reward, roll_out, rollout_metrics
+from fastpost.trainers.given import GivenRewards, read_data
+from fastpost.trainers.log import say
+from fastpost.trainers.loop import seed_of
+from fastpost.trainers.policy import backward, policy_packs, predicted_tokens
+from fastpost.trainers.reference import Reference
+from fastpost.trainers.rollouts import first_group, greedy_reward, roll_out, rollout_metrics, task_of
+from fastpost.trainers.run import Run
 from fastpost.trainers.sharing import shares_prompts
+from fastpost.trainers.start import start
 
 
-def grpo(config: Grpo) -> None:
+def grpo(config: Grpo, **given: Unpack[GivenRewards]) -> Any:
     """Trains config.model on the prompts of config.dataset and leaves the result in config.output_dir."""
-    checkpoint.check_output_dir(config)
-    task = _task(config)
-    rows = {name: _rows(path) for name, path in (("train", config.dataset), ("eval", config.eval_dataset)) if path}
-    start = checkpoint.start(config)
-    model, tokenizer = start.model, start.tokenizer
+    check_output_dir(config)
+    task = task_of(config, given)
+    rows = read_data(config, given, "grpo")
+    begun = start(config, given)
+    model, tokenizer = begun.model, begun.tokenizer
     data = {name: _prompts(name, part, tokenizer, config) for name, part in rows.items()}
-    reference = Reference.of(start, config) if config.beta else None
+    reference = Reference.of(begun, config, given) if config.beta else None
     shared = shares_prompts(model, config)
-    G, iterations, asked = config.num_generations, config.num_iterations, data["train"]
-    each = config.rows_per_step // G  # prompts of a round
-    stop = rows_to_see(config, len(asked), each, iterations)
-    total = math.ceil(stop / each) * iterations
-
-    output = Path(config.output_dir)
-    checkpoint.set_later_aside(output, start.step)
-    metrics = Metrics(output, "grpo", start.step, total, start.num_tokens)
-    for step in range(start.step, total, iterations):
-        seed_step(config.seed, step)
-        done, first = step + iterations, step // iterations * each
-        last = min(first + each, stop)
-        chosen = [asked[i] for i in order(len(asked), config.seed, first, last)]
-        sampling = replace(task.sampling, seed=seed_of(config.seed, step))
-        rollouts = roll_out(model, tokenizer, chosen, replace(task, sampling=sampling), G, step)
-        advantages = group_centred(rollouts.scores.rewards, G, config.scale_rewards)
-        packs = policy_packs(rollouts, advantages, config, shared=shared)
-        packs = packs if reference is None else [reference.scored(packed) for packed in packs]
-        facts, tokens = rollout_metrics(rollouts, G), predicted_tokens(rollouts, config)
-        unscored = int(rollouts.scores.rewards.isnan().sum())
-        if unscored:
-            say(f"step {step + 1}: no reward function applied to {unscored} of {len(rollouts.texts)} completions")
-        for at in range(step, done):
-            packs, values = update(model, start.optimizer, packs, tokens, learning_rate(config, at, total), config)
-            metrics.add(facts | values, rollouts.num_tokens)
-        evaluated = "eval" in data and (due(step, done, config.eval_steps) or done == total)
-        if evaluated:
-            metrics.note({"eval_reward": greedy_reward(model, tokenizer, data["eval"], task)})
-        if evaluated or due(step, done, config.logging_steps) or done == total:
-            metrics.write(done, last / len(asked))
-            append(output / "completions.jsonl", first_group(rollouts, G, done))
-        if due(step, done, config.save_steps):
-            checkpoint.save(config, start, done, metrics.num_tokens)
-    metrics.close()
-    save_model(model, tokenizer, output)
-    plot_metrics(output)
-    say(f"saved {config.output_dir}")
-
-
-def update(
-    model: Any, optimizer: torch.optim.Optimizer, packs: list[AnyPack], tokens: int, rate: float, config: Grpo
-) -> tuple[list[AnyPack], dict[str, float]]:
-    """One optimizer step on the packs; returns them with old_logp, and what the log shows of the step."""
-    began = time.perf_counter()
-    packs, values = backward(model, packs, tokens, config)
-    # With no gradient at all AdamW would still move the model, by momentum and decay alone.
-    norm = apply_gradients(model, optimizer, rate, config.max_grad_norm) if packs else 0.0
-    return packs, values | {"grad_norm": norm, "learning_rate": rate, "step_time/update": time.perf_counter() - began}
-
-
-def _task(config: Grpo) -> Task:
-    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.max_completion_length)
-    rewards = [load_reward(spec) for spec in config.reward]
-    return Task(rewards, config.reward_weights, sampling, config.generation_batch_size, autocast(config))
-
-
-def _rows(path: str) -> Any:
-    rows = read_rows(path)
-    check_columns(rows, "grpo", path)
-    return rows
+    G, asked = config.num_generations, data["train"]
+    each, iterations = config.rows_per_step // G, config.num_iterations  # prompts of a round, updates
+    with Run("grpo", config, begun, len(asked), each=each, iterations=iterations) as run:
+        for step in run.steps():
+            sampling = replace(task.sampling, seed=seed_of(config.seed, step))
+            chosen = [asked[i] for i in run.take()]
+            rollouts = roll_out(model, tokenizer, chosen, replace(task, sampling=sampling), G, step)
+            advantages = group_centred(rollouts.scores.rewards, G, config.scale_rewards)
+            packs = policy_packs(rollouts, advantages, config, shared=shared)
+            if reference is not None:
+                packs = [reference.scored(packed, config.temperature) for packed in packs]
+            facts, tokens = rollout_metrics(rollouts, G), predicted_tokens(rollouts, config)
+            for _ in range(iterations):
+                began = time.perf_counter()
+                packs, values = backward(model, packs, tokens, config)
+                values |= {"step_time/update": time.perf_counter() - began}
+                run.update(facts | values, rollouts.num_tokens, learns=bool(packs))
+            if run.evaluates and "eval" in data:
+                run.note({"eval_reward": greedy_reward(model, tokenizer, data["eval"], task)})
+            run.show(first_group(rollouts, G, run.step))
+    return run.finish()
 
 
 def _prompts(name: str, rows: Any, tokenizer: Any, config: Grpo) -> list[Prompt]:

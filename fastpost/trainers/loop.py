@@ -11,6 +11,7 @@ import math
 import random
 import resource
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -75,11 +76,12 @@ def due(before: int, after: int, every: int) -> bool:
     return every > 0 and after // every > before // every
 
 
-def bins(lengths: list[int], config: Training) -> list[list[int]]:
-    """Which rows of a step share a pack: as few packs as the cap on tokens allows, or microbatches of so many rows."""
+def bins(lengths: list[int], config: Training, unit: int = 1) -> list[list[int]]:
+    """Which sequences of a step share a pack: as few packs as the cap on tokens allows, or microbatches of so many
+    rows. A row is a unit of so many adjacent sequences: a pair is 2."""
     if config.max_tokens_per_batch is not None:
-        return plan(lengths, config.max_tokens_per_batch)
-    size = config.per_device_train_batch_size
+        return plan(lengths, config.max_tokens_per_batch, unit)
+    size = config.per_device_train_batch_size * unit
     return [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]
 
 
@@ -100,9 +102,11 @@ def learning_rate(config: Training, step: int, total: int) -> float:
     return config.learning_rate * left[config.lr_scheduler_type]
 
 
-def apply_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float, max_norm: float) -> float:
+def apply_gradients(
+    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, rate: float, max_norm: float
+) -> float:
     """One optimizer step on the gradients at hand, clipped; returns their norm before clipping."""
-    norm = float(torch.nn.utils.clip_grad_norm_(trainable(model), max_norm or math.inf))
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
     if not math.isfinite(norm):
         raise FloatingPointError(
             f"the gradient's norm is {norm}, and one such step would destroy the model: lower learning_rate, "

@@ -11,7 +11,7 @@ from fastpost.models.merging import merged
 from fastpost.models.qlora import four_bit_config, is_quantised
 from fastpost.models.saving import save_model
 from fastpost.trainers.config import Merge
-from fastpost.trainers.metrics import say
+from fastpost.trainers.log import say
 
 
 def merge(config: Merge) -> None:

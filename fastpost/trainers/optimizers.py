@@ -8,15 +8,14 @@ paged_adamw_8bit, _32bit         the same, and fp32, in memory that the driver m
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastpost.trainers.config import Training
-from fastpost.trainers.loop import trainable
-from fastpost.trainers.metrics import say
+from fastpost.trainers.log import say
 
 BITSANDBYTES = {
     "adamw_8bit": "AdamW8bit",
@@ -26,9 +25,8 @@ BITSANDBYTES = {
 }
 
 
-def adamw(model: nn.Module, config: Training) -> torch.optim.Optimizer:
-    """AdamW over what trains; vectors, which are norms and biases, do not decay."""
-    parameters = trainable(model)
+def adamw(parameters: Sequence[nn.Parameter], config: Training) -> torch.optim.Optimizer:
+    """AdamW over these; vectors, which are norms and biases, do not decay."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

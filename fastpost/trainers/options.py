@@ -25,10 +25,21 @@ def option(
     above: float = -math.inf,
     least: float = -math.inf,
     most: float = math.inf,
+    needed: bool = False,
 ) -> Any:
-    """A dataclass field of a group of the help; numbers must be above `above`, and from `least` to `most`."""
+    """A dataclass field of a group of the help; numbers must be above `above`, and from `least` to `most`.
+
+    `needed`: by the command line; in Python the verb may be handed the thing itself.
+    """
     domain = {"above": above, "least": least, "most": most}
-    return dataclasses.field(default=default, metadata={"group": group, "help": text, "domain": domain})
+    return dataclasses.field(
+        default=default, metadata={"group": group, "help": text, "domain": domain, "needed": needed}
+    )
+
+
+def is_needed(field: dataclasses.Field) -> bool:
+    """Whether a command line must give it."""
+    return field.default is REQUIRED or field.metadata["needed"]
 
 
 def read_fields(config: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastpost.trainers.metrics import read_lines
+from fastpost.trainers.log import read_lines
 
 # Panels, in this order, where a run has them; each with the held-out curve that belongs beside it.
 PANELS = {

@@ -6,25 +6,17 @@ those that never reach the model, having no gradient, keep their place in it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastpost import Batch, Head, Loss, fused_loss, losses, metrics, token_stats, weights
-from fastpost.models.adapters import with_weights
-from fastpost.models.role import Role
-from fastpost.models.switch import Switch
+from fastpost import Batch, Head, Loss, fused_loss, losses, metrics, weights
 from fastpost.packing import Example, Packed, pack
 from fastpost.shared_prompt import AnyPack, SharedPack, share_prompts
-from fastpost.trainers import checkpoint
 from fastpost.trainers.balance import hidden_and_balance
-from fastpost.trainers.build import build
 from fastpost.trainers.config import Grpo
 from fastpost.trainers.loop import autocast, bins, the_device
 from fastpost.trainers.rollouts import Rollouts
@@ -85,42 +77,6 @@ def _weight(batch: Batch, window: Window, config: Grpo) -> Tensor:  # (U,)
     if config.loss_type == "dr_grpo":
         return weights.dr_grpo(batch, config.max_completion_length, window, unit)
     return {"dapo": weights.dapo, "grpo": weights.grpo}[config.loss_type](batch, window, unit)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The model as it was before training: the policy without its adapter, or with the one that it began with; or a
-    frozen copy."""
-
-    role: Role
-    config: Grpo
-    weights: dict[str, Tensor] | None = None  # of the policy's adapter at the beginning, where that was not a fresh one
-
-    @staticmethod
-    def of(start: checkpoint.Start, config: Grpo) -> Reference:
-        if config.lora_r:
-            return Reference(_constant(start.model, None), config)
-        if config.trains_adapter:
-            from peft import load_peft_weights
-
-            weights = load_peft_weights(config.model, device="cpu")
-            return Reference(_constant(start.model, start.model.active_adapter), config, weights)
-        # On resume the policy has moved on; the reference is still where the run began.
-        model = build(config, config.model)[0] if start.step else copy.deepcopy(start.model)
-        return Reference(_constant(model.to(the_device()).requires_grad_(False), None), config)
-
-    @torch.no_grad()
-    def scored(self, packed: AnyPack) -> AnyPack:
-        """The pack with ref_logp."""
-        model: Any = self.role.model
-        with nullcontext() if self.weights is None else with_weights(model, self.weights), autocast(self.config):
-            hidden, head = self.role.hidden(packed), self.role.head()
-            stats = token_stats(hidden, head, packed.batch.target, temperature=self.config.temperature)
-        return replace(packed, batch=replace(packed.batch, ref_logp=stats.logp))
-
-
-def _constant(model: Any, adapter: str | None) -> Role:
-    return Role("reference", Switch.of(model), adapter, trained=False)
 
 
 def backward(model: Any, packs: Sequence[AnyPack], tokens: int, config: Grpo) -> tuple[list[AnyPack], dict[str, float]]:

@@ -13,8 +13,12 @@ from torch import Tensor
 
 from fastpost import metrics
 from fastpost.data import Prompt
-from fastpost.rewards import Reward, Scores, score
+from fastpost.rewards import Reward, Scores, given_reward, load_reward, score
 from fastpost.rollout import Completion, Sampling, generate
+from fastpost.trainers.config import Grpo
+from fastpost.trainers.given import GivenRewards
+from fastpost.trainers.log import say
+from fastpost.trainers.loop import autocast
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,22 @@ class Task:
     sampling: Sampling
     batch_size: int = 256  # completions decoded together
     precision: AbstractContextManager = field(default_factory=nullcontext)  # of generation
+
+
+def task_of(config: Grpo, given: GivenRewards) -> Task:
+    """As the config has it, with the reward functions that the caller gives."""
+    funcs = given.get("reward_funcs") or []
+    rewards = [load_reward(spec) for spec in config.reward]
+    rewards += [given_reward(function) for function in (funcs if isinstance(funcs, list | tuple) else [funcs])]
+    if not rewards:
+        raise ValueError("reward must name at least one function: a built-in name or file.py:function")
+    weights = config.reward_weights
+    if weights is not None and len(weights) != len(rewards):
+        raise ValueError(
+            f"reward_weights must hold one number for each of the {len(rewards)} rewards, got {len(weights)}"
+        )
+    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.max_completion_length)
+    return Task(rewards, weights, sampling, config.generation_batch_size, autocast(config))
 
 
 @dataclass(frozen=True)
@@ -64,6 +84,8 @@ def roll_out(
     columns = {name: [prompt.columns.get(name) for prompt in repeated] for name in names}
     asked = [prompt.prompt for prompt in repeated]
     scores = score(task.rewards, task.weights, asked, answers, token_ids, columns, step=step)
+    if unscored := int(scores.rewards.isnan().sum()):
+        say(f"step {step + 1}: no reward function applied to {unscored} of {len(texts)} completions")
     seconds = {"step_time/rollout": generated - began, "step_time/reward": time.perf_counter() - generated}
     return Rollouts(repeated, completions, texts, scores, seconds)
 

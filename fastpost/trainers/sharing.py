@@ -13,8 +13,8 @@ from fastpost.models.probe import check_sharing
 from fastpost.models.trunk import causal_lm, takes_shared_prompts
 from fastpost.packing import plan
 from fastpost.trainers.config import Grpo
+from fastpost.trainers.log import say
 from fastpost.trainers.loop import the_device
-from fastpost.trainers.metrics import say
 from fastpost.trainers.rollouts import Rollouts
 
 Part = list[int]  # completions of one group

@@ -21,7 +21,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-class Metrics:
+class Log:
     """Means of what the steps add, written to metrics.jsonl by `write`."""
 
     def __init__(self, directory: Path, verb: str, start: int, total: int, num_tokens: int):

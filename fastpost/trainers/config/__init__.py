@@ -1,0 +1,26 @@
+"""What a run is told: one flat frozen dataclass a verb. Names and, where sensible, defaults are TRL's.
+
+A field's metadata are its group, its one line of help with the unit, and its domain; `fastpost.cli` makes flags, YAML
+keys and `--help` from them. A config that exists has been checked.
+"""
+
+from fastpost.trainers.config.policy import Grpo
+from fastpost.trainers.config.supervised import Sft
+from fastpost.trainers.config.tools import Demo, Merge
+from fastpost.trainers.config.training import DATA, GROUPS, LOSS, MODEL, PLAN, ROLLOUT, RUN, STEPS, Training
+
+__all__ = [
+    "DATA",
+    "GROUPS",
+    "LOSS",
+    "MODEL",
+    "PLAN",
+    "ROLLOUT",
+    "RUN",
+    "STEPS",
+    "Demo",
+    "Grpo",
+    "Merge",
+    "Sft",
+    "Training",
+]

@@ -1,0 +1,168 @@
+"""What goes on around a step, whatever the verb: seeds, rows, the learning rate, the optimizer, lines of the log, and
+evaluations and checkpoints where they are due. The loop itself is the verb's:
+
+    with Run("sft", config, start, len(examples)) as run:
+        for _ in run.steps():
+            window = [examples[i] for i in run.take()]
+            run.update(backward(model, window, config, run.world), tokens)
+            if run.evaluates:
+                run.note(evaluate(...))
+    return run.finish()
+
+A system that ends the process by SIGTERM gets a checkpoint after the step at hand, and exit code 143.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from fastpost.models.saving import written_aside
+from fastpost.trainers import checkpoint
+from fastpost.trainers.checkpoint import State
+from fastpost.trainers.config import Training
+from fastpost.trainers.log import Log, append, say
+from fastpost.trainers.loop import apply_gradients, due, learning_rate, order, rows_to_see, seed_step
+from fastpost.trainers.plots import plot_metrics
+from fastpost.trainers.start import Start
+from fastpost.trainers.world import World
+
+
+class Run:
+    """A run from `start` to its last step. `rows` is how many there are, `each` how many a round takes, and a round is
+    `iterations` optimizer steps, between which nothing is saved."""
+
+    def __init__(
+        self,
+        verb: str,
+        config: Training,
+        start: Start,
+        rows: int,
+        *,
+        each: int | None = None,
+        iterations: int = 1,
+        world: World | None = None,
+    ):
+        self.config, self.start, self.world = config, start, world or World()
+        self.rows, self.each, self.iterations = rows, each or config.rows_per_step * self.world.size, iterations
+        self.last_row = rows_to_see(config, rows, self.each, iterations)
+        self.total = math.ceil(self.last_row / self.each) * iterations
+        self.output = Path(config.output_dir)
+        self.step = start.state.step  # optimizer steps that are done
+        self.taken = start.state.rows
+        self.kept: dict[str, Any] = dict(start.state.kept)  # what a verb wants to find again on resume; JSON
+        self._best = start.state.best
+        self._round = self.step  # where the round at hand began
+        self._evaluated: dict[str, float] = {}
+        self._asked_to_stop = False
+        checkpoint.set_later_aside(self.output, self.step)
+        self.log = Log(self.output, verb, self.step, self.total, start.state.num_tokens)
+
+    # ---- the loop ----
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before)
+        self.log.close()
+
+    def steps(self) -> Iterator[int]:
+        """The first step of every round that is left. What is due after a round is done when the next one is asked
+        for."""
+        for first in range(self.step, self.total, self.iterations):
+            seed_step(self.config.seed, first)
+            self._round = first
+            yield first
+            assert self.step == first + self.iterations, "a round makes `iterations` updates"
+            self._end_round()
+
+    def take(self, count: int | None = None) -> list[int]:
+        """The next rows: so many, or those of a round, of which the last may have fewer."""
+        stop = min(self.taken + self.each, self.last_row) if count is None else self.taken + count
+        found = order(self.rows, self.config.seed, self.taken, stop)
+        self.taken = stop
+        return found
+
+    def update(self, values: Mapping[str, float], tokens: int, *, learns: bool = True) -> None:
+        """An optimizer step on the gradients at hand, and its line in the log. `tokens` are those the model read.
+
+        learns=False: there is no gradient, and the step is counted alone; AdamW would move the model by momentum.
+        """
+        rate = learning_rate(self.config, self.step, self.total)
+        trained, clip = self.start.parts.parameters, self.config.max_grad_norm
+        norm = apply_gradients(trained, self.start.optimizer, rate, clip) if learns else 0.0
+        self.log.add({**values, "grad_norm": norm, "learning_rate": rate}, tokens)
+        self.step += 1
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether an evaluation is due at the end of this round."""
+        done = self._round + self.iterations
+        return due(self._round, done, self.config.eval_steps) or done == self.total
+
+    def note(self, values: Mapping[str, float]) -> None:
+        """What an evaluation found."""
+        self._evaluated |= values
+        self.log.note(values)
+
+    @property
+    def logs(self) -> bool:
+        """Whether a line is written at the end of this round."""
+        done = self._round + self.iterations
+        return self.evaluates or due(self._round, done, self.config.logging_steps) or done == self.total
+
+    def show(self, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Lines of completions.jsonl, where the log has one, too."""
+        if self.logs:
+            append(self.output / "completions.jsonl", samples)
+
+    def finish(self) -> Any:
+        """Writes the model and the curves; the model, for who wants to go on with it."""
+        with written_aside(self.output) as aside:
+            self.start.save_model(aside)
+        plot_metrics(self.output)
+        say(f"saved {self.config.output_dir}")
+        return self.start.model
+
+    # ---- after a round ----
+
+    def _end_round(self) -> None:
+        if self.logs:
+            self.log.write(self.step, self.taken / self.rows)
+        better = self._is_best()
+        self._evaluated = {}
+        if better or self._asked_to_stop or due(self._round, self.step, self.config.save_steps):
+            state = State(self.step, self.taken, self.log.num_tokens, self.kept, self._best)
+            checkpoint.save(self.config, self.start, state)
+        if self._asked_to_stop:
+            say(f"stopped by SIGTERM after step {self.step}: go on with --resume_from_checkpoint latest")
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _is_best(self) -> bool:
+        """Whether this round's evaluation is the best so far; notes it."""
+        name = self.config.metric_for_best_model
+        if name is None or not self._evaluated:
+            return False
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if name not in self._evaluated:
+            raise ValueError(
+                f"metric_for_best_model {name!r} is none of an evaluation's: {', '.join(sorted(self._evaluated))}"
+            )
+        value, greater = self._evaluated[name], self.config.greater_is_better
+        sign = 1 if (not name.endswith("loss") if greater is None else greater) else -1
+        if math.isnan(value) or (self._best is not None and sign * value <= sign * self._best["value"]):
+            return False
+        self._best = {"step": self.step, "value": value}
+        return True
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        self._asked_to_stop = True

@@ -1,0 +1,106 @@
+"""Where a run begins: its model on its device, its optimizer, and what it knows, fresh or as a checkpoint left them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpost.models.saving import save_weights
+from fastpost.trainers.build import build
+from fastpost.trainers.checkpoint import OPTIMIZER, State, find, plain, read_state
+from fastpost.trainers.config import Training
+from fastpost.trainers.given import Given
+from fastpost.trainers.log import say
+from fastpost.trainers.loop import seed_step, the_device, trainable
+from fastpost.trainers.optimizers import adamw, load_state_tensors
+
+# Fields that move every learning rate, unless that is constant.
+LENGTH = ("max_steps", "num_train_epochs")
+# Fields that say which tensors there are, and what a base rounds to: a checkpoint fits no others.
+SHAPING = ("lora_r", "lora_target_modules", "lora_modules_to_save", "use_dora", "optim")
+SHAPING += ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a verb trains, and how that is written into a directory."""
+
+    model: Any
+    tokenizer: Any
+    parameters: list[nn.Parameter]
+    save: Callable[[Path], None]
+
+    @staticmethod
+    def of(model: Any, tokenizer: Any = None) -> Parts:
+        """Of a causal LM, whole or with an adapter."""
+        return Parts(model, tokenizer, trainable(model), partial(save_weights, model))
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    parts: Parts
+    optimizer: torch.optim.Optimizer
+    state: State = field(default_factory=State)
+
+    @property
+    def model(self) -> Any:
+        return self.parts.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.parts.tokenizer
+
+    def save_model(self, directory: Path) -> None:
+        """What a checkpoint, and at the end the run itself, leaves for others to load."""
+        self.parts.save(directory)
+        self.tokenizer.save_pretrained(directory)
+
+
+# (config, given, a checkpoint to take the weights from or None) -> Parts
+Build = Callable[[Training, Given, Path | None], Parts]
+
+
+def policy(config: Training, given: Given, found: Path | None) -> Parts:
+    """A causal LM, whole or by an adapter."""
+    return Parts.of(*build(config, given, found))
+
+
+def start(config: Training, given: Given | None = None, build_parts: Build = policy) -> Start:
+    """Fresh, or as the checkpoint that is asked for left it."""
+    from safetensors.torch import load_file
+
+    found = find(config)
+    state, then = (State(), {}) if found is None else read_state(found)
+    _check_shapes(config, then, found)
+    seed_step(config.seed, -1)  # adapters begin at random
+    parts = build_parts(config, given or {}, found)
+    parts.model.to(the_device()).train()
+    optimizer = adamw(parts.parameters, config)
+    if found is not None:
+        load_state_tensors(optimizer, load_file(found / OPTIMIZER))
+        _say_what_changed(config, then)
+    return Start(parts, optimizer, state)
+
+
+def _check_shapes(config: Training, then: dict[str, Any], found: Path | None) -> None:
+    now = plain(config)
+    for name in SHAPING:
+        if name in then and now[name] != then[name]:
+            raise ValueError(
+                f"{name} is {now[name]!r} and was {then[name]!r} in {found}: a resumed run must have the same"
+            )
+
+
+def _say_what_changed(config: Training, then: dict[str, Any]) -> None:
+    now = plain(config)
+    for name, value in then.items():
+        if now.get(name) != value and not (name in LENGTH and config.lr_scheduler_type == "constant"):
+            say(f"resuming with another {name}: {now.get(name)!r}, in the checkpoint {value!r}")

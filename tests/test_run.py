@@ -1,0 +1,124 @@
+"""What goes on around a step: objects in place of paths, the best checkpoint, a stop by SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import tiny
+from fastpost.files import read_rows
+from fastpost.models.loading import load_model
+from fastpost.trainers import checkpoint
+from fastpost.trainers.config import Grpo, Sft
+from fastpost.trainers.grpo import grpo
+from fastpost.trainers.log import read_lines
+from fastpost.trainers.sft import sft
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory and a file of sums."""
+    directory = tmp_path_factory.mktemp("files")
+    tiny.model("qwen3").save_pretrained(directory / "model")
+    tiny.tokenizer().save_pretrained(directory / "model")
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(5) for b in range(4)]
+    (directory / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def config_of(files: Path, out: Path, **changes) -> Sft:
+    fields = {
+        "model": files / "model",
+        "dataset": files / "sums.jsonl",
+        "output_dir": out,
+        "max_steps": 4,
+        "save_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 3e-3,
+        "gradient_checkpointing": False,
+    }
+    return Sft(**(fields | changes))
+
+
+def weights(directory: Path) -> bytes:
+    return (directory / "model.safetensors").read_bytes()
+
+
+def test_objects_in_place_of_paths_train_alike(files: Path, tmp_path: Path):
+    config = config_of(files, tmp_path / "paths")
+    sft(config)
+    model, tokenizer = load_model(files / "model", dtype=torch.float32)
+    objects = config_of(files, tmp_path / "objects", model="", dataset="")
+    rows = read_rows(files / "sums.jsonl")
+    returned = sft(objects, model=model, processing_class=tokenizer, train_dataset=rows)
+    assert returned is model
+    assert weights(tmp_path / "objects") == weights(tmp_path / "paths")
+
+
+def test_what_is_not_given_is_named(files: Path, tmp_path: Path):
+    model, tokenizer = load_model(files / "model")
+    with pytest.raises(ValueError, match="dataset must be given: a path in the config, or rows as train_dataset"):
+        sft(config_of(files, tmp_path, dataset=""), model=model, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="model must be given: a directory in the config, or a model as `model`"):
+        sft(config_of(files, tmp_path, model=""))
+    with pytest.raises(ValueError, match="processing_class must be given beside a model: its tokenizer"):
+        sft(config_of(files, tmp_path, model=""), model=model)
+    with pytest.raises(ValueError, match="train_dataset has no rows"):
+        sft(config_of(files, tmp_path), train_dataset=[])
+    with pytest.raises(ValueError, match="reward must name at least one function"):
+        grpo(Grpo(model=files / "model", dataset=files / "sums.jsonl", output_dir=tmp_path))
+
+
+def test_the_best_checkpoint_is_written_and_kept(files: Path, tmp_path: Path):
+    """A learning rate that ruins the model: it is best at its first evaluation."""
+    changes = {"eval_dataset": files / "sums.jsonl", "eval_steps": 1, "metric_for_best_model": "loss"}
+    changes |= {"learning_rate": 3.0, "lr_scheduler_type": "constant"}
+    out = tmp_path / "out"
+    sft(config_of(files, out, save_steps=1, save_total_limit=1, max_steps=6, **changes))
+    losses = {line["step"]: line["eval_loss"] for line in read_lines(out / "metrics.jsonl")}
+    best = min(losses, key=losses.__getitem__)
+    assert best < 6, "the run was meant to get worse"
+    assert [path.name for path in checkpoint.checkpoints(out)] == [f"checkpoint-{best}", "checkpoint-6"]
+    state, _ = checkpoint.read_state(out / "checkpoint-6")
+    assert state.best == {"step": best, "value": losses[best]}
+
+
+def test_a_metric_that_no_evaluation_gives_is_named(files: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="is of an evaluation: give eval_dataset and eval_steps as well"):
+        config_of(files, tmp_path, metric_for_best_model="loss")
+    changes = {"eval_dataset": files / "sums.jsonl", "eval_steps": 1, "metric_for_best_model": "reward"}
+    with pytest.raises(ValueError, match="'eval_reward' is none of an evaluation's: eval_entropy, eval_loss"):
+        sft(config_of(files, tmp_path / "out", **changes))
+
+
+def test_a_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from fastpost.trainers import sft as module
+
+    config = config_of(files, tmp_path / "straight", save_steps=0)
+    sft(config)
+    before, calls, backward = signal.getsignal(signal.SIGTERM), [], module.backward
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return backward(*args, **kwargs)
+
+    stopped = config_of(files, tmp_path / "stopped", save_steps=0)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(module, "backward", interrupted)
+        sft(stopped)
+    assert left.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "stopped")] == ["checkpoint-3"]
+    sft(config_of(files, tmp_path / "stopped", save_steps=0, resume_from_checkpoint="latest"))
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "straight")
