@@ -1,16 +1,42 @@
 """Rows -> token sequences: TRL's column formats, chat templates, and loud checks on the way.
 
-columns   which columns a verb takes; every row is checked
-chat      conversations and text -> tokens
-sft       sequences to imitate
-prompts   what is generated from
-counts    what was cut, dropped or odd
+columns     which columns a verb takes; every row is checked
+chat        conversations and text -> tokens
+sft         sequences to imitate
+pairs       where a pair's prompt ends; its two answers
+preference  pairs whose tokens are compared: dpo, orpo, simpo, cpo
+reward      pairs whose ends are scored
+unpaired    completions with a label: kto
+prompts     what is generated from
+counts      what was cut, dropped or odd
 """
 
 from fastpost.data.chat import Messages
-from fastpost.data.columns import FORMATS, Verb, check_columns
+from fastpost.data.columns import FORMATS, Verb, check_columns, format_of
 from fastpost.data.counts import Counts
-from fastpost.data.prompts import Prompt, prompts
+from fastpost.data.pairs import Pair, split_pair
+from fastpost.data.preference import preference_examples
+from fastpost.data.prompts import Prompt, prompt_examples, prompts
+from fastpost.data.reward import reward_examples
 from fastpost.data.sft import sft_examples
+from fastpost.data.unpaired import Unpaired, joined, unpaired_examples
 
-__all__ = ["FORMATS", "Counts", "Messages", "Prompt", "Verb", "check_columns", "prompts", "sft_examples"]
+__all__ = [
+    "FORMATS",
+    "Counts",
+    "Messages",
+    "Pair",
+    "Prompt",
+    "Unpaired",
+    "Verb",
+    "check_columns",
+    "format_of",
+    "joined",
+    "preference_examples",
+    "prompt_examples",
+    "prompts",
+    "reward_examples",
+    "sft_examples",
+    "split_pair",
+    "unpaired_examples",
+]

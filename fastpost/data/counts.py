@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import chain
+from typing import Any
+
+from fastpost.packing import Example
+
+# Field of Counts -> what is said of that many rows, in this order.
+NOTES = {
+    "truncated": "cut to max_length",
+    "too_long": "dropped, longer than max_length",
+    "masked": "dropped with nothing left to predict",
+    "identical": "dropped because chosen and rejected are the same",
+    "unaligned": "dropped because the chat template rewrites the prompt when a completion follows",
+    "without_eos": "without an EOS to predict",
+    "doubled_bos": "with two BOS tokens at the start",
+    "empty": "with an empty answer",
+    "promptless": "whose chosen and rejected have no prompt in common",
+    "duplicates": "that repeat an earlier one",
+    "overlong": "longer than the positions of the model",
+}
 
 
 @dataclass(frozen=True)
@@ -12,19 +34,61 @@ class Counts:
     rows: int
     examples: int
     tokens: int
-    predicted: int  # tokens with a loss
+    predicted: int  # tokens with a loss; 0 where no token has one of its own
     truncated: int = 0  # kept, cut to max_length
     masked: int = 0  # dropped: no token left to predict
     unaligned: int = 0  # dropped: the template writes the prompt differently once there is a completion
     without_eos: int = 0  # kept, but nothing in it teaches the model to stop
+    too_long: int = 0  # dropped: of no use when cut
+    identical: int = 0  # dropped: a pair, or both halves of one, without a difference
+    doubled_bos: int = 0  # kept: the text has a BOS, and the tokenizer writes another
+    empty: int = 0  # kept: nothing but the EOS is said
+    promptless: int = 0  # kept: a pair of texts that differ from their first character on
+    duplicates: int = 0  # kept: the same tokens as an example before it
+    overlong: int = 0  # kept, though the model knows fewer positions
+    longest: int = 0  # tokens of the longest sequence
+    unit: str = "examples"  # what an example is called
 
     def __str__(self) -> str:
-        notes = {
-            "cut to max_length": self.truncated,
-            "dropped with nothing left to predict": self.masked,
-            "dropped because the chat template rewrites the prompt when a completion follows": self.unaligned,
-            "without an EOS to predict": self.without_eos,
-        }
-        said = "".join(f"; {count} {note}" for note, count in notes.items() if count)
-        share = f"{self.predicted} of {self.tokens} tokens predicted"
-        return f"{self.rows} rows, {self.examples} examples, {share}{said}"
+        said = "".join(f"; {count} {words}" for name, words in NOTES.items() if (count := getattr(self, name)))
+        share = f"{self.predicted} of {self.tokens} tokens predicted" if self.predicted else f"{self.tokens} tokens"
+        return f"{self.rows} rows, {self.examples} {self.unit}, {share}{said}"
+
+
+def _duplicates(units: Sequence[Sequence[Example]]) -> int:
+    """How many have the tokens, and the masks, of one before them."""
+    texts = (repr([(example.input_ids, example.loss_mask) for example in unit]) for unit in units)
+    return len(units) - len({blake2b(text.encode(), digest_size=16).digest() for text in texts})
+
+
+def counted(
+    rows: int,
+    kept: Sequence[Sequence[Example]],  # the sequences of each example
+    notes: Counter[str],
+    tokenizer: Any,
+    max_length: int | None,
+    *,
+    positions: int | None = None,
+    predicts: bool = True,
+    unit: str = "examples",
+) -> Counts:
+    """The counts of all examples, with what was noted of single rows. ValueError if no example is left."""
+    sequences = list(chain.from_iterable(kept))
+    lengths = [max(len(example.input_ids) for example in one) for one in kept]
+    bos = getattr(tokenizer, "bos_token_id", None)
+    counts = Counts(
+        rows=rows,
+        examples=len(kept),
+        tokens=sum(len(example.input_ids) for example in sequences),
+        predicted=sum(sum(example.loss_mask[1:]) for example in sequences) if predicts else 0,
+        doubled_bos=sum(any(bos is not None and e.input_ids[:2] == [bos, bos] for e in one) for one in kept),
+        duplicates=_duplicates(kept),
+        overlong=0 if positions is None else sum(length > positions for length in lengths),
+        longest=max(lengths, default=0),
+        unit=unit,
+        **notes,
+    )
+    if not kept:
+        limit = "" if max_length is None else f"; max_length is {max_length}"
+        raise ValueError(f"no row is left to train on: {counts}{limit}")
+    return counts

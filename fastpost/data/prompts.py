@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from fastpost.data.chat import Messages, render
+from fastpost.data.columns import row_at
+from fastpost.data.counts import Counts, counted
 from fastpost.files import Row, Rows
+from fastpost.packing import Example
 
 
 @dataclass(frozen=True)
@@ -18,19 +23,38 @@ class Prompt:
     columns: Row  # every other column of the row
 
 
-def prompts(rows: Rows, tokenizer: Any, max_prompt_length: int | None) -> list[Prompt]:
-    """One Prompt a row; a prompt longer than max_prompt_length is left out: len(rows) - len(prompts) of them."""
+def prompt_examples(
+    rows: Rows,
+    tokenizer: Any,
+    max_prompt_length: int | None,
+    *,
+    positions: int | None = None,
+    path: str | PathLike[str] = "",
+) -> tuple[list[Prompt], Counts]:
+    """One Prompt a row; a prompt longer than max_prompt_length is left out: the end of it is what asks."""
+    notes: Counter[str] = Counter()
     found = []
     for i, row in enumerate(rows):
-        prompt = row["prompt"]
+        prompt, where = row["prompt"], row_at(path, i)
         if isinstance(prompt, str):
             ids = tokenizer(prompt).input_ids
         else:
-            ids, _ = render(tokenizer, prompt, row, f"row {i}", open_turn=True)
+            ids, _ = render(tokenizer, prompt, row, where, open_turn=True)
         if not ids:
-            raise ValueError(f"row {i}: the prompt {prompt!r} has no tokens, so there is nothing to generate from")
-        if max_prompt_length is None or len(ids) <= max_prompt_length:
-            found.append(Prompt(prompt, ids, {name: value for name, value in row.items() if name != "prompt"}))
+            raise ValueError(f"{where}: the prompt {prompt!r} has no tokens, so there is nothing to generate from")
+        if max_prompt_length is not None and len(ids) > max_prompt_length:
+            notes["too_long"] += 1
+            continue
+        found.append(Prompt(prompt, ids, {name: value for name, value in row.items() if name != "prompt"}))
     if not found:
         raise ValueError(f"every prompt is longer than max_prompt_length, {max_prompt_length} tokens")
-    return found
+    kept = [(Example(one.input_ids, [False] * len(one.input_ids)),) for one in found]
+    counts = counted(
+        len(rows), kept, notes, tokenizer, max_prompt_length, positions=positions, predicts=False, unit="prompts"
+    )
+    return found, counts
+
+
+def prompts(rows: Rows, tokenizer: Any, max_prompt_length: int | None) -> list[Prompt]:
+    """The prompts alone: len(rows) - len(prompts) of them were too long."""
+    return prompt_examples(rows, tokenizer, max_prompt_length)[0]
