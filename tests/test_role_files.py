@@ -213,6 +213,14 @@ def test_another_vocabulary_is_refused(tmp_path):
         Roles.of(base(), policy=lora(), value=tmp_path, tokenizer=tokenizer)
 
 
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+def test_a_model_whose_packs_leak_is_refused_by_name(family):
+    """Of one's own, and loaded by transformers alone: by its own mask packed sequences see each other."""
+    for model, given in ((tiny.model(family), {}), (base(), {"teacher": tiny.model(family)})):
+        with pytest.raises(ValueError, match=rf"(?i){family}ForCausalLM lets packed sequences see each other"):
+            Roles.of(model, policy=lora(), **given)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -267,6 +275,11 @@ def test_the_policys_own_model_cannot_be_a_separate_one_and_a_frozen_model_canno
         roles.policy(PACKED)
     with pytest.raises(ValueError, match="value has a scalar head"):
         Roles.of(base(), policy=lora(), value=Shared("policy")).value.head()
+    model = base()
+    Roles.of(model, policy=lora())
+    for place in ({"teacher": model}, {"reference": model}):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM .* has adapters already, of roles"):
+            Roles.of(base(), policy=lora(), **place)
 
 
 def test_tokens_that_train_do_so_in_every_adapter_of_a_base_or_in_none(tmp_path):

@@ -110,6 +110,7 @@ def _place(name: str, source: Source, places: Mapping[str, Place]) -> Place:
 
 def _apart(model: Any, name: str) -> Place:
     """A model of its own."""
+    refuse_bare_base(model)
     adapter = model.active_adapter if hasattr(model, "peft_config") else None
     return Place(model, adapter, own_scalar(model, name) if name in JUDGES else None)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastpost.models.heads import head_of
 from fastpost.models.trunk import causal_lm, hidden_states
@@ -27,17 +27,18 @@ def probe(model: nn.Module) -> None:
     """ValueError if the model cannot be trained on packs through its Head; its mode is left as it was."""
     with _in_eval_mode(model):
         check_head(model)
-        check_packing(model)
+    check_packing(model)
 
 
 @contextmanager
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 def check_head(model: nn.Module) -> None:
@@ -74,13 +75,18 @@ def _rounding(weight: Weight, dtype: torch.dtype) -> float:
     return 1e-5 + 4 * max(torch.finfo(x).eps for x in (dtype, weight.dtype or dtype))
 
 
+@torch.no_grad()
 def check_packing(model: nn.Module) -> None:
     """One sequence alone, behind another one, and behind a third of the other's length."""
     lm = causal_lm(model)
     first, other, second = (_sequence(lm, k, n) for k, n in ((1, 5), (3, 5), (2, 4)))
-    last = lambda *sequences: hidden_states(model, _packed(lm, *sequences))[0, -4:].float()  # noqa: E731
+
+    def last(*sequences: list[int]) -> Tensor:  # (4, D), of the second
+        return hidden_states(model, _packed(lm, *sequences))[0, -4:].float()
+
     try:
-        alone, beside, changed = last(second), last(first, second), last(other, second)
+        with _in_eval_mode(model):
+            alone, beside, changed = last(second), last(first, second), last(other, second)
     except (RuntimeError, TypeError, IndexError) as error:  # a mask that is a layout does not fit code of its own
         if isinstance(error, torch.OutOfMemoryError):
             raise

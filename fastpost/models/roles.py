@@ -27,6 +27,7 @@ from torch import nn
 from fastpost.models.casting import TRAINED, Copied, Shared, Source, cast
 from fastpost.models.loading import load_model
 from fastpost.models.named_adapters import save_adapter
+from fastpost.models.probe import check_packing
 from fastpost.models.qlora import keep_differentiable
 from fastpost.models.role import Role
 from fastpost.models.saving import written_aside
@@ -128,14 +129,17 @@ class Roles:
         The value and the reward have scalar heads: that of the files, that of the copied role, or else zeros.
 
         tokenizer: the policy's; a directory with another vocabulary is refused.
-        Raises ValueError, naming the role, for what does not fit the model.
+        Raises ValueError, naming the role, for what does not fit the model, and naming the model for one that cannot be
+        trained on packs.
         """
         base = load_model(model)[0] if isinstance(model, str | PathLike) else model
         given = {"policy": policy, "reward": reward, "value": value, "reference": reference, "teacher": teacher}
         places = cast(base, given, tokenizer)
-        for place in places.values():
-            keep_differentiable(place.model)
-        switches = {id(place.model): Switch.of(place.model) for place in places.values()}
+        models = {id(place.model): place.model for place in places.values()}
+        for each in models.values():
+            keep_differentiable(each)
+            check_packing(each)
+        switches = {key: Switch.of(each) for key, each in models.items()}
         roles = Roles(
             {
                 name: Role(name, switches[id(place.model)], place.adapter, name in TRAINED, place.scalar)
