@@ -155,3 +155,6 @@ def test_stretched_rotations_know_more_positions():
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
     assert positions(tiny.model("llama", max_position_embeddings=32)) == 32
     assert positions(tiny.model("llama", max_position_embeddings=32, rope_parameters=yarn)) == 128
+    # (but for those that follow the longest sequence of the pack)
+    dynamic = yarn | {"rope_type": "dynamic"}
+    assert positions(tiny.model("llama", max_position_embeddings=32, rope_parameters=dynamic)) == 32

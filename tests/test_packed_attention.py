@@ -12,7 +12,8 @@ from fastpost.models.attention import exact, flex, varlen
 from fastpost.models.attention.layout import Layout, visible
 from fastpost.models.attention.scores import Scores
 from fastpost.models.trunk import hidden_states
-from fastpost.packing import pack
+from fastpost.packing import Example, pack
+from fastpost.shared_prompt import share_prompts
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
 LENGTHS = [7, 1, 23, 6, 12, 1, 2]
@@ -68,6 +69,32 @@ def test_packed_rounds_no_more_than_padded(family, dtype):
     assert_close_to_truth(ours, theirs, truth)
     for name, of_truth in true_gradients.items():
         assert_gradient_close_to_truth(our_gradients[name], their_gradients[name], of_truth, name)
+
+
+STRETCHED = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+LONGROPE = {"rope_parameters": STRETCHED, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("lengths", [[7, 16, 1, 9], [17, 23, 40]], ids=["short", "long"])
+def test_packs_on_one_side_of_a_longropes_window_are_padded_batches(lengths):
+    model, rows = decoders.model("phi3", **LONGROPE), decoders.examples(lengths)
+    with Doubles():
+        truth, ours = padded_logits(model, rows), packed_logits(model, rows)
+    assert_equal_to_rounding({"logits": ours}, {"logits": truth})
+
+
+def test_packs_on_both_sides_of_it_are_refused():
+    """Alone, a sequence of 16 would be turned by the short factors; beside one of 17, by the long ones."""
+    model = decoders.model("phi3", **LONGROPE)
+    for lengths in ([16, 17], [40, 1]):
+        with pytest.raises(ValueError, match=r"Phi3ForCausalLM turns those of more than 16 .*max_length 16"):
+            packed_logits(model, decoders.examples(lengths))
+    prompt, (long, short) = decoders.examples([12])[0], decoders.examples([6, 3], seed=1)
+    behind = [Example(prompt.input_ids + x.input_ids, prompt.loss_mask + x.loss_mask) for x in (long, short)]
+    shared = share_prompts(pack([behind[0], behind[0]]), 2)
+    hidden_states(model, shared)
+    with pytest.raises(ValueError, match="15 to 18 tokens, and Phi3ForCausalLM"):
+        hidden_states(model, share_prompts(pack(behind), 2))
 
 
 # ---- a layout, and the ways to attend to one ----

@@ -3,6 +3,8 @@
 Three ways, by how the model attends: packed attention of our own (`fastpost.models.attention`), flash attention told
 where sequences end, or transformers' block-diagonal mask, which it builds from positions that restart at 0.
 What is no causal attention over all of a sequence, or over a sliding window of it, is refused by the model's name.
+So are packs of sequences on both sides of a LongRoPE's original window (arXiv:2402.13753): transformers picks the
+frequencies of them all by the longest.
 """
 
 from __future__ import annotations
@@ -33,15 +35,19 @@ def causal_lm(model: nn.Module) -> Any:
 
 def positions(model: nn.Module) -> int | None:
     """How many positions the model knows, if it says so; rotations that are stretched know more."""
-    config = causal_lm(model).config.get_text_config()
-    known = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
+    known = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
     stretched = [
         int(each["factor"] * each["original_max_position_embeddings"])
-        for each in (rope, *rope.values())
-        if isinstance(each, dict) and each.get("factor") and each.get("original_max_position_embeddings")
+        for each in _rotations(model)
+        if each.get("factor") and each.get("original_max_position_embeddings") and each.get("rope_type") != "dynamic"
     ]
     return None if known is None else max(known, *stretched, 0)
+
+
+def _rotations(model: nn.Module) -> list[dict[str, Any]]:
+    """What its rotary embeddings are made from: one for all layers, or one a kind of layer."""
+    rope = getattr(causal_lm(model).config.get_text_config(), "rope_parameters", None) or {}
+    return [each for each in (rope, *rope.values()) if isinstance(each, dict)]
 
 
 def hidden_states(model: nn.Module, packed: AnyPack) -> Tensor:  # (1, T, D)
@@ -70,6 +76,7 @@ def _run(model: nn.Module, packed: AnyPack, **asked: bool) -> Any:
     lm = causal_lm(model)
     decoder = _decoder(lm)
     _check_lengths(lm, packed)
+    _check_rotations(lm, packed)
     apart = _apart(decoder, packed)
     return decoder(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **apart, **asked)
 
@@ -121,6 +128,23 @@ def _check_lengths(lm: Any, packed: AnyPack) -> None:
             f"the pack's longest sequence has {packed.longest} tokens, but {type(lm).__name__} has {known} positions "
             "(max_position_embeddings): cut the row, or leave it out"
         )
+
+
+def _check_rotations(lm: Any, packed: AnyPack) -> None:
+    """ValueError for a pack of sequences that LongRoPE turns by two sets of frequencies: it has one a forward pass."""
+    windows = [x["original_max_position_embeddings"] for x in _rotations(lm) if x.get("rope_type") == "longrope"]
+    windows = [window for window in windows if packed.longest > window]
+    if not windows:
+        return
+    lengths = packed.batch.lengths if isinstance(packed, Packed) else packed.position_ids[0, packed.ends] + 1
+    shortest = int(lengths.min())
+    for window in windows:
+        if shortest <= window:
+            raise ValueError(
+                f"the pack's sequences have {shortest} to {packed.longest} tokens, and {type(lm).__name__} turns those "
+                f"of more than {window} by other frequencies (longrope), all of a pack alike: pack the longer ones "
+                f"apart, or leave them out (max_length {window})"
+            )
 
 
 def _apart(decoder: Any, packed: AnyPack) -> dict[str, Any]:
