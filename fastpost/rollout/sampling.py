@@ -38,6 +38,13 @@ class Sampling:
             if not fits:
                 raise ValueError(f"{name} must be {right}, got {getattr(self, name)!r}")
 
+    @property
+    def unfiltered(self) -> bool:
+        """Whether tokens are drawn from the whole distribution at this temperature. Only then are log-probabilities of
+        what they were drawn from those that a `Completion` holds."""
+        filtered = self.top_k or self.top_p < 1 or self.min_p or self.repetition_penalty != 1
+        return self.temperature > 0 and not filtered
+
 
 @dataclass(frozen=True)
 class Completion:
