@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpost.planning import config as planned
+from fastpost.report.config import Report
 from fastpost.trainers import config as configs
 from fastpost.trainers.options import bare, is_needed, placeholder
 from fastpost.types import nearest
@@ -28,6 +29,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "grpo": (configs.Grpo, "fastpost.trainers.grpo:grpo"),
     "merge": (configs.Merge, "fastpost.trainers.merge:merge"),
     "demo": (configs.Demo, "fastpost.demo:demo"),
+    "report": (Report, "fastpost.report.command:report"),
     "plan sft": (planned.PlannedSft, "fastpost.planning.command:plan"),
     "plan dpo": (planned.PlannedDpo, "fastpost.planning.command:plan"),
     "plan reward": (planned.PlannedReward, "fastpost.planning.command:plan"),

@@ -67,8 +67,9 @@ MAY_IMPORT = {
         *("files", "data", "models", "integrations", "rollout", "rewards", "watching"),
     ),
     "demo": ("", "types", "files", "data", "models", "rollout", "rewards", "trainers"),
+    "report": ("watching", "trainers"),
     "planning": ("quantised", "sweep", "eager", "models", "trainers"),
-    "cli": ("", "types", "data", "models", "rewards", "trainers", "planning", "demo"),
+    "cli": ("", "types", "data", "models", "rewards", "trainers", "report", "planning", "demo"),
 }
 # Doors that lead up, opened when called and not on import: (module, what it imports).
 DOORS = {("fastpost.types.head", "fastpost.models.heads")}
@@ -76,7 +77,7 @@ DOORS = {("fastpost.types.head", "fastpost.models.heads")}
 # Parts that import more than torch; `import fastpost` reaches none of them.
 WITH_EXTRAS = {
     *("files", "data", "models", "integrations", "rollout", "rewards"),
-    *("watching", "trainers", "planning", "demo", "cli"),
+    *("watching", "trainers", "report", "planning", "demo", "cli"),
 }
 OUTSIDE = {part: {"torch"} for part in MAY_IMPORT.keys() - WITH_EXTRAS} | {
     "kernels": {"torch", "triton"},

@@ -52,7 +52,7 @@ def test_the_wheel_holds_every_module_under_its_import_name(build):
     kernels = {f"fastpost/kernels/{path.name}" for path in (ROOT / "kernels" / "triton").glob("*.py")}
     assert kernels
     assert {name for name in names if name.endswith(".py")} == ours | kernels
-    assert "fastpost/py.typed" in names
+    assert {"fastpost/py.typed", "fastpost/report/page.css", "fastpost/report/page.js"} <= names
 
 
 def test_without_a_compiler_the_install_works_and_says_what_is_missing(build):

@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 Line: TypeAlias = Mapping[str, Any]
 Points: TypeAlias = list[tuple[float, float]]  # (step, value), steps rising
 Found: TypeAlias = tuple[float, str] | None  # of a check: since which step, and a sentence
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it can be drawn: finite, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -93,11 +93,19 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> float:
     return xy / math.sqrt(xx * yy) if xx > 0 and yy > 0 else 0.0
 
 
-def smoothed(points: Points, share: float = 0.06) -> Points:
-    """An exponential mean whose memory is a share of the curve; a short curve is left alone."""
+def smoothed(points: Points, share: float = 0.04) -> Points:
+    """An exponential mean whose memory is a share of the curve, taken from both ends so that it does not lag; a short
+    curve is left alone."""
     keep = 1 - 1 / max(1.0, share * len(points))
-    total, weight, smooth = 0.0, 0.0, []
-    for step, value in points:
+    values = [value for _, value in points]
+    there, back = _remembered(values, keep), _remembered(values[::-1], keep)[::-1]
+    return [(step, (a + b) / 2) for (step, _), a, b in zip(points, there, back, strict=True)]
+
+
+def _remembered(values: Sequence[float], keep: float) -> list[float]:
+    """At each place, the mean of what came so far; the weight of a value shrinks by `keep` a place."""
+    total, weight, means = 0.0, 0.0, []
+    for value in values:
         total, weight = keep * total + value, keep * weight + 1
-        smooth.append((step, total / weight))
-    return smooth
+        means.append(total / weight)
+    return means

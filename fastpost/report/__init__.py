@@ -1,0 +1,1 @@
+"""`fastpost report RUN`: a run as one page of HTML that needs nothing but a browser."""
