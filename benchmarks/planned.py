@@ -32,12 +32,16 @@ from fastpost.models import attention
 from fastpost.models.lora import with_lora
 from fastpost.models.trunk import hidden_states
 from fastpost.packing import Example, Packed, pack
+from fastpost.packing.subsets import with_known
 from fastpost.planning.config import Planned, PlannedDpo, PlannedGrpo, PlannedSft
 from fastpost.planning.fit import surveyed
 from fastpost.rollout import Completion
 from fastpost.trainers import policy, sft
 from fastpost.trainers.build import adapter_of
+from fastpost.trainers.episodes import counts, episodes
+from fastpost.trainers.grpo import packs_of
 from fastpost.trainers.loop import apply_gradients
+from fastpost.trainers.objectives import of_grpo
 from fastpost.trainers.optimizers import adamw
 from fastpost.trainers.reference import Reference
 from fastpost.trainers.rollouts import Rollouts
@@ -134,8 +138,10 @@ def gradients(start: Start, config: Planned, shape: Shape, length: int) -> Calla
     advantages = torch.linspace(-1, 1, len(rows))
 
     def grpo() -> None:
-        packs = [reference.scored(packed) for packed in policy.policy_packs(rollouts, advantages, config)]
-        policy.backward(model, packs, policy.predicted_tokens(rollouts, config), config)
+        whole = episodes(rollouts, config)
+        whole = with_known(whole, advantage=whole.batch.spread(advantages))
+        packs = [reference.scored(packed) for packed in packs_of(whole, of_grpo(config), config)]
+        policy.backward(model, packs, of_grpo(config), int(counts(whole).sum()), config)
 
     return grpo
 

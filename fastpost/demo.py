@@ -26,12 +26,14 @@ from fastpost.files import read_rows
 from fastpost.models.loading import load_model
 from fastpost.rewards import load_reward
 from fastpost.rollout import Sampling
+from fastpost.rollout.sampler import Generate
 from fastpost.trainers.config import Demo, Grpo, Sft
 from fastpost.trainers.grpo import grpo
 from fastpost.trainers.log import append, read_lines, say
 from fastpost.trainers.loop import peak_memory_mb
-from fastpost.trainers.rollouts import Task, greedy_reward
+from fastpost.trainers.rollouts import greedy_reward
 from fastpost.trainers.sft import sft
+from fastpost.trainers.task import Task
 
 PEOPLE = ("Mia", "Tom", "Ana", "Ben", "Eva", "Leo", "Zoe", "Max")
 THINGS = ("apples", "coins", "books", "cards", "stamps", "shells")
@@ -173,8 +175,9 @@ def accuracy(model_dir: Path, dataset: Path) -> float:
     rows = read_rows(dataset)
     check_columns(rows, "grpo", dataset)
     model, tokenizer = load_model(model_dir, dtype="float32")
-    task = Task([load_reward(REWARD)], None, Sampling(max_completion_length=LONGEST))
-    return round(greedy_reward(model, tokenizer, prompts(rows, tokenizer, None), task), 4)
+    sampler = Generate(model, tokenizer, batch_size=256)
+    task = Task(sampler, tokenizer, [load_reward(REWARD)], None, Sampling(max_completion_length=LONGEST))
+    return round(greedy_reward(task, prompts(rows, tokenizer, None)), 4)
 
 
 def _sft_config(run: Path, seed: int) -> Sft:

@@ -22,14 +22,14 @@ from fastpost.data import Prompt
 from fastpost.models.lora import lora_config, with_lora
 from fastpost.rewards import Scores
 from fastpost.rollout import Completion
-from fastpost.trainers import policy
+from fastpost.trainers import episodes
 from fastpost.trainers.config import Grpo
 from fastpost.trainers.grpo import grpo
 from fastpost.trainers.log import read_lines
-from fastpost.trainers.policy import backward, policy_packs
 from fastpost.trainers.reference import Reference
 from fastpost.trainers.rollouts import Rollouts, first_group, rollout_metrics
 from fastpost.trainers.start import Parts, Start
+from policy_steps import backward, policy_packs
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
 TIMES = ("tokens_per_second", "peak_memory_mb", "step_time/rollout", "step_time/reward", "step_time/update")
@@ -257,8 +257,8 @@ def test_the_reward_rises(run: Callable[..., list[dict]]):
 
 @pytest.mark.parametrize("share_prompts", [None, False])
 def test_a_run_shares_prompts_unless_it_is_told_not_to(run, monkeypatch: pytest.MonkeyPatch, share_prompts):
-    seen, plain = [], policy.share_prompts
-    monkeypatch.setattr(policy, "share_prompts", lambda *given: seen.append(given) or plain(*given))
+    seen, plain = [], episodes.share_prompts
+    monkeypatch.setattr(episodes, "share_prompts", lambda *given: seen.append(given) or plain(*given))
     run("out", max_steps=1, share_prompts=share_prompts)
     assert bool(seen) == (share_prompts is None and not torch.cuda.is_available())
 

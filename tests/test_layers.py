@@ -63,6 +63,7 @@ MAY_IMPORT = {
     "rewards": ("types", "packing", "head", "models", "rollout"),
     "watching": (),
     "trainers": (
+        "knobs",
         *("", "types", "losses", "advantages", "weights", "metrics", "packing", "shared_prompt", "head"),
         *("files", "data", "models", "integrations", "rollout", "rewards", "watching"),
     ),

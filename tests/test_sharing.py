@@ -17,10 +17,10 @@ from fastpost.advantages import group_centred
 from fastpost.models import attention
 from fastpost.models.probe import check_sharing
 from fastpost.shared_prompt import SharedPack
-from fastpost.trainers.policy import backward, policy_packs
 from fastpost.trainers.reference import Reference
 from fastpost.trainers.sharing import parts_of_packs, shares_prompts
 from fastpost.trainers.start import Parts, Start
+from policy_steps import backward, policy_packs
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 from test_grpo import LENGTHS, TOKENS, config_of, plain_gradient, rollouts_of
 

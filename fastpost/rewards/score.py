@@ -32,6 +32,11 @@ class Scores:
     metrics: dict[str, float]  # what the functions gave to log_metric, averaged
     extra: dict[str, list[Any]] = field(default_factory=dict)  # what they gave to log_extra
 
+    @property
+    def table(self) -> Tensor:  # (S, F)
+        """A column a function, before the weights."""
+        return torch.stack(list(self.by_function.values()), 1)
+
 
 @dataclass(frozen=True)
 class _Samples:

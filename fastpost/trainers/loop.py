@@ -11,7 +11,8 @@ import math
 import random
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,17 @@ def learning_rate(config: Training, step: int, total: int) -> float:
     done = (step - warmup) / max(1.0, total - warmup)
     left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return config.learning_rate * left[config.lr_scheduler_type]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, as the model is when it samples."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 def apply_gradients(

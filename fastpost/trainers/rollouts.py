@@ -4,48 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import chain
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpost import metrics
+from fastpost.advantages import missing_eos_penalty, soft_overlong_punishment
 from fastpost.data import Prompt
-from fastpost.rewards import Reward, Scores, given_reward, load_reward, score
-from fastpost.rollout import Completion, Sampling, generate
-from fastpost.trainers.config import Grpo
-from fastpost.trainers.given import GivenRewards
+from fastpost.rewards import Scores, score
+from fastpost.rollout import Completion
+from fastpost.trainers.config import Sampled
 from fastpost.trainers.log import say
-from fastpost.trainers.loop import autocast
-
-
-@dataclass(frozen=True)
-class Task:
-    """How completions are drawn and how they are judged."""
-
-    rewards: Sequence[Reward]
-    weights: Sequence[float] | None  # None: 1 each
-    sampling: Sampling
-    batch_size: int = 256  # completions decoded together
-    precision: AbstractContextManager = field(default_factory=nullcontext)  # of generation
-
-
-def task_of(config: Grpo, given: GivenRewards) -> Task:
-    """As the config has it, with the reward functions that the caller gives."""
-    funcs = given.get("reward_funcs") or []
-    rewards = [load_reward(spec) for spec in config.reward]
-    rewards += [given_reward(function) for function in (funcs if isinstance(funcs, list | tuple) else [funcs])]
-    if not rewards:
-        raise ValueError("reward must name at least one function: a built-in name or file.py:function")
-    weights = config.reward_weights
-    if weights is not None and len(weights) != len(rewards):
-        raise ValueError(
-            f"reward_weights must hold one number for each of the {len(rewards)} rewards, got {len(weights)}"
-        )
-    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.max_completion_length)
-    return Task(rewards, weights, sampling, config.generation_batch_size, autocast(config))
+from fastpost.trainers.task import Task
 
 
 @dataclass(frozen=True)
@@ -59,6 +33,14 @@ class Rollouts:
     seconds: dict[str, float]
 
     @property
+    def lengths(self) -> Tensor:  # (S,) tokens of the completions
+        return torch.tensor([len(completion.ids) for completion in self.completions])
+
+    @property
+    def finished(self) -> Tensor:  # (S,) bool
+        return torch.tensor([completion.finished for completion in self.completions])
+
+    @property
     def num_tokens(self) -> int:
         """Of prompts and completions."""
         pairs = zip(self.prompts, self.completions, strict=True)
@@ -66,19 +48,17 @@ class Rollouts:
 
 
 def roll_out(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], task: Task, num_generations: int = 1, step: int = 0
+    task: Task, prompts: Sequence[Prompt], num_generations: int = 1, step: int = 0, keys: Sequence[int] | None = None
 ) -> Rollouts:
-    """num_generations completions of each prompt, and what the reward functions think of them."""
+    """num_generations completions of each prompt, and what the reward functions think of them. Samples of a prompt
+    depend on the seed of the task and on the prompt's key alone; None: its place among these."""
     began = time.perf_counter()
-    ids = [prompt.input_ids for prompt in prompts]
     with task.precision:
-        completions = generate(
-            model, tokenizer, ids, task.sampling, num_generations=num_generations, batch_size=task.batch_size
-        )
+        completions = task.sampler([prompt.input_ids for prompt in prompts], task.sampling, num_generations, keys)
     generated = time.perf_counter()
     repeated = [prompt for prompt in prompts for _ in range(num_generations)]
     token_ids = [completion.ids for completion in completions]
-    texts = tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+    texts = task.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
     answers = [_answer(prompt, text) for prompt, text in zip(repeated, texts, strict=True)]
     names = sorted({name for prompt in prompts for name in prompt.columns})
     columns = {name: [prompt.columns.get(name) for prompt in repeated] for name in names}
@@ -90,15 +70,62 @@ def roll_out(
     return Rollouts(repeated, completions, texts, scores, seconds)
 
 
+def only_groups(rollouts: Rollouts, num_generations: int, groups: Sequence[int]) -> Rollouts:
+    """The completions of these prompts alone."""
+    rows = [group * num_generations + i for group in groups for i in range(num_generations)]
+    scores, at = rollouts.scores, torch.tensor(rows, dtype=torch.int64)
+    extra = {name: [each[i] for i in rows] for name, each in scores.extra.items() if len(each) == len(rollouts.texts)}
+    of_rows = Scores(
+        scores.rewards[at], {name: each[at] for name, each in scores.by_function.items()}, scores.metrics, extra
+    )
+    return Rollouts(
+        [rollouts.prompts[i] for i in rows],
+        [rollouts.completions[i] for i in rows],
+        [rollouts.texts[i] for i in rows],
+        of_rows,
+        rollouts.seconds,
+    )
+
+
+def joined(parts: Sequence[Rollouts]) -> Rollouts:
+    """All of them. Times add up; what reward functions logged is the mean over the parts that have it."""
+    scores = [part.scores for part in parts]
+    logged = [each.metrics for each in scores]
+    names = dict.fromkeys(chain(*logged))
+    means = {name: mean(each[name] for each in logged if name in each) for name in names}
+    shared = [name for name in scores[0].extra if all(name in each.extra for each in scores)]
+    extra = {name: list(chain(*(each.extra[name] for each in scores))) for name in shared}
+    by_function = {name: torch.cat([each.by_function[name] for each in scores]) for name in scores[0].by_function}
+    return Rollouts(
+        list(chain(*(part.prompts for part in parts))),
+        list(chain(*(part.completions for part in parts))),
+        list(chain(*(part.texts for part in parts))),
+        Scores(torch.cat([each.rewards for each in scores]), by_function, means, extra),
+        {name: sum(part.seconds[name] for part in parts) for name in parts[0].seconds},
+    )
+
+
 def _answer(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
     """A conversation is answered by a message, a text by a text."""
     return text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def greedy_reward(model: Any, tokenizer: Any, prompts: Sequence[Prompt], task: Task) -> float:
+def greedy_reward(task: Task, prompts: Sequence[Prompt]) -> float:
     """Mean reward of the likeliest completions, one a prompt."""
     greedy = replace(task, sampling=replace(task.sampling, temperature=0.0))
-    return float(roll_out(model, tokenizer, prompts, greedy).scores.rewards.nanmean())
+    return float(roll_out(greedy, prompts).scores.rewards.nanmean())
+
+
+def shaped_rewards(rollouts: Rollouts, config: Sampled) -> Tensor:  # (S,); NaN: no function applied
+    """The scores, less what a completion pays for its length, or for not coming to an end."""
+    found = rollouts.scores.rewards
+    if config.missing_eos_penalty is not None:
+        found = missing_eos_penalty(found, rollouts.finished, config.missing_eos_penalty)
+    if config.soft_punish_cache is not None:
+        found = found + soft_overlong_punishment(
+            rollouts.lengths, config.max_completion_length, config.soft_punish_cache
+        )
+    return found
 
 
 # ---- what a log shows of them ----
@@ -107,14 +134,12 @@ def greedy_reward(model: Any, tokenizer: Any, prompts: Sequence[Prompt], task: T
 def rollout_metrics(rollouts: Rollouts, num_generations: int) -> dict[str, float]:
     """Rewards, lengths and times, by TRL's names. All completions count here, those without an advantage too."""
     groups = rollouts.scores.rewards.view(-1, num_generations)
-    lengths = torch.tensor([len(completion.ids) for completion in rollouts.completions])
-    finished = torch.tensor([completion.finished for completion in rollouts.completions])
     values = {
         "reward": groups.nanmean(),
         "reward_std": torch.stack([_std(group) for group in groups]).nanmean(),
         "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean(),
     }
-    values |= metrics.floats(metrics.completions(lengths, finished))
+    values |= metrics.floats(metrics.completions(rollouts.lengths, rollouts.finished))
     for name, each in rollouts.scores.by_function.items():
         values |= {f"rewards/{name}/mean": each.nanmean(), f"rewards/{name}/std": _std(each)}
     return {name: float(value) for name, value in (values | rollouts.scores.metrics | rollouts.seconds).items()}

@@ -104,6 +104,11 @@ class Run:
         self.step += 1
 
     @property
+    def first_round(self) -> bool:
+        """Whether this is the first round of the process."""
+        return self._round == self.start.state.step
+
+    @property
     def evaluates(self) -> bool:
         """Whether an evaluation is due at the end of this round."""
         done = self._round + self.iterations

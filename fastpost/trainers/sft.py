@@ -18,7 +18,7 @@ from fastpost.trainers.checkpoint import check_output_dir
 from fastpost.trainers.config import Sft
 from fastpost.trainers.given import Given, read_data
 from fastpost.trainers.log import say
-from fastpost.trainers.loop import autocast, bins, the_device
+from fastpost.trainers.loop import autocast, bins, evaluating, the_device
 from fastpost.trainers.run import Run
 from fastpost.trainers.start import start
 from fastpost.trainers.world import ALONE, World
@@ -80,7 +80,6 @@ def backward(model: Any, window: Sequence[Example], config: Sft, world: World = 
 @torch.no_grad()
 def evaluate(model: Any, examples: Sequence[Example], config: Sft, world: World = ALONE) -> dict[str, float]:
     """The same means over held-out rows, without gradients."""
-    model.eval()
-    values = backward(model, examples, config, world)
-    model.train()
+    with evaluating(model):
+        values = backward(model, examples, config, world)
     return {f"eval_{name}": value for name, value in values.items()}

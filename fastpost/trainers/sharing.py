@@ -12,7 +12,7 @@ from typing import Any
 from fastpost.models.probe import check_sharing
 from fastpost.models.trunk import causal_lm, takes_shared_prompts
 from fastpost.packing import plan
-from fastpost.trainers.config import Grpo
+from fastpost.trainers.config import Sampled
 from fastpost.trainers.log import say
 from fastpost.trainers.loop import the_device
 from fastpost.trainers.rollouts import Rollouts
@@ -20,7 +20,7 @@ from fastpost.trainers.rollouts import Rollouts
 Part = list[int]  # completions of one group
 
 
-def shares_prompts(model: Any, config: Grpo) -> bool:
+def shares_prompts(model: Any, config: Sampled) -> bool:
     """Whether a run shares prompts. On a GPU only where it is asked for: there it is another kernel, not yet run."""
     can = takes_shared_prompts(model)
     if config.share_prompts and not can:
@@ -34,7 +34,7 @@ def shares_prompts(model: Any, config: Grpo) -> bool:
     return wanted
 
 
-def parts_of_packs(live: Sequence[int], rollouts: Rollouts, config: Grpo) -> list[list[Part]]:
+def parts_of_packs(live: Sequence[int], rollouts: Rollouts, config: Sampled) -> list[list[Part]]:
     """The live completions by packs, and there by groups. A pack is as large as `bins` would have it."""
     cap = config.max_tokens_per_batch
     room = config.per_device_train_batch_size if cap is None else cap

@@ -4,7 +4,7 @@ A field's metadata are its group, its one line of help with the unit, and its do
 keys and `--help` from them. A config that exists has been checked.
 """
 
-from fastpost.trainers.config.policy import Grpo
+from fastpost.trainers.config.policy import Grpo, Ppo, Reinforce, Rloo, Sampled
 from fastpost.trainers.config.supervised import Sft
 from fastpost.trainers.config.tools import Demo, Merge
 from fastpost.trainers.config.training import DATA, GROUPS, LOSS, MODEL, PLAN, ROLLOUT, RUN, STEPS, Training
@@ -21,6 +21,10 @@ __all__ = [
     "Demo",
     "Grpo",
     "Merge",
+    "Ppo",
+    "Reinforce",
+    "Rloo",
+    "Sampled",
     "Sft",
     "Training",
 ]

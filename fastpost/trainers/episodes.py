@@ -1,0 +1,80 @@
+"""Rollouts as one pack on the host, with what is known of every token of a step: what its log-probabilities were, what
+it is worth. Microbatches are subsets of it, and what a pass of a model says of them is laid back into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from fastpost.packing import Example, Packed, pack
+from fastpost.packing.subsets import positions_of, subset
+from fastpost.shared_prompt import AnyPack, share_prompts
+from fastpost.trainers.config import Sampled
+from fastpost.trainers.loop import autocast, bins, the_device
+from fastpost.trainers.objectives import Objective
+from fastpost.trainers.rollouts import Rollouts
+from fastpost.trainers.sharing import parts_of_packs
+from fastpost.trainers.world import ALONE, World
+from fastpost.weights import Window
+
+
+def episodes(rollouts: Rollouts, config: Sampled) -> Packed:
+    """Every completion behind its prompt, in their order; rollout_logp is the sampler's, where it gave one."""
+    kept = [c.finished or not config.mask_truncated_completions for c in rollouts.completions]
+    pairs = zip(rollouts.prompts, rollouts.completions, kept, strict=True)
+    examples = [Example([*p.input_ids, *c.ids], [False] * len(p.input_ids) + [k] * len(c.ids)) for p, c, k in pairs]
+    said = [c.logp or [torch.nan] * len(c.ids) for c in rollouts.completions]
+    return pack(examples, rollout_logp=[x if k else [] for x, k in zip(said, kept, strict=True)])
+
+
+def counts(whole: Packed) -> Tensor:  # (S,)
+    """Tokens of each sequence that the loss is about."""
+    assert whole.batch.kept_lengths is not None
+    return whole.batch.kept_lengths
+
+
+def window_of(whole: Packed, rows: Sequence[int] | None = None, world: World = ALONE) -> Window:
+    """The step that these sequences are, or all; those without a gradient, too. One that is masked whole counts."""
+    of_rows = counts(whole) if rows is None else counts(whole)[torch.as_tensor(rows)]
+    return Window(int(of_rows.sum()), len(of_rows), world.size)
+
+
+def microbatches(
+    whole: Packed, rows: Sequence[int], config: Sampled, world: World = ALONE, *, rollouts: Rollouts | None = None
+) -> list[AnyPack]:
+    """These sequences in packs of the config's size, this process' own, on its device; given their `rollouts` those of
+    one prompt are together, behind the one prompt."""
+    if rollouts is not None:
+        parts = parts_of_packs(rows, rollouts, config)
+        found = [share_prompts(subset(whole, [*chain(*each)]), [len(part) for part in each]) for each in parts]
+        return [packed.to(the_device()) for packed in found]
+    lengths = whole.batch.lengths.tolist()
+    packs = world.share(bins([lengths[row] for row in rows], config))
+    return [subset(whole, [rows[i] for i in each]).to(the_device()) for each in packs]
+
+
+def weighted(packs: Sequence[AnyPack], objective: Objective, window: Window) -> list[AnyPack]:
+    """The microbatches of a step, each with its weights in it."""
+    weights = [objective.weigh(packed.batch, window, len(packs)) for packed in packs]
+    return [replace(p, batch=replace(p.batch, weight=w)) for p, w in zip(packs, weights, strict=True)]
+
+
+@torch.no_grad()
+def columns(
+    whole: Packed, config: Sampled, said: Callable[[Packed], Sequence[Tensor]], world: World = ALONE
+) -> list[Tensor]:  # (T,) each, fp32 on the host
+    """What `said` has to say of each token, (T,) tensors of a microbatch, of all sequences; 0 where nothing is said."""
+    lengths = whole.batch.lengths
+    found: list[Tensor] = []
+    for rows in world.share(bins(lengths.tolist(), config)):
+        with autocast(config):
+            given = said(subset(whole, rows).to(the_device()))
+        found = found or [torch.zeros(whole.num_tokens) for _ in given]
+        for column, numbers in zip(found, given, strict=True):
+            column[positions_of(lengths, rows)] = numbers.float().cpu()
+    return found

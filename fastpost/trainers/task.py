@@ -1,0 +1,75 @@
+"""What a policy is asked, how it samples, and how that is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fastpost.data import Prompt, prompts
+from fastpost.files import Rows
+from fastpost.rewards import Reward, given_reward, load_reward
+from fastpost.rollout import Sampling
+from fastpost.rollout.sampler import Generate, Sampler
+from fastpost.trainers.config import Sampled
+from fastpost.trainers.given import GivenRewards
+from fastpost.trainers.log import say
+from fastpost.trainers.loop import autocast
+
+
+@dataclass(frozen=True)
+class Task:
+    """How completions are drawn and how they are judged."""
+
+    sampler: Sampler
+    tokenizer: Any
+    rewards: Sequence[Reward]
+    weights: Sequence[float] | None  # None: 1 each
+    sampling: Sampling
+    precision: AbstractContextManager = field(default_factory=nullcontext)  # of generation
+
+    def seeded(self, seed: int) -> Task:
+        return replace(self, sampling=replace(self.sampling, seed=seed))
+
+    @staticmethod
+    def of(config: Sampled, rewards: Sequence[Reward], model: Any, tokenizer: Any) -> Task:
+        sampling = Sampling(
+            config.temperature,
+            config.top_p,
+            config.top_k,
+            config.min_p,
+            config.max_completion_length,
+            repetition_penalty=config.repetition_penalty,
+            stop=config.stop,
+        )
+        sampler = Generate(model, tokenizer, config.generation_batch_size)
+        return Task(sampler, tokenizer, rewards, config.reward_weights, sampling, autocast(config))
+
+
+def rewards_of(config: Sampled, given: GivenRewards) -> list[Reward]:
+    """The reward functions that the config names and that the caller gives."""
+    funcs = given.get("reward_funcs") or []
+    found = [load_reward(spec) for spec in config.reward]
+    found += [given_reward(function) for function in (funcs if isinstance(funcs, list | tuple) else [funcs])]
+    if not found:
+        raise ValueError("reward must name at least one function, a built-in or file.py:function; or give reward_funcs")
+    weights = config.reward_weights
+    if weights is not None and len(weights) != len(found):
+        raise ValueError(
+            f"reward_weights must hold one number for each of the {len(found)} rewards, got {len(weights)}"
+        )
+    return found
+
+
+def sampled_prompts(name: str, rows: Rows, tokenizer: Any, config: Sampled) -> list[Prompt]:
+    """The prompts of a file, none so long that a completion would not fit in a pack beside it."""
+    found = prompts(rows, tokenizer, config.max_prompt_length)
+    say(f"{name}: {len(found)} prompts" + (f", {len(rows) - len(found)} too long" if len(found) < len(rows) else ""))
+    longest = max(len(prompt.input_ids) for prompt in found) + config.max_completion_length
+    if config.max_tokens_per_batch is not None and longest > config.max_tokens_per_batch:
+        raise ValueError(
+            f"max_tokens_per_batch must hold the longest prompt and max_completion_length, {longest} tokens together, "
+            f"got {config.max_tokens_per_batch}"
+        )
+    return found
