@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from fastpost.models import attention
-from fastpost.models.heads import unwrapped
-from fastpost.models.trunk import causal_lm, positions
 from fastpost.rollout.generate import generating
-from fastpost.rollout.sampling import Completion, Ends, Sampling, check_prompts, end_tokens
+from fastpost.rollout.request import request
+from fastpost.rollout.sampling import Completion, Ends, Sampling
 
 
 def _config(sampling: Sampling, ends: Ends, pad: int) -> Any:
@@ -49,14 +48,6 @@ def _plain_attention(lm: Any) -> Iterator[None]:
         lm.set_attn_implementation(own)
 
 
-def _check(sampling: Sampling) -> None:
-    if sampling.repetition_penalty != 1 or sampling.min_p:
-        raise ValueError(
-            "transformers' continuous batching has no repetition_penalty and no min_p, got "
-            f"{sampling.repetition_penalty} and {sampling.min_p}: set use_transformers_continuous_batching to false"
-        )
-
-
 @dataclass(frozen=True)
 class Continuous:
     """A `Sampler` of a model that is trained in place."""
@@ -69,6 +60,9 @@ class Continuous:
     def reproducible(self) -> bool:
         return False
 
+    def takes(self, sampling: Sampling) -> bool:
+        return sampling.repetition_penalty == 1 and not sampling.min_p
+
     def update(self, model: Any) -> None:
         """Nothing to do: the weights are the model's own, and no cache outlives a call."""
 
@@ -79,17 +73,17 @@ class Continuous:
         num_generations: int = 1,
         keys: Sequence[int] | None = None,
     ) -> list[Completion]:
-        lm = causal_lm(unwrapped(self.model))
-        _check(sampling)
-        vocabulary = lm.config.get_text_config().vocab_size
-        keys = check_prompts(prompt_ids, sampling, num_generations, keys, positions(lm), vocabulary)
-        ends = Ends(end_tokens(lm, self.tokenizer), sampling.stop, self.tokenizer)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(ends.tokens, default=0)
+        if not self.takes(sampling):
+            raise ValueError(
+                "transformers' continuous batching has no repetition_penalty and no min_p, got "
+                f"{sampling.repetition_penalty} and {sampling.min_p}: set use_transformers_continuous_batching to false"
+            )
+        asked = request(self.model, self.tokenizer, prompt_ids, sampling, num_generations, keys)
         # Ranks, which have other keys, must not draw the same numbers.
-        seed = int.from_bytes(shake_128(f"{sampling.seed} {[*keys]}".encode()).digest(4)) >> 1
+        seed = int.from_bytes(shake_128(f"{sampling.seed} {[*asked.keys]}".encode()).digest(4)) >> 1
         inputs = [list(ids) for ids in prompt_ids for _ in range(num_generations)]
-        outputs = self._generated(lm, inputs, _config(sampling, ends, pad), seed)
-        return [ends.cut(o.generated_tokens, o.logprobs if sampling.unfiltered else []) for o in outputs]
+        outputs = self._generated(asked.lm, inputs, _config(sampling, asked.ends, asked.pad), seed)
+        return [asked.ends.cut(o.generated_tokens, o.logprobs if sampling.unfiltered else []) for o in outputs]
 
     def _generated(self, lm: Any, inputs: list[list[int]], config: Any, seed: int) -> list[Any]:
         from transformers import ContinuousBatchingConfig

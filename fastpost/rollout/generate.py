@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.models.heads import unwrapped
-from fastpost.models.trunk import causal_lm, positions
 from fastpost.rollout.keyed import chosen
-from fastpost.rollout.sampling import Completion, Ends, Sampling, check_prompts, end_tokens
+from fastpost.rollout.request import request
+from fastpost.rollout.sampling import Completion, Ends, Sampling
 
 
 @contextmanager
@@ -111,14 +110,11 @@ def generate(
     `batch_size` completions are decoded together; `progress` is told how many were just finished. Torch's global random
     state is neither used nor moved.
     """
-    lm = causal_lm(unwrapped(model))
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    vocabulary = lm.config.get_text_config().vocab_size
-    keys = check_prompts(prompt_ids, sampling, num_generations, keys, positions(lm), vocabulary)
-    ends = Ends(end_tokens(lm, tokenizer), sampling.stop, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends.tokens, default=0)
-    config = _config(sampling, ends, pad)
+    asked = request(model, tokenizer, prompt_ids, sampling, num_generations, keys)
+    lm, ends, keys = asked.lm, asked.ends, asked.keys
+    config = _config(sampling, ends, asked.pad)
     slots = [(i, j) for i in range(len(prompt_ids)) for j in range(num_generations)]
     by_length = sorted(range(len(slots)), key=lambda slot: len(prompt_ids[slots[slot][0]]))
     found: dict[int, Completion] = {}
