@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastpost.trainers.metrics import read_lines
+from fastpost.trainers.log import read_lines
 from fastpost.watching.curves import Points, curve
 from fastpost.watching.warnings import RunWarning, warnings
 
