@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from fastpost.doctor.config import Doctor
 from fastpost.planning import config as planned
 from fastpost.report.config import Report
 from fastpost.trainers import config as configs
@@ -30,6 +31,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "merge": (configs.Merge, "fastpost.trainers.merge:merge"),
     "demo": (configs.Demo, "fastpost.demo:demo"),
     "report": (Report, "fastpost.report.command:report"),
+    "doctor": (Doctor, "fastpost.doctor.command:doctor"),
     "plan sft": (planned.PlannedSft, "fastpost.planning.command:plan"),
     "plan dpo": (planned.PlannedDpo, "fastpost.planning.command:plan"),
     "plan reward": (planned.PlannedReward, "fastpost.planning.command:plan"),
@@ -121,7 +123,7 @@ def read_flags(cls: type, words: list[str]) -> dict[str, Any]:
     """--name value, --name=value; a bool also as --name and --no-name, a list as several values or repeated flags."""
     kinds = {name: bare(hint)[0] for name, hint in typing.get_type_hints(cls).items()}
     found: dict[str, Any] = {}
-    for flag, values in split_flags(words):
+    for flag, values in split_flags(with_flag(cls, words)):
         name = flag[2:].replace("-", "_")
         if not values and name.startswith("no_") and kinds.get(name[3:]) is bool:
             name, values = name[3:], ["false"]
@@ -137,6 +139,12 @@ def read_flags(cls: type, words: list[str]) -> dict[str, Any]:
         else:
             found[name] = values[0]
     return found
+
+
+def with_flag(cls: type, words: list[str]) -> list[str]:
+    """The words, where the first is no flag but the value of the field that needs none, behind its flag."""
+    alone = [f"--{field.name}" for field in dataclasses.fields(cls) if field.metadata.get("positional")]
+    return [*alone, *words] if words and not words[0].startswith("--") else words
 
 
 def split_flags(words: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -192,8 +200,9 @@ def help_of(verb: str, cls: type) -> str:
     for field, kind in ((f, typing.get_type_hints(cls)[f.name]) for f in dataclasses.fields(cls)):
         groups.setdefault(field.metadata["group"], []).append(field_help(field, kind, width))
     body = "\n\n".join(f"{group}\n" + "\n".join(groups[group]) for group in configs.GROUPS if group in groups)
+    alone = "".join(f" {field.name.upper()}" for field in dataclasses.fields(cls) if field.metadata.get("positional"))
     return (
-        f"usage: fastpost {verb} --config run.yaml [--field value ...]\n\n{first_line(cls)}\n\n"
+        f"usage: fastpost {verb}{alone} --config run.yaml [--field value ...]\n\n{first_line(cls)}\n\n"
         f"Each field is a flag and a key of the YAML file; a flag wins.\n\n{body}"
     )
 

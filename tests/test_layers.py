@@ -67,10 +67,13 @@ MAY_IMPORT = {
         *("", "types", "losses", "advantages", "weights", "metrics", "packing", "shared_prompt", "head"),
         *("files", "data", "models", "integrations", "rollout", "rewards", "watching"),
     ),
+    "doctor.columns": ("types", "files", "data"),
+    "doctor.checks": ("types", "files", "data", "doctor.columns"),
+    "doctor": ("types", "files", "data", "packing", "models", "trainers", "doctor.columns", "doctor.checks"),
     "demo": ("", "types", "files", "data", "models", "rollout", "rewards", "trainers"),
     "report": ("watching", "trainers"),
     "planning": ("quantised", "sweep", "eager", "models", "trainers"),
-    "cli": ("", "types", "data", "models", "rewards", "trainers", "report", "planning", "demo"),
+    "cli": ("", "types", "data", "models", "rewards", "trainers", "report", "planning", "doctor", "demo"),
 }
 # Doors that lead up, opened when called and not on import: (module, what it imports).
 DOORS = {("fastpost.types.head", "fastpost.models.heads")}
@@ -78,7 +81,7 @@ DOORS = {("fastpost.types.head", "fastpost.models.heads")}
 # Parts that import more than torch; `import fastpost` reaches none of them.
 WITH_EXTRAS = {
     *("files", "data", "models", "integrations", "rollout", "rewards"),
-    *("watching", "trainers", "report", "planning", "demo", "cli"),
+    *("watching", "trainers", "report", "planning", "doctor", "demo", "cli"),
 }
 OUTSIDE = {part: {"torch"} for part in MAY_IMPORT.keys() - WITH_EXTRAS} | {
     "kernels": {"torch", "triton"},

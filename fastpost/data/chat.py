@@ -6,6 +6,7 @@ The columns `tools` and `chat_template_kwargs` of a row go to the template.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +133,7 @@ def check_generation_mask(row: Row, tokenizer: Any) -> None:
     """assistant_only_loss needs a template that marks what the assistant says."""
     if not isinstance(row.get("messages", row.get("prompt")), list):
         raise ValueError("assistant_only_loss needs conversations (messages, or prompt and completion as messages)")
-    if "generation" not in str(tokenizer.chat_template):
+    if not re.search(r"{%-?\s*generation\b", str(tokenizer.chat_template)):  # add_generation_prompt is another thing
         raise ValueError(
             "assistant_only_loss needs a chat template that marks the assistant's words with {% generation %}"
         )

@@ -50,9 +50,14 @@ class Counts:
     unit: str = "examples"  # what an example is called
 
     def __str__(self) -> str:
-        said = "".join(f"; {count} {words}" for name, words in NOTES.items() if (count := getattr(self, name)))
+        said = "".join(f"; {count} {NOTES[name]}" for name, count in noted(self).items())
         share = f"{self.predicted} of {self.tokens} tokens predicted" if self.predicted else f"{self.tokens} tokens"
         return f"{self.rows} rows, {self.examples} {self.unit}, {share}{said}"
+
+
+def noted(counts: Counts) -> dict[str, int]:
+    """What there is to say of the rows, by the names of NOTES."""
+    return {name: count for name in NOTES if (count := getattr(counts, name))}
 
 
 def _duplicates(units: Sequence[Sequence[Example]]) -> int:

@@ -123,6 +123,22 @@ def _model_and_tokenizer(
     return model, tokenizer
 
 
+def load_tokenizer(path: str | PathLike[str], trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """The tokenizer of a model, or of an adapter on one, and the config; its weights stay where they are."""
+    from transformers import AutoConfig
+
+    source = _source(base_of(path) if is_adapter(path) else path)
+    own = Path(path).expanduser()
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": isinstance(source, Path)}
+    try:
+        return (
+            _tokenizer(own if _has_tokenizer(own) else source, **options),
+            AutoConfig.from_pretrained(source, **options),
+        )
+    except Exception as error:  # transformers and tokenizers each raise kinds of their own
+        raise ValueError(f"the tokenizer of {str(path)!r} could not be loaded: {error}") from error
+
+
 def _tokenizer(source: Path | str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 

@@ -35,18 +35,23 @@ def causal_lm(model: nn.Module) -> Any:
 
 def positions(model: nn.Module) -> int | None:
     """How many positions the model knows, if it says so; rotations that are stretched know more."""
-    known = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    return positions_of(causal_lm(model).config)
+
+
+def positions_of(config: Any) -> int | None:
+    """The same, by the config of a model."""
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
     stretched = [
         int(each["factor"] * each["original_max_position_embeddings"])
-        for each in _rotations(model)
+        for each in _rotations(config)
         if each.get("factor") and each.get("original_max_position_embeddings") and each.get("rope_type") != "dynamic"
     ]
     return None if known is None else max(known, *stretched, 0)
 
 
-def _rotations(model: nn.Module) -> list[dict[str, Any]]:
+def _rotations(config: Any) -> list[dict[str, Any]]:
     """What its rotary embeddings are made from: one for all layers, or one a kind of layer."""
-    rope = getattr(causal_lm(model).config.get_text_config(), "rope_parameters", None) or {}
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return [each for each in (rope, *rope.values()) if isinstance(each, dict)]
 
 
@@ -132,7 +137,7 @@ def _check_lengths(lm: Any, packed: AnyPack) -> None:
 
 def _check_rotations(lm: Any, packed: AnyPack) -> None:
     """ValueError for a pack of sequences that LongRoPE turns by two sets of frequencies: it has one a forward pass."""
-    windows = [x["original_max_position_embeddings"] for x in _rotations(lm) if x.get("rope_type") == "longrope"]
+    windows = [x["original_max_position_embeddings"] for x in _rotations(lm.config) if x.get("rope_type") == "longrope"]
     windows = [window for window in windows if packed.longest > window]
     if not windows:
         return
