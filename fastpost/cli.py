@@ -27,6 +27,10 @@ from fastpost.types import nearest
 # verb -> (its config, module:function). The module is imported when the verb runs.
 VERBS: dict[str, tuple[type, str]] = {
     "sft": (configs.Sft, "fastpost.trainers.sft:sft"),
+    "dpo": (configs.Dpo, "fastpost.trainers.dpo:dpo"),
+    "cpo": (configs.Cpo, "fastpost.trainers.reference_free:cpo"),
+    "simpo": (configs.Simpo, "fastpost.trainers.reference_free:simpo"),
+    "orpo": (configs.Orpo, "fastpost.trainers.reference_free:orpo"),
     "grpo": (configs.Grpo, "fastpost.trainers.grpo:grpo"),
     "merge": (configs.Merge, "fastpost.trainers.merge:merge"),
     "demo": (configs.Demo, "fastpost.demo:demo"),
@@ -219,8 +223,14 @@ def field_help(field: dataclasses.Field, kind: Any, width: int) -> str:
     flag = f"  --{field.name} {placeholder(kind)}"
     column = 36
     text = textwrap.wrap(field.metadata["help"] + default, width - column)
-    lead = [f"{flag:<{column}}{text[0]}", *text[1:]] if len(flag) < column else [flag, *text]
+    flags = [flag] if len(flag) <= width else wrapped(flag, width - column)
+    lead = [f"{flag:<{column}}{text[0]}", *text[1:]] if len(flag) < column else [*flags, *text]
     return "\n".join([lead[0], *(" " * column + line for line in lead[1:])])
+
+
+def wrapped(flag: str, width: int) -> list[str]:
+    """A flag in as many lines as its choices need."""
+    return [line.replace("| ", "|") for line in textwrap.wrap(flag.replace("|", "| "), width)]
 
 
 def first_line(cls: type) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -23,6 +23,7 @@ class Pair:
     chosen: Example
     rejected: Example
     margin: float | None = None  # by how much it is better, if the rows say so
+    ref_logp: tuple[Sequence[float], Sequence[float]] | None = None  # of the predicted tokens of each, once it is known
 
     @property
     def examples(self) -> tuple[Example, Example]:

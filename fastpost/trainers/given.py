@@ -22,6 +22,12 @@ class Given(TypedDict, total=False):
     eval_dataset: Rows
 
 
+class GivenReference(Given, total=False):
+    """Those of a verb that compares with a reference."""
+
+    ref_model: Any  # a causal LM; default: the model as it was
+
+
 class GivenRewards(Given, total=False):
     """Those of a verb whose policy samples."""
 

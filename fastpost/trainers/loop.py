@@ -86,11 +86,33 @@ def bins(lengths: list[int], config: Training, unit: int = 1) -> list[list[int]]
     return [list(range(i, min(i + size, len(lengths)))) for i in range(0, len(lengths), size)]
 
 
+def check_lengths(lengths: Sequence[int], room: int | None, config: Training, unit: int = 1) -> None:
+    """ValueError for a sequence of more positions than the model has, or a row, of so many adjacent sequences, that
+    fits in no pack."""
+    longest, cap = max(lengths), config.max_tokens_per_batch
+    if room is not None and longest > room:
+        raise ValueError(f"max_length must be at most {room}, the positions of the model: a row has {longest} tokens")
+    together = max(sum(lengths[i : i + unit]) for i in range(0, len(lengths), unit))
+    if cap is not None and together > cap:
+        what = "row" if unit == 1 else "pair"
+        raise ValueError(f"max_tokens_per_batch must hold the longest {what}, {together} tokens, got {cap}")
+
+
 # ---- a step ----
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Turns off the dropout of the model itself. That of its adapters, which was asked for by itself, stays."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        for field, value in vars(module).items():  # what is handed to a function in place of a module
+            if field.endswith("dropout") and isinstance(value, float):
+                setattr(module, field, 0.0)
 
 
 def learning_rate(config: Training, step: int, total: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from fastpost.trainers.config import Training
 from fastpost.trainers.given import Given
 from fastpost.trainers.loop import autocast, the_device
 from fastpost.trainers.start import Start
+
+P = TypeVar("P", bound=AnyPack)
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,16 @@ class Reference:
         # On resume the policy has moved on; the reference is still where the run began.
         begun = start.state.step > 0
         model = _as_it_was(config, given or {}) if begun else copy.deepcopy(start.model)
-        return Reference(_constant(model.to(the_device()).requires_grad_(False), None), config)
+        return Reference.apart(model, config)
+
+    @staticmethod
+    def apart(model: Any, config: Training) -> Reference:
+        """A model of its own, with the adapter that it has, if any."""
+        adapter = model.active_adapter if hasattr(model, "peft_config") else None
+        return Reference(_constant(model.to(the_device()).requires_grad_(False), adapter), config)
 
     @torch.no_grad()
-    def scored(self, packed: AnyPack, temperature: float = 1.0) -> AnyPack:
+    def scored(self, packed: P, temperature: float = 1.0) -> P:
         """The pack with ref_logp."""
         model: Any = self.role.model
         with nullcontext() if self.weights is None else with_weights(model, self.weights), autocast(self.config):

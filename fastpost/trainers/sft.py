@@ -18,7 +18,7 @@ from fastpost.trainers.checkpoint import check_output_dir
 from fastpost.trainers.config import Sft
 from fastpost.trainers.given import Given, read_data
 from fastpost.trainers.log import say
-from fastpost.trainers.loop import autocast, bins, evaluating, the_device
+from fastpost.trainers.loop import autocast, bins, check_lengths, evaluating, the_device
 from fastpost.trainers.run import Run
 from fastpost.trainers.start import start
 from fastpost.trainers.world import ALONE, World
@@ -47,13 +47,7 @@ def _examples(name: str, rows: Any, tokenizer: Any, room: int | None, config: Sf
         rows, tokenizer, config.max_length, config.completion_only_loss, config.assistant_only_loss
     )
     say(f"{name}: {counts}")
-    longest, cap = max(len(example.input_ids) for example in examples), config.max_tokens_per_batch
-    if room is not None and longest > room:
-        raise ValueError(
-            f"max_length {config.max_length} keeps a row of {longest} tokens; the model has {room} positions"
-        )
-    if cap is not None and longest > cap:
-        raise ValueError(f"max_tokens_per_batch must hold the longest row, {longest} tokens, got {cap}")
+    check_lengths([len(example.input_ids) for example in examples], room, config)
     return examples
 
 
