@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,14 +169,18 @@ def test_a_stop_string_in_the_prompt_stops_nothing():
 
 
 def test_the_repetition_penalty_is_on_what_was_said_and_not_on_the_padding():
+    """The padding is what the shortest prompt would say, so that a penalty on it would be seen."""
     model, penalty = tiny.model(), 1.7
     sampling = Sampling(temperature=0, max_completion_length=6, repetition_penalty=penalty)
-    found = generate(model, TOKENIZER, PROMPTS, sampling)
-    for prompt, completion in zip(PROMPTS, found, strict=True):
+    alone = [generate(model, TOKENIZER, [prompt], sampling)[0].ids for prompt in PROMPTS]
+    padding = SimpleNamespace(eos_token_id=1, pad_token_id=alone[1][0])
+    found = generate(model, padding, PROMPTS, sampling)
+    assert ids_of(found) == alone
+    for prompt, said in zip(PROMPTS, alone, strict=True):
         ids = list(prompt)
-        for token in completion.ids:
+        for token in said:
             logits = model(torch.tensor([ids])).logits[0, -1].detach()
-            said = torch.tensor(sorted(set(ids)))
-            logits[said] = torch.where(logits[said] > 0, logits[said] / penalty, logits[said] * penalty)
+            seen = torch.tensor(sorted(set(ids)))
+            logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
             assert token == int(logits.argmax())
             ids.append(token)
