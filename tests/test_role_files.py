@@ -11,10 +11,12 @@ pytest.importorskip("peft")
 
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import tiny
 from fastpost.models.roles import Copied, Roles, Shared
+from fastpost.models.saving import save_model
 from fastpost.models.trunk import hidden_states
 from role_models import PACKED, ROWS, base, four_bits, learnt, lora, ppo, same, write_reward
 
@@ -205,12 +207,35 @@ def test_another_vocabulary_is_refused(tmp_path):
     model, tokenizer = base(), tiny.tokenizer()
     with pytest.raises(ValueError, match="teacher has a vocabulary of 101 and the policy one of 97"):
         Roles.of(model, policy=lora(), teacher=base(vocab_size=101))
-    tiny.model().save_pretrained(tmp_path)
-    other = tiny.tokenizer()
-    other.add_tokens(["<more>"])
-    other.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"value .* another vocabulary than the policy: '<more>' is 97 there and None"):
-        Roles.of(base(), policy=lora(), value=tmp_path, tokenizer=tokenizer)
+    for path, words in (("policy", tokenizer), ("other", reversed_words()), ("more", tiny.tokenizer())):
+        save_model(tiny.model(vocab_size=98), words, tmp_path / path)
+    more = tiny.tokenizer()
+    more.add_tokens(["<more>"])
+    more.save_pretrained(tmp_path / "more")
+    adapter = write_reward(tmp_path, tiny.model(vocab_size=98))
+    reversed_words().save_pretrained(adapter)
+    tiny.model("gpt2", vocab_size=98).save_pretrained(tmp_path / "legacy")  # with vocab.json and merges.txt alone
+    (tmp_path / "legacy" / "vocab.json").write_text(json.dumps(reversed_words().get_vocab()))
+    (tmp_path / "legacy" / "merges.txt").write_text("#version: 0.2\n")
+    for role, path in (("value", "other"), ("teacher", "other"), ("reference", "legacy"), ("reward", "reward")):
+        message = rf"{role}'s tokenizer in .*{path} has another vocabulary than the policy's: "
+        for given in ({"model": base(vocab_size=98), "tokenizer": tokenizer}, {"model": tmp_path / "policy"}):
+            with pytest.raises(ValueError, match=message):
+                Roles.of(policy=lora(), **{role: tmp_path / path}, **given)
+    Roles.of(tmp_path / "policy", policy=lora(), teacher=tmp_path / "more")
+    with pytest.raises(ValueError, match="'<more>' is missing in the one and 97 in the other"):
+        Roles.of(tmp_path / "more", policy=lora(), teacher=tmp_path / "policy")
+
+
+def reversed_words():
+    """The tokens of `tiny.tokenizer` under other numbers."""
+    words = tiny.tokenizer()
+    state = json.loads(words.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    first = len(tiny.SPECIAL)
+    state["model"]["vocab"] = {t: i if i < first else len(vocabulary) - 1 + first - i for t, i in vocabulary.items()}
+    words._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return words
 
 
 @pytest.mark.parametrize("family", ["opt", "bloom"])

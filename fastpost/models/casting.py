@@ -16,6 +16,7 @@ from fastpost.models.loading import load_model
 from fastpost.models.named_adapters import add, add_copy, add_saved, refuse_bare_base, refuse_what_changes_the_base
 from fastpost.models.scalar import load_scalar, load_scored, new_scalar, own_scalar
 from fastpost.models.trunk import causal_lm
+from fastpost.models.vocabulary import check_words, has_tokenizer, read_tokenizer
 from fastpost.quantised import KINDS
 
 if TYPE_CHECKING:
@@ -177,18 +178,14 @@ def _is_adapter(name: str, source: Any) -> bool:
 
 
 def _check_tokenizer(name: str, directory: Path, tokenizer: Any) -> None:
-    """Where the directory has one: the same tokens must have the same numbers."""
-    if tokenizer is None or not any((directory / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
+    """Where the directory has one: it must know what the policy says."""
+    if tokenizer is None or not has_tokenizer(directory):
         return
-    from transformers import AutoTokenizer
-
-    ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(directory, local_files_only=True).get_vocab()
-    other = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-    if other:
-        raise ValueError(
-            f"{name} {str(directory)!r} has another vocabulary than the policy: {other[0]!r} is "
-            f"{theirs.get(other[0])} there and {ours.get(other[0])} here ({len(other)} such tokens)"
-        )
+    try:
+        own = read_tokenizer(directory.resolve(), local_files_only=True)
+    except Exception as error:  # transformers and tokenizers each raise kinds of their own
+        raise ValueError(f"{name}'s tokenizer in {directory} could not be loaded: {error}") from error
+    check_words(own, tokenizer, f"{name}'s tokenizer in {directory}", "the policy's")
 
 
 def _shown(source: Any) -> str:

@@ -19,6 +19,7 @@ from fastpost.models.adapters import base_of, is_adapter, load_adapter
 from fastpost.models.lora import with_lora
 from fastpost.models.probe import probe
 from fastpost.models.qlora import keep_differentiable
+from fastpost.models.vocabulary import check_words, has_tokenizer, read_tokenizer
 from fastpost.types import nearest
 
 if TYPE_CHECKING:
@@ -80,9 +81,9 @@ def _adapted(path: str | PathLike[str], load: Callable[[str], tuple[Any, Any]]) 
         model, tokenizer = load(base_of(path))
     except ValueError as error:
         raise ValueError(f"model {str(path)!r} is an adapter, and its base: {error}") from error
-    if _has_tokenizer(Path(path).expanduser()):
-        base, tokenizer = tokenizer, _tokenizer(Path(path).expanduser().resolve())
-        _check_words(tokenizer, base, path)
+    if has_tokenizer(Path(path).expanduser()):
+        base, tokenizer = tokenizer, read_tokenizer(Path(path).expanduser().resolve())
+        check_words(tokenizer, base, f"the tokenizer in {path}", f"that of the adapter's base, {base.name_or_path}")
         _check_size(tokenizer, model, path)
     return load_adapter(model, path), tokenizer
 
@@ -103,7 +104,7 @@ def _model_and_tokenizer(
     quantised = {} if quantization_config is None else {"quantization_config": quantization_config}
     attention.register()  # a config may name ours already
     try:
-        tokenizer = _tokenizer(source, **options)
+        tokenizer = read_tokenizer(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=_dtype(dtype),
@@ -132,20 +133,11 @@ def load_tokenizer(path: str | PathLike[str], trust_remote_code: bool = False) -
     options = {"trust_remote_code": trust_remote_code, "local_files_only": isinstance(source, Path)}
     try:
         return (
-            _tokenizer(own if _has_tokenizer(own) else source, **options),
+            read_tokenizer(own if has_tokenizer(own) else source, **options),
             AutoConfig.from_pretrained(source, **options),
         )
     except Exception as error:  # transformers and tokenizers each raise kinds of their own
         raise ValueError(f"the tokenizer of {str(path)!r} could not be loaded: {error}") from error
-
-
-def _tokenizer(source: Path | str, **options: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(source, **options)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _check_size(tokenizer: Any, model: Any, path: str | PathLike[str]) -> None:
@@ -153,18 +145,6 @@ def _check_size(tokenizer: Any, model: Any, path: str | PathLike[str]) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer in {path} has {len(tokenizer)} tokens, but the model embeds only {rows}")
-
-
-def _check_words(tokenizer: Any, base: Any, path: str | PathLike[str]) -> None:
-    """An adapter's tokenizer may have more tokens than that of its base, but not others."""
-    ours, theirs = tokenizer.get_vocab(), base.get_vocab()
-    other = sorted((i, token) for token, i in theirs.items() if ours.get(token) != i)
-    if other:
-        i, token = other[0]
-        raise ValueError(
-            f"the tokenizer in {path} has another vocabulary than that of the adapter's base, {base.name_or_path}: "
-            f"{token!r} is {ours.get(token, 'missing')} in the one and {i} in the other"
-        )
 
 
 def _source(path: str | PathLike[str]) -> Path | str:
@@ -178,13 +158,9 @@ def _source(path: str | PathLike[str]) -> Path | str:
         return str(path)
     if not (directory / "config.json").is_file():
         raise ValueError(f"model {str(path)!r} has no config.json: it is not a Hugging Face model directory")
-    if not _has_tokenizer(directory):
+    if not has_tokenizer(directory):
         raise ValueError(f"model {str(path)!r} has no tokenizer (no tokenizer.json, no tokenizer_config.json)")
     return directory.resolve()  # an adapter names its base, and must find it from anywhere
-
-
-def _has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
 
 
 def _directories(parent: Path) -> list[str]:

@@ -128,13 +128,14 @@ class Roles:
         reference None: the model with all adapters off; none where the policy is the model itself.
         The value and the reward have scalar heads: that of the files, that of the copied role, or else zeros.
 
-        tokenizer: the policy's; a directory with another vocabulary is refused.
+        tokenizer: the policy's; None: that of the model's directory. A role's directory with another vocabulary is
+        refused, one with further tokens is not.
         Raises ValueError, naming the role, for what does not fit the model, and naming the model for one that cannot be
         trained on packs.
         """
-        base = load_model(model)[0] if isinstance(model, str | PathLike) else model
+        base, own = load_model(model) if isinstance(model, str | PathLike) else (model, None)
         given = {"policy": policy, "reward": reward, "value": value, "reference": reference, "teacher": teacher}
-        places = cast(base, given, tokenizer)
+        places = cast(base, given, own if tokenizer is None else tokenizer)
         models = {id(place.model): place.model for place in places.values()}
         for each in models.values():
             keep_differentiable(each)
