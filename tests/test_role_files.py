@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 import tiny
 from fastpost.models.roles import Copied, Roles, Shared
@@ -349,7 +349,18 @@ def test_a_base_is_as_it_was_after_a_typo(wrong):
 
 
 def test_a_quantised_model_is_not_trained_whole(tmp_path):
+    """Of a value that is one its scalar head alone would learn, without a word."""
     pytest.importorskip("bitsandbytes")
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["score"])
     tiny.model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"trains the model itself, which is quantised \(Params4bit\) and cannot be"):
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1, quantization_config=four)
+    judge.save_pretrained(tmp_path / "judge")
+    wide = base(hidden_size=64, intermediate_size=128)
+    with pytest.raises(ValueError, match=r"policy would train its model whole, which bitsandbytes has quantised"):
         Roles.of(four_bits(tmp_path))
+    for given in ({"value": judge}, {"value": tmp_path / "judge"}, {"reward": judge, "value": Copied("reward")}):
+        with pytest.raises(ValueError, match=r"value would train its model whole, .*: pass LoraConfig"):
+            Roles.of(wide, policy=None, **given)
+    adapted = get_peft_model(judge, lora(task_type="SEQ_CLS"))
+    assert len(Roles.of(wide, policy=lora(), value=adapted).trainable()["value"]) == 2 * 14 + 1
+    assert Roles.of(base(), policy=lora(), reward=tmp_path / "judge").reward.parameters() == []

@@ -189,8 +189,9 @@ def test_generation_is_in_the_role_that_is_used():
     roles = Roles.of(model, policy=lora())
     learnt(roles.policy.model)
 
-    def drawn(lm):
-        return generate(lm, tiny.tokenizer(), [[5, 6, 7]] * 4, Sampling(max_completion_length=8))
+    def drawn(lm):  # of equal logits logsumexp may differ in the last bit, by where a tensor lies
+        found = generate(lm, tiny.tokenizer(), [[5, 6, 7]] * 4, Sampling(max_completion_length=8))
+        return [completion.ids for completion in found]
 
     with roles.using("reference"):
         assert drawn(roles.reference.model) == drawn(alone)

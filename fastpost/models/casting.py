@@ -14,10 +14,10 @@ from torch import nn
 from fastpost.models.adapters import CONFIG, is_adapter
 from fastpost.models.loading import load_model
 from fastpost.models.named_adapters import add, add_copy, add_saved, refuse_bare_base, refuse_what_changes_the_base
+from fastpost.models.qlora import is_quantised
 from fastpost.models.scalar import load_scalar, load_scored, new_scalar, own_scalar
 from fastpost.models.trunk import causal_lm
 from fastpost.models.vocabulary import check_words, has_tokenizer, read_tokenizer
-from fastpost.quantised import KINDS
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -67,7 +67,7 @@ def cast(base: Any, given: Mapping[str, Source], tokenizer: Any) -> dict[str, Pl
 
 def _policy(base: Any, source: Source) -> Place:
     from_files = isinstance(source, str | PathLike)
-    if isinstance(source, nn.Module | Shared | Copied) or (from_files and not _is_adapter("policy", source)):
+    if isinstance(source, nn.Module | Shared | Copied) or (from_files and not is_adapter(source)):
         raise ValueError(f"policy must be an adapter of the model, or None for the model itself, got {_shown(source)}")
     if from_files:
         return Place(add_saved(base, "policy", _directory("policy", source), judges=False)[0], "policy")
@@ -77,43 +77,51 @@ def _policy(base: Any, source: Source) -> Place:
         for adapter, config in base.peft_config.items():
             refuse_what_changes_the_base(config, adapter)
         return Place(base, base.active_adapter)
-    quantised = {type(p).__name__ for p in base.parameters()} & set(KINDS)
-    if quantised:
-        raise ValueError(
-            f"policy None trains the model itself, which is quantised ({', '.join(sorted(quantised))}) and cannot be: "
-            "pass policy=LoraConfig(...)"
-        )
+    _refuse_to_train_whole("policy", base)
     return Place(base, None)
 
 
 def _place(name: str, source: Source, places: Mapping[str, Place]) -> Place:
-    base, judges = places["policy"].model, name in JUDGES
-    if isinstance(source, Shared):
-        return _shared(name, source, places)
-    if isinstance(source, Copied):
-        return _copied(name, source, places)
-    if isinstance(source, nn.Module):
-        _refuse_one_trained_model_twice(name, source, places)
-        return _apart(source, name)
-    if isinstance(source, str | PathLike):
-        directory = _directory(name, source)
-        if not _is_adapter(name, directory):
-            loaded = load_scored(directory, name, fresh=name == "value") if judges else load_model(directory)[0]
-            return _apart(loaded.to(causal_lm(base).device), name)
-        _refuse_on_trained_base(name, places["policy"])
-        return Place(base, name, add_saved(base, name, directory, judges=judges)[1])
-    if name not in TRAINED:
-        raise ValueError(f"{name} is not trained, so a new adapter would say nothing: pass one that has learnt")
-    _refuse_on_trained_base(name, places["policy"])
+    match source:
+        case Shared():
+            return _shared(name, source, places)
+        case Copied():
+            return _copied(name, source, places)
+        case nn.Module():
+            _refuse_one_trained_model_twice(name, source, places)
+            return _apart(name, source)
+        case str() | PathLike():
+            return _of_files(name, _directory(name, source), places)
     assert source is not None
-    return Place(add(base, name, source), name, new_scalar(base))
+    return _fresh(name, source, places)
 
 
-def _apart(model: Any, name: str) -> Place:
+def _apart(name: str, model: Any) -> Place:
     """A model of its own."""
     refuse_bare_base(model)
     adapter = model.active_adapter if hasattr(model, "peft_config") else None
+    if adapter is None and name in TRAINED:
+        _refuse_to_train_whole(name, model)
     return Place(model, adapter, own_scalar(model, name) if name in JUDGES else None)
+
+
+def _of_files(name: str, directory: Path, places: Mapping[str, Place]) -> Place:
+    """An adapter of the policy's base, or a model of its own."""
+    base, judges = places["policy"].model, name in JUDGES
+    if not is_adapter(directory):
+        model = load_scored(directory, name, fresh=name == "value") if judges else load_model(directory)[0]
+        return _apart(name, model.to(causal_lm(base).device))
+    _refuse_on_trained_base(name, places["policy"])
+    return Place(base, name, add_saved(base, name, directory, judges=judges)[1])
+
+
+def _fresh(name: str, config: PeftConfig, places: Mapping[str, Place]) -> Place:
+    """An adapter that has learnt nothing yet."""
+    if name not in TRAINED:
+        raise ValueError(f"{name} is not trained, so a new adapter would say nothing: pass one that has learnt")
+    _refuse_on_trained_base(name, places["policy"])
+    base = places["policy"].model
+    return Place(add(base, name, config), name, new_scalar(base))
 
 
 def _shared(name: str, source: Shared, places: Mapping[str, Place]) -> Place:
@@ -134,7 +142,17 @@ def _copied(name: str, source: Copied, places: Mapping[str, Place]) -> Place:
         return Place(base, name, scalar if judges else None)
     if judges != (other.scalar is not None):
         raise ValueError(f"{name} cannot be copied from {source.role}: only one of them has a scalar head")
+    if other.adapter is None and name in TRAINED:
+        _refuse_to_train_whole(name, other.model)
     return Place(*copy.deepcopy((other.model, other.adapter, other.scalar)))
+
+
+def _refuse_to_train_whole(name: str, model: nn.Module) -> None:
+    if is_quantised(model):
+        raise ValueError(
+            f"{name} would train its model whole, which bitsandbytes has quantised and which therefore cannot be: pass "
+            + ("policy=LoraConfig(...)" if name == "policy" else "LoraConfig(...), or a model with an adapter on it")
+        )
 
 
 def _refuse_one_trained_model_twice(name: str, model: nn.Module, places: Mapping[str, Place]) -> None:
@@ -166,15 +184,10 @@ def _check_files(name: str, source: Source, tokenizer: Any) -> None:
     if isinstance(source, Shared) and source.head is not None:
         _directory(name, source.head)
     if isinstance(source, str | PathLike):
-        _is_adapter(name, source)
-        _check_tokenizer(name, _directory(name, source), tokenizer)
-
-
-def _is_adapter(name: str, source: Any) -> bool:
-    directory = _directory(name, source)
-    if not is_adapter(directory) and not (directory / "config.json").is_file():
-        raise ValueError(f"{name} {str(source)!r} has neither {CONFIG} nor config.json: no adapter, and no model")
-    return is_adapter(directory)
+        directory = _directory(name, source)
+        if not is_adapter(directory) and not (directory / "config.json").is_file():
+            raise ValueError(f"{name} {str(source)!r} has neither {CONFIG} nor config.json: no adapter, and no model")
+        _check_tokenizer(name, directory, tokenizer)
 
 
 def _check_tokenizer(name: str, directory: Path, tokenizer: Any) -> None:
