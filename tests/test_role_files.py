@@ -140,15 +140,19 @@ def test_an_adapter_that_the_model_has_already_is_the_policys(tmp_path):
     assert Roles.of(tmp_path / "tiny", policy=tmp_path / "saved" / "policy").trainable().keys() == {"policy"}
 
 
-def test_an_adapter_trained_on_a_base_of_another_name_is_warned_of(tmp_path):
+def test_an_adapter_trained_on_a_base_of_another_name_or_place_is_warned_of(tmp_path):
     files = write_reward(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         Roles.of(model, policy=lora(), reward=files)
-    model.save_pretrained(tmp_path / "tuned")
-    with pytest.warns(UserWarning, match=r"reward's adapter in .* was trained on .*base, and is used on .*tuned"):
-        Roles.of(AutoModelForCausalLM.from_pretrained(tmp_path / "tuned"), policy=lora(), reward=files)
+        (tmp_path / "link").symlink_to(tmp_path / "base")
+        Roles.of(AutoModelForCausalLM.from_pretrained(tmp_path / "link"), policy=lora(), reward=files)
+    for other in ("tuned", "tuned/base"):
+        model.save_pretrained(tmp_path / other)
+        message = rf"reward's adapter in .* was trained on {tmp_path}/base, and is used on {tmp_path}/{other}$"
+        with pytest.warns(UserWarning, match=message):
+            Roles.of(AutoModelForCausalLM.from_pretrained(tmp_path / other), policy=lora(), reward=files)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path):

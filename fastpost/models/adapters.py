@@ -104,15 +104,22 @@ def with_weights(model: PeftModel, weights: Mapping[str, Tensor]) -> Iterator[No
 
 def check_base(base: str | None, model: Any, where: str) -> None:
     """ValueError for an adapter of another family, since families have layers of one name; a warning where the base
-    has another name, which may be a copy's: two bases of one shape cannot be told apart by an adapter's tensors."""
+    lies elsewhere, which may be a copy: two bases of one shape cannot be told apart by an adapter's tensors."""
     config, name = causal_lm(model).config, causal_lm(model).name_or_path
     file = Path(base or "").expanduser() / "config.json"
     if base and file.is_file():
         wanted, got = json.loads(file.read_text(encoding="utf-8")).get("model_type"), config.model_type
         if wanted and wanted.removesuffix("_text") != got.removesuffix("_text"):
             raise ValueError(f"{where} was made for a {wanted} ({base}), and {name_of(model)} is a {got}")
-    if base and name and Path(base).name != Path(name).name:
+    if base and name and not _may_be_same(Path(base).expanduser(), Path(name).expanduser()):
         warnings.warn(f"{where} was trained on {base}, and is used on {name}", stacklevel=2)
+
+
+def _may_be_same(one: Path, other: Path) -> bool:
+    """Of directories, whether they are; of a name on the hub, which a directory may be a copy of, by its last part."""
+    if one.is_dir() and other.is_dir():
+        return one.samefile(other)
+    return one.name == other.name
 
 
 def _without_base(model: Any, own: Collection[str], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
