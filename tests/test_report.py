@@ -115,7 +115,7 @@ def written(run: Path) -> str:
 
 
 def test_the_command_writes_the_page_and_prints_where(run: Path, capsys: pytest.CaptureFixture):
-    assert main(["report", "--run", str(run)]) == 0
+    assert main(["report", str(run)]) == 0
     out, err = capsys.readouterr()
     assert out == f"{run / 'report.html'}\n" and err == ""
     assert (run / "report.html").read_text() == written(run)
@@ -343,3 +343,37 @@ def test_only_what_tag_made_is_markup():
 
 def test_the_run_is_one_field():
     assert Report(run="runs/grpo").run == "runs/grpo"
+
+
+def test_a_real_run_has_its_page_and_is_told_what_is_wrong_with_it(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """A random model writes two tokens a completion: none ends by itself."""
+    pytest.importorskip("transformers")
+    import tiny
+
+    for made in (tiny.model("llama"), tiny.tokenizer()):
+        made.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{c} "}) + "\n" for c in "abcdef"))
+    (tmp_path / "reward.py").write_text(
+        "def length_of_set(completions, **columns):\n    return [len(set(text)) / 2 for text in completions]\n"
+    )
+    fields = {
+        "model": tmp_path / "model",
+        "dataset": tmp_path / "prompts.jsonl",
+        "output_dir": tmp_path / "out",
+        "reward": f"{tmp_path / 'reward.py'}:length_of_set",
+        "max_completion_length": 2,
+        "num_generations": 4,
+        "max_steps": 6,
+        "logging_steps": 1,
+    }
+    assert main(["grpo", *(word for name, value in fields.items() for word in (f"--{name}", str(value)))]) == 0
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'out' / 'report.html'}\n"
+    assert err.startswith("warning: completions do not end, from step 5: ")
+    text = (tmp_path / "out" / "report.html").read_text()
+    Reader(text)
+    for word in ("<h1>grpo: out</h1>", "Samples", "Where time goes", "<h3>Reward", "completions do not end"):
+        assert word in text
+    assert "Other metrics" not in text  # every metric of the verb has its place

@@ -51,6 +51,7 @@ REWARD = Section(
         ),
         KL_COMPLETION,
         KL_TOKEN,
+        Panel("Spread within a group", {"reward_std": ""}),
         Panel("Coefficient of the KL", {"kl_coef": "", "objective/kl_coef": ""}),
     ),
     {"KL": (*KL_COMPLETION.curves, *KL_TOKEN.curves)},
@@ -110,6 +111,7 @@ SECTIONS = (
                 ("completions/min_length", "completions/max_length"),
             ),
             Panel("Cut off at the limit", {"completions/clipped_ratio": ""}, "share"),
+            Panel("Correlation with the reward", {"reward_length_correlation": ""}),
         ),
         {"length": ("completions/mean_length",)},
     ),
@@ -157,7 +159,10 @@ SECTIONS = (
     ),
 )
 # Not drawn at all: places, or drawn as something else.
-ELSEWHERE = re.compile(r"step$|epoch$|num_tokens$|step_time/|completions/(min|max)|(min|max)_reward$|clip_ratio/region")
+ELSEWHERE = re.compile(
+    r"step$|epoch$|num_tokens$|step_time/|completions/(min|max)|(min|max)_reward$|rewards/.+/(mean|std)$"
+    r"|clip_ratio/(region_mean|low_min|high_max)$|sampling/.+/(min|max)$"
+)
 
 
 def sections(run: Record) -> list[tuple[str, Html]]:
@@ -175,7 +180,8 @@ def sections(run: Record) -> list[tuple[str, Html]]:
 
 def _charts(run: Record, section: Section) -> list[Html]:
     charts = [chart for panel in section.panels if (chart := _chart(run, panel))]
-    charts += [chart for name, metrics in section.against.items() if (chart := _against(run, name, metrics))]
+    at = min(2, len(charts))  # beside the two that it compares
+    charts[at:at] = [chart for name, metrics in section.against.items() if (chart := _against(run, name, metrics))]
     if section is REWARD and (functions := reward_functions(run)):
         charts += filter(None, [_chart(run, Panel("Reward functions", functions))])
     return charts
