@@ -20,6 +20,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,8 +39,7 @@ from fastpost.planning.fit import surveyed
 from fastpost.rollout import Completion
 from fastpost.trainers import policy, sft
 from fastpost.trainers.build import adapter_of
-from fastpost.trainers.episodes import counts, episodes
-from fastpost.trainers.grpo import packs_of
+from fastpost.trainers.episodes import counts, episodes, packs_of
 from fastpost.trainers.loop import apply_gradients
 from fastpost.trainers.objectives import of_grpo
 from fastpost.trainers.optimizers import adamw
@@ -136,11 +136,12 @@ def gradients(start: Start, config: Planned, shape: Shape, length: int) -> Calla
     completions = [Completion(row.input_ids[length // 4 :], True) for row in rows]
     rollouts = Rollouts(prompts, completions, [], None, {})  # type: ignore[arg-type]  # nobody asks what they scored
     advantages = torch.linspace(-1, 1, len(rows))
+    stage: Any = SimpleNamespace(shared=False, config=config)
 
     def grpo() -> None:
         whole = episodes(rollouts, config)
         whole = with_known(whole, advantage=whole.batch.spread(advantages))
-        packs = [reference.scored(packed) for packed in packs_of(whole, of_grpo(config), config)]
+        packs = [reference.scored(packed) for packed in packs_of(whole, of_grpo(config), stage, rollouts)]
         policy.backward(model, packs, of_grpo(config), int(counts(whole).sum()), config)
 
     return grpo

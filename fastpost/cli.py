@@ -32,6 +32,8 @@ VERBS: dict[str, tuple[type, str]] = {
     "simpo": (configs.Simpo, "fastpost.trainers.reference_free:simpo"),
     "orpo": (configs.Orpo, "fastpost.trainers.reference_free:orpo"),
     "grpo": (configs.Grpo, "fastpost.trainers.grpo:grpo"),
+    "rloo": (configs.Rloo, "fastpost.trainers.rloo:rloo"),
+    "reinforce": (configs.Reinforce, "fastpost.trainers.reinforce:reinforce"),
     "merge": (configs.Merge, "fastpost.trainers.merge:merge"),
     "demo": (configs.Demo, "fastpost.demo:demo"),
     "report": (Report, "fastpost.report.command:report"),

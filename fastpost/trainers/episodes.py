@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fastpost.packing import Example, Packed, pack
 from fastpost.packing.subsets import positions_of, subset
-from fastpost.shared_prompt import AnyPack, share_prompts
+from fastpost.shared_prompt import AnyPack, SharedPack, share_prompts
 from fastpost.trainers.config import Sampled
 from fastpost.trainers.loop import autocast, bins, the_device
 from fastpost.trainers.objectives import Objective
 from fastpost.trainers.rollouts import Rollouts
 from fastpost.trainers.sharing import parts_of_packs
+from fastpost.trainers.stage import Stage
 from fastpost.trainers.world import ALONE, World
 from fastpost.weights import Window
 
@@ -44,18 +45,35 @@ def window_of(whole: Packed, rows: Sequence[int] | None = None, world: World = A
     return Window(int(of_rows.sum()), len(of_rows), world.size)
 
 
-def microbatches(
-    whole: Packed, rows: Sequence[int], config: Sampled, world: World = ALONE, *, rollouts: Rollouts | None = None
-) -> list[AnyPack]:
-    """These sequences in packs of the config's size, this process' own, on its device; given their `rollouts` those of
-    one prompt are together, behind the one prompt."""
-    if rollouts is not None:
-        parts = parts_of_packs(rows, rollouts, config)
-        found = [share_prompts(subset(whole, [*chain(*each)]), [len(part) for part in each]) for each in parts]
-        return [packed.to(the_device()) for packed in found]
+def microbatches(whole: Packed, rows: Sequence[int], config: Sampled, world: World = ALONE) -> list[Packed]:
+    """These sequences in packs of the config's size, this process' own, on its device."""
     lengths = whole.batch.lengths.tolist()
     packs = world.share(bins([lengths[row] for row in rows], config))
     return [subset(whole, [rows[i] for i in each]).to(the_device()) for each in packs]
+
+
+def _of_shared_prompts(
+    whole: Packed, rows: Sequence[int], config: Sampled, rollouts: Rollouts, world: World
+) -> list[SharedPack]:
+    """The same, those of one prompt together, behind the one prompt."""
+    packs = parts_of_packs(rows, rollouts, config)
+    found = [share_prompts(subset(whole, [*chain(*parts)]), [len(part) for part in parts]) for parts in packs]
+    return [packed.to(the_device()) for packed in found]
+
+
+def packs_of(
+    whole: Packed, objective: Objective, stage: Stage, rollouts: Rollouts, world: World = ALONE
+) -> list[AnyPack]:
+    """The completions that can have a gradient, in weighted microbatches."""
+    loss, batch = objective.loss, whole.batch
+    idle = None if loss.idle is None else loss.idle(batch, loss.knobs or {})
+    moved = batch.target != -100 if idle is None else (batch.target != -100) & ~idle
+    live = batch.per_sequence(moved.float()).nonzero()[:, 0].tolist()
+    if stage.shared:
+        packs: Sequence[AnyPack] = _of_shared_prompts(whole, live, stage.config, rollouts, world)
+    else:
+        packs = microbatches(whole, live, stage.config, world)
+    return weighted(packs, objective, window_of(whole, world=world))
 
 
 def weighted(packs: Sequence[AnyPack], objective: Objective, window: Window) -> list[AnyPack]:

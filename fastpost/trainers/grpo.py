@@ -10,88 +10,45 @@ also samples on until a step is full of groups with variance.
 
 from __future__ import annotations
 
-import time
 from typing import Any, Unpack
 
 from torch import Tensor
 
-from fastpost import advantages, token_stats
-from fastpost.data import Prompt
-from fastpost.models.heads import head_of
-from fastpost.models.trunk import hidden_states
+from fastpost import advantages
 from fastpost.packing import Packed
 from fastpost.packing.subsets import with_known
-from fastpost.shared_prompt import AnyPack
-from fastpost.trainers.checkpoint import check_output_dir
 from fastpost.trainers.config import Grpo
-from fastpost.trainers.episodes import columns, counts, episodes, microbatches, weighted, window_of
-from fastpost.trainers.given import GivenRewards, read_data
-from fastpost.trainers.loop import evaluating, seed_of
-from fastpost.trainers.objectives import Objective, of_grpo
-from fastpost.trainers.policy import backward, say_mismatch
-from fastpost.trainers.reference import Reference
-from fastpost.trainers.rollouts import (
-    Rollouts,
-    first_group,
-    greedy_reward,
-    joined,
-    only_groups,
-    roll_out,
-    rollout_metrics,
-    shaped_rewards,
-)
+from fastpost.trainers.episodes import episodes, packs_of
+from fastpost.trainers.given import GivenRewards
+from fastpost.trainers.objectives import of_grpo
+from fastpost.trainers.policy import learn, look, next_rollouts, said_by_policy
+from fastpost.trainers.rollouts import Rollouts, joined, only_groups, shaped_rewards
 from fastpost.trainers.run import Run
-from fastpost.trainers.sharing import shares_prompts
-from fastpost.trainers.start import start
-from fastpost.trainers.task import Task, rewards_of, sampled_prompts
-from fastpost.trainers.world import ALONE, World
+from fastpost.trainers.stage import Stage
 
 
 def grpo(config: Grpo, **given: Unpack[GivenRewards]) -> Any:
     """Trains config.model on the prompts of config.dataset and leaves the result in config.output_dir."""
-    check_output_dir(config)
-    rewards = rewards_of(config, given)
-    rows = read_data(config, given, "grpo")
-    begun = start(config, given)
-    model, G, objective = begun.model, config.num_generations, of_grpo(config)
-    data = {name: sampled_prompts(name, part, begun.tokenizer, config) for name, part in rows.items()}
-    task = Task.of(config, rewards, model, begun.tokenizer)
-    reference = Reference.of(begun, config, given) if config.beta else None
-    shared = shares_prompts(model, config)
-    each, updates = config.rows_per_round // G, config.updates_per_round
-    with Run("grpo", config, begun, len(data["train"]), each=each, iterations=updates) as run:
-        for step in run.steps():
-            rollouts = _sample(run, data["train"], task.seeded(seed_of(config.seed, step)), config)
+    stage, objective = Stage.of("grpo", config, given, refers=config.beta > 0), of_grpo(config)
+    with stage.run() as run:
+        for _ in run.steps():
+            rollouts = _sample(run, stage, config)
             whole = episodes(rollouts, config)
             whole = with_known(whole, advantage=whole.batch.spread(_advantages(rollouts, config)))
-            whole = _corrected(whole, model, config)
-            packs = packs_of(whole, objective, config, run.world, rollouts=rollouts if shared else None)
-            if reference is not None:
-                packs = [reference.scored(packed, config.temperature) for packed in packs]
-            facts = rollout_metrics(rollouts, G)
-            for _ in range(updates):
-                began = time.perf_counter()
-                packs, values = backward(model, packs, objective, int(counts(whole).sum()), config, run.world)
-                values |= {"step_time/update": time.perf_counter() - began}
-                run.update(facts | values, rollouts.num_tokens, learns=bool(packs))
-            if run.first_round:
-                say_mismatch(packs)
-            if run.evaluates and "eval" in data:
-                run.note({"eval_reward": greedy_reward(task, data["eval"])})
-            run.show(first_group(rollouts, G, run.step))
+            whole = _corrected(whole, stage, config)
+            packs = packs_of(whole, objective, stage, rollouts, run.world)
+            if stage.reference is not None:
+                packs = [stage.reference.scored(packed, config.temperature) for packed in packs]
+            learn(run, stage, objective, packs, whole, rollouts)
+            look(run, stage, rollouts)
     return run.finish()
 
 
-def _sample(run: Run, prompts: list[Prompt], task: Task, config: Grpo) -> Rollouts:
+def _sample(run: Run, stage: Stage, config: Grpo) -> Rollouts:
     """The rollouts of a round. With dynamic sampling more prompts take the place of groups without variance, as long as
     there are any and it may go on."""
-    G, step = config.num_generations, run.step
-
-    def more() -> Rollouts:
-        first, rows = run.taken, run.take()
-        return roll_out(task, [prompts[i] for i in rows], G, step, range(first, first + len(rows)))
-
-    found = more()
+    G = config.num_generations
+    found = next_rollouts(run, stage)
     if not config.dynamic_sampling:
         return found
     wanted = len(found.texts) // G
@@ -99,9 +56,9 @@ def _sample(run: Run, prompts: list[Prompt], task: Task, config: Grpo) -> Rollou
     for _ in range(config.max_resamplings - 1):
         if len(kept.texts) >= wanted * G:
             break
-        new = more()
+        new = next_rollouts(run, stage)
         kept = joined([kept, only_groups(new, G, _varied(new, G))])
-    return only_groups(kept, G, list(range(wanted))) if kept.texts else found
+    return only_groups(kept, G, list(range(min(wanted, len(kept.texts) // G)))) if kept.texts else found
 
 
 def _varied(rollouts: Rollouts, G: int) -> list[int]:
@@ -118,37 +75,16 @@ def _advantages(rollouts: Rollouts, config: Grpo) -> Tensor:  # (S,)
     return advantages.group_centred(shaped_rewards(rollouts, config), G, scale)
 
 
-def _corrected(whole: Packed, model: Any, config: Grpo) -> Packed:
+def _corrected(whole: Packed, stage: Stage, config: Grpo) -> Packed:
     """With the advantages weighed by token, where that is asked for: by what the sampler had wrong, by entropy."""
-    mode = config.rollout_correction
-    if mode == "none" and config.top_entropy_quantile == 1:
+    mode, quantile = config.rollout_correction, config.top_entropy_quantile
+    if mode == "none" and quantile == 1:
         return whole
-
-    def said(packed: Packed) -> list[Tensor]:
-        hidden, temperature = hidden_states(model, packed)[0], config.temperature
-        stats = token_stats(
-            hidden, head_of(model), packed.batch.target, outputs=("logp", "entropy"), temperature=temperature
-        )
-        return [stats.logp, stats.entropy]
-
-    with evaluating(model):
-        old_logp, entropy = columns(whole, config, said)
     batch, advantage = whole.batch, whole.batch.advantage
+    old_logp, entropy = said_by_policy(whole, stage, ("logp", "entropy"))
     if mode != "none":
         clip = config.rollout_correction_clip_max
         advantage = advantage * advantages.rollout_correction(old_logp, batch.rollout_logp, batch, mode, clip)
-    if config.top_entropy_quantile < 1:
-        advantage = advantages.top_entropy(advantage, entropy, batch, config.top_entropy_quantile)
+    if quantile < 1:
+        advantage = advantages.top_entropy(advantage, entropy, batch, quantile)
     return with_known(whole, advantage=advantage)
-
-
-def packs_of(
-    whole: Packed, objective: Objective, config: Grpo, world: World = ALONE, *, rollouts: Rollouts | None = None
-) -> list[AnyPack]:
-    """The completions that can have a gradient, in weighted microbatches; given `rollouts`, of shared prompts."""
-    moved = whole.batch.per_sequence((whole.batch.advantage != 0).float()) > 0
-    always = bool(config.beta or config.entropy_coef)
-    live = [i for i, count in enumerate(counts(whole).tolist()) if count and (always or moved[i])]
-    return weighted(
-        microbatches(whole, live, config, world, rollouts=rollouts), objective, window_of(whole, world=world)
-    )

@@ -1,4 +1,4 @@
-"""Microbatches -> gradients: what every policy that samples does in an update.
+"""What every policy that samples does in a round: rollouts; then microbatches -> gradients.
 
 `batch.weight` makes the normalisation of a step (`fastpost.weights`), over all its completions and all their tokens:
 those that never reach the model, having no gradient, keep their place in it.
@@ -6,22 +6,87 @@ those that never reach the model, having no gradient, keep their place in it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastpost import Head, fused_loss, metrics
+from fastpost import Head, fused_loss, metrics, token_stats
+from fastpost.models.trunk import hidden_states
+from fastpost.packing import Packed
+from fastpost.packing.subsets import with_known
 from fastpost.rollout.mismatch import mismatch
 from fastpost.shared_prompt import AnyPack
 from fastpost.trainers.balance import hidden_and_balance
 from fastpost.trainers.config import Sampled
+from fastpost.trainers.episodes import columns, counts
 from fastpost.trainers.log import say
-from fastpost.trainers.loop import autocast, the_device
+from fastpost.trainers.loop import autocast, evaluating, seed_of, the_device
 from fastpost.trainers.objectives import Objective
+from fastpost.trainers.rollouts import Rollouts, first_group, greedy_reward, roll_out, rollout_metrics
+from fastpost.trainers.run import Run
+from fastpost.trainers.stage import Stage
 from fastpost.trainers.world import ALONE, World
+
+
+def next_rollouts(run: Run, stage: Stage) -> Rollouts:
+    """Completions of the next prompts of a run, its samples keyed by the step and by the place of the prompt among all
+    that were ever asked for."""
+    first, rows, asked = run.taken, run.take(), stage.data["train"]
+    keys = range(first, first + len(rows))
+    task = stage.task.seeded(seed_of(stage.config.seed, run.step))
+    return roll_out(task, [asked[i] for i in rows], stage.config.num_generations, run.step, keys)
+
+
+def learn(
+    run: Run, stage: Stage, objective: Objective, packs: list[AnyPack], whole: Packed, rollouts: Rollouts
+) -> None:
+    """The optimizer steps of a round on its microbatches; `whole` is what they are of."""
+    facts = rollout_metrics(rollouts, stage.config.num_generations)
+    tokens = int(counts(whole).sum())
+    for _ in range(run.iterations):
+        began = time.perf_counter()
+        packs, values = backward(stage.model, packs, objective, tokens, stage.config, run.world)
+        values |= {"step_time/update": time.perf_counter() - began}
+        run.update(facts | values, rollouts.num_tokens, learns=bool(packs))
+    if run.first_round:
+        say_mismatch(packs)
+
+
+def look(run: Run, stage: Stage, rollouts: Rollouts) -> None:
+    """What is due at the end of a round: an evaluation, samples for the reader."""
+    if run.evaluates and "eval" in stage.data:
+        run.note({"eval_reward": greedy_reward(stage.task, stage.data["eval"])})
+    run.show(first_group(rollouts, stage.config.num_generations, run.step))
+
+
+def said_by_policy(
+    whole: Packed, stage: Stage, outputs: tuple[str, ...] = ("logp",), world: World = ALONE
+) -> list[Tensor]:  # (T,) each
+    """Statistics of every token under the policy as it is, from a pass of its own."""
+
+    def said(packed: Packed) -> list[Tensor]:
+        hidden, head = hidden_states(stage.model, packed)[0], Head.of(stage.model)
+        stats = token_stats(hidden, head, packed.batch.target, outputs=outputs, temperature=stage.config.temperature)
+        return [getattr(stats, name) for name in outputs]
+
+    with evaluating(stage.model):
+        return columns(whole, stage.config, said, world)
+
+
+def scored(whole: Packed, stage: Stage, world: World = ALONE) -> Packed:
+    """With old_logp, and ref_logp where there is a reference."""
+    (old_logp,) = said_by_policy(whole, stage, world=world)
+    whole, reference = with_known(whole, old_logp=old_logp), stage.reference
+    if reference is None:
+        return whole
+    temperature = stage.config.temperature
+    (ref_logp,) = columns(whole, stage.config, lambda p: [reference.scored(p, temperature).batch.ref_logp], world)
+    return with_known(whole, ref_logp=ref_logp)
 
 
 def say_mismatch(packs: Sequence[AnyPack]) -> None:

@@ -63,7 +63,10 @@ def roll_out(
     names = sorted({name for prompt in prompts for name in prompt.columns})
     columns = {name: [prompt.columns.get(name) for prompt in repeated] for name in names}
     asked = [prompt.prompt for prompt in repeated]
-    scores = score(task.rewards, task.weights, asked, answers, token_ids, columns, step=step)
+    if task.rewards:
+        scores = score(task.rewards, task.weights, asked, answers, token_ids, columns, step=step)
+    else:
+        scores = Scores(torch.zeros(len(texts)), {}, {})  # a reward model will judge
     if unscored := int(scores.rewards.isnan().sum()):
         say(f"step {step + 1}: no reward function applied to {unscored} of {len(texts)} completions")
     seconds = {"step_time/rollout": generated - began, "step_time/reward": time.perf_counter() - generated}

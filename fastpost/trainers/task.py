@@ -44,21 +44,20 @@ class Task:
             stop=config.stop,
         )
         sampler = Generate(model, tokenizer, config.generation_batch_size)
-        return Task(sampler, tokenizer, rewards, config.reward_weights, sampling, autocast(config))
+        weights = config.reward_weights and config.reward_weights[: len(rewards)]
+        return Task(sampler, tokenizer, rewards, weights, sampling, autocast(config))
 
 
-def rewards_of(config: Sampled, given: GivenRewards) -> list[Reward]:
-    """The reward functions that the config names and that the caller gives."""
+def rewards_of(config: Sampled, given: GivenRewards, *, model: bool = False) -> list[Reward]:
+    """The reward functions that the config names and that the caller gives; none need be where a model rewards."""
     funcs = given.get("reward_funcs") or []
     found = [load_reward(spec) for spec in config.reward]
     found += [given_reward(function) for function in (funcs if isinstance(funcs, list | tuple) else [funcs])]
-    if not found:
+    if not found and not model:
         raise ValueError("reward must name at least one function, a built-in or file.py:function; or give reward_funcs")
-    weights = config.reward_weights
-    if weights is not None and len(weights) != len(found):
-        raise ValueError(
-            f"reward_weights must hold one number for each of the {len(found)} rewards, got {len(weights)}"
-        )
+    weights, wanted = config.reward_weights, len(found) + model
+    if weights is not None and len(weights) != wanted:
+        raise ValueError(f"reward_weights must hold one number for each of the {wanted} rewards, got {len(weights)}")
     return found
 
 
