@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.models.sharded import fsdp_modules
 from fastpost.rollout.keyed import chosen
 from fastpost.rollout.request import request
 from fastpost.rollout.sampling import Completion, Ends, Sampling
@@ -74,12 +73,7 @@ def _batch(
     choice = chosen(sampling, of, mask)
     criteria = [_stopping(ends, ids.shape[1])] if ends.stop else []
     out = lm.generate(
-        ids,
-        attention_mask=mask,
-        generation_config=config,
-        logits_processor=[choice],
-        stopping_criteria=criteria,
-        synced_gpus=True if fsdp_modules(lm) else None,  # transformers sees FSDP1 and ZeRO-3 by itself
+        ids, attention_mask=mask, generation_config=config, logits_processor=[choice], stopping_criteria=criteria
     )
     new = out[:, ids.shape[1] :].tolist()
     logp = torch.stack(choice.logp, dim=1).tolist()
@@ -114,8 +108,8 @@ def generate(
     batch_size, nor where it is generated, but for the rounding of the logits.
 
     `batch_size` completions are decoded together; `progress` is told how many were just finished. Torch's global random
-    state is neither used nor moved. Where the weights are sharded, ranks step together until the last of them is done,
-    and must have equally many batches.
+    state is neither used nor moved. Where the weights are sharded, transformers has the ranks step together until the
+    last of them is done; they must have equally many batches.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
