@@ -56,10 +56,11 @@ def recent(points: Points, span: int) -> float:
 
 def sustained(points: Points, test: Callable[[float], bool], span: int) -> tuple[float, float] | None:
     """(step, mean) of the first `span` neighbours whose mean passes the test; a single outlier is no finding."""
-    for start in range(len(points) - span + 1):
-        mean = fmean(value for _, value in points[start : start + span])
+    values = [value for _, value in points]
+    for end in range(span, len(points) + 1):
+        mean = sum(values[end - span : end]) / span
         if test(mean):
-            return points[start + span - 1][0], mean
+            return points[end - 1][0], mean
     return None
 
 

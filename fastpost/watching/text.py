@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 BARS = "▁▂▃▄▅▆▇█"
+ENOUGH = 50  # values for the mean of a stretch
 
 
 def number(value: float) -> str:
@@ -41,7 +42,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
     """A curve in at most `width` characters, each the mean of a stretch; the lowest is the lowest bar."""
     columns = min(width, len(values))
     cuts = [i * len(values) // columns for i in range(columns + 1)] if columns else []
-    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
+    stretches = (values[a : b : max(1, (b - a) // ENOUGH)] for a, b in pairwise(cuts))
+    means = [sum(stretch) / len(stretch) for stretch in stretches]
     low, high = min(means, default=0.0), max(means, default=0.0)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((mean - low) * scale)] for mean in means)

@@ -17,7 +17,7 @@ from fastpost.watching.text import said
 from fastpost.watching.warnings import warnings
 
 REFRESHES = 4  # a second
-RARELY = 0.02  # share by which the lines have grown when they are read for warnings again
+RARELY = 0.05  # share by which the lines have grown when they are read for warnings again
 
 
 class View:
