@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -146,6 +147,12 @@ def test_labels_stay_with_completions_and_a_prompt_can_take_another():
     assert shown(joined(first.prompt_ids, second.completion_ids, 1)) == ("a", ".")
 
 
+def test_labels_win_over_what_else_a_row_has():
+    row = {"prompt": "ab", "completion": "c", "label": False, "chosen": "a note"}
+    (one,), _ = unpaired_examples([row], TOKENIZER, None)
+    assert (TOKENIZER.decode(one.completion_ids), one.label) == ("c<eos>", False)
+
+
 def test_pairs_come_apart_with_their_labels():
     rows = [PAIR, PAIR | {"chosen": "x"}, PAIR | {"rejected": "cd"}]
     found, counts = unpaired_examples(rows, TOKENIZER, 4)
@@ -187,6 +194,20 @@ def test_every_count_has_its_words():
     numbers = {field.name for field in dataclasses.fields(Counts)}
     assert numbers - set(NOTES) == {"rows", "examples", "tokens", "predicted", "longest", "unit"}
     assert set(NOTES) < numbers
+
+
+def test_the_docs_have_every_format_and_every_count():
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    formats, counts = ([line[2:-2].split(" | ") for line in table] for table in tables(page))
+    said = {verb: columns for verbs, columns in formats for verb in verbs.split(", ")}
+    assert said == {verb: ", ".join(map(" + ".join, names)) for verb, names in FORMATS.items()}
+    assert dict(counts) == NOTES
+
+
+def tables(page: str) -> list[list[str]]:
+    """The rows of each table, without its head."""
+    blocks = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
+    return [block[2:] for block in blocks]
 
 
 # ---- hostile rows ----

@@ -164,12 +164,7 @@ def test_unpaired_completions_are_those_of_trl(tokenizer, rows, max_length):
     assert [(one.prompt_ids, one.prompt_ids + one.completion_ids, one.label) for one in found] == theirs
 
 
-@pytest.mark.parametrize("assistant_only_loss", [False, True])
-@pytest.mark.parametrize("max_length", [None, 24])
-@shapes(IMITATED)
-def test_sequences_to_imitate_are_those_of_trl(tokenizer, rows, max_length, assistant_only_loss):
-    if assistant_only_loss and not isinstance(rows[0].get("messages", rows[0].get("prompt")), list):
-        pytest.skip("text has no assistant")
+def check_imitated(tokenizer: Any, rows: list[dict], max_length: int | None, assistant_only_loss: bool) -> None:
     options = {"completion_only_loss": "completion" in rows[0], "assistant_only_loss": assistant_only_loss}
     theirs = by_trl(SFTTrainer, rows, tokenizer, max_length, False, None, **options)
     try:
@@ -179,6 +174,18 @@ def test_sequences_to_imitate_are_those_of_trl(tokenizer, rows, max_length, assi
         return
     assert [example.input_ids for example in ours] == theirs["input_ids"]
     assert [labels(example) for example in ours] == theirs["labels"]
+
+
+@pytest.mark.parametrize("max_length", [None, 24])
+@shapes(IMITATED)
+def test_sequences_to_imitate_are_those_of_trl(tokenizer, rows, max_length):
+    check_imitated(tokenizer, rows, max_length, assistant_only_loss=False)
+
+
+@pytest.mark.parametrize("max_length", [None, 24])
+@shapes({name: rows for name, rows in IMITATED.items() if name not in ("text", "prompt and completion")})
+def test_what_the_assistant_says_is_that_of_trl(tokenizer, rows, max_length):
+    check_imitated(tokenizer, rows, max_length, assistant_only_loss=True)
 
 
 @pytest.mark.parametrize("rows", [PREFERENCES["implicit text"], PREFERENCES["implicit messages"]], ids=["text", "chat"])

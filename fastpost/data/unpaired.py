@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 from fastpost.data.chat import continued, is_empty, opening
-from fastpost.data.columns import row_at
+from fastpost.data.columns import PAIRS, format_of, row_at
 from fastpost.data.counts import Counts, counted
 from fastpost.data.pairs import has_prompt, split_pair
 from fastpost.files import Row, Rows
@@ -31,21 +31,34 @@ def joined(prompt_ids: list[int], completion_ids: list[int], max_length: int | N
     return Example(ids, [t >= len(prompt_ids) for t in range(len(ids))])
 
 
-def _labelled(rows: Rows, path: str | PathLike[str], notes: Counter[str]) -> Iterator[tuple[Row, str, Any, Any, bool]]:
-    """(row, where, prompt, completion, label). Of pairs every chosen answer, then every rejected one, as TRL has them:
-    side by side, the two would be each other's completion of another prompt."""
-    if "chosen" not in rows[0]:
+@dataclass(frozen=True)
+class _Labelled:
+    """A completion with its label, in text or messages."""
+
+    row: Row
+    where: str
+    prompt: Any
+    completion: Any
+    label: bool
+    implicit: bool = False  # the prompt was found, not given
+
+
+def _labelled(rows: Rows, path: str | PathLike[str], notes: Counter[str]) -> Iterator[_Labelled]:
+    """Of pairs every chosen answer, then every rejected one, as TRL has them: side by side, the two would be each
+    other's completion of another prompt."""
+    if format_of(rows, "kto") not in PAIRS:
         for i, row in enumerate(rows):
-            yield row, row_at(path, i), row["prompt"], row["completion"], row["label"]
+            yield _Labelled(row, row_at(path, i), row["prompt"], row["completion"], row["label"])
         return
     for label in (True, False):
         for i, row in enumerate(rows):
             if row["chosen"] == row["rejected"]:
                 notes["identical"] += label
                 continue
-            prompt, chosen, rejected = split_pair(row, row_at(path, i))
+            where = row_at(path, i)
+            prompt, chosen, rejected = split_pair(row, where)
             notes["promptless"] += label and not prompt
-            yield row, row_at(path, i), prompt, chosen if label else rejected, label
+            yield _Labelled(row, where, prompt, chosen if label else rejected, label, not has_prompt(row))
 
 
 def unpaired_examples(
@@ -59,9 +72,9 @@ def unpaired_examples(
     """One Unpaired a row, two a pair; the completion is cut so that max_length tokens hold it and its prompt."""
     notes: Counter[str] = Counter()
     found = []
-    for row, where, prompt, completion, label in _labelled(rows, path, notes):
-        begun = opening(tokenizer, prompt, row, where, implicit="chosen" in row and not has_prompt(row))
-        sequence = continued(tokenizer, begun, completion, row, where)
+    for one in _labelled(rows, path, notes):
+        begun = opening(tokenizer, one.prompt, one.row, one.where, one.implicit)
+        sequence = continued(tokenizer, begun, one.completion, one.row, one.where)
         if sequence is None:
             notes["unaligned"] += 1
             continue
@@ -71,7 +84,7 @@ def unpaired_examples(
             continue
         notes["truncated"] += len(ids) < len(sequence.input_ids)
         notes["without_eos"] += tokenizer.eos_token_id not in ids[start:]
-        notes["empty"] += is_empty(completion)
-        found.append(Unpaired(ids[:start], ids[start:], label))
+        notes["empty"] += is_empty(one.completion)
+        found.append(Unpaired(ids[:start], ids[start:], one.label))
     kept = [(joined(one.prompt_ids, one.completion_ids, None),) for one in found]
     return found, counted(len(rows), kept, notes, tokenizer, max_length, positions=positions)
