@@ -158,6 +158,12 @@ def test_held_out_rows_must_be_usable_and_new(capsys, tmp_path, model):
     assert found["unusable"]["sft"] == "eval_dataset: no column 'completion'" and "grpo" in found["sound"]
 
 
+def test_no_column_name_or_path_moves_the_cursor(capsys, tmp_path, model):
+    file = written(tmp_path, [{"\033[2Jprompt": "a", "prompt": "b\033[2J"}], "a\033[2J.jsonl")
+    assert doctor(file, "--model", model) == 0
+    assert "\033" not in capsys.readouterr().out
+
+
 def test_a_terminal_gets_colors(capsys, tmp_path, model, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     doctor(written(tmp_path, DEMONSTRATIONS), "--model", model, "--verb", "sft")

@@ -11,7 +11,7 @@ from fastpost.data import Verb
 from fastpost.doctor.checks import Overlap
 from fastpost.doctor.columns import Column
 from fastpost.doctor.lengths import SHARES, histogram, percentile, percentiles
-from fastpost.doctor.masks import GREEN, RESET, masked
+from fastpost.doctor.masks import GREEN, RESET, clean, masked
 from fastpost.doctor.readings import Reading
 
 WIDTH = 100
@@ -78,45 +78,51 @@ def text(found: Findings, color: bool) -> str:
 
 
 def _verdict(found: Findings, color: bool) -> list[str]:
-    """A line, and under it all that is to be looked at, what is worst first."""
-    sound = found.sound
-    head = f"SOUND for {_listed(sound)}" if sound else "UNSOUND: no verb can train on this"
-    if len(found.usable) == 1 and not sound:
-        head = f"UNSOUND for {_listed(list(found.usable))}"
-    if sound and found.readings is None:
-        head += ", as far as can be seen without a tokenizer (--model)"
-    lines = _wrapped(head, "", _paint("", BOLD + (GREEN if sound else RED), color))
-    for line, verbs in _said(found, unsound=True):
-        lines += _wrapped(f"{_listed(verbs)}: {line}", _paint("x ", RED, color))
-    for line, verbs in _said(found, unsound=False):
-        some = f"{_listed(verbs)}: " if verbs and len(verbs) < len(_read(found)) else ""
-        lines += _wrapped(f"{some}{line}", _paint("! ", YELLOW, color))
+    """A line, and under it what is wrong, then what to look at."""
+    sound, asked = found.sound, list(found.usable)
+    if sound:
+        blind = ", as far as can be seen without a tokenizer (--model)" if found.readings is None else ""
+        head = f"SOUND for {_listed(sound)}{blind}"
+    else:
+        head = f"UNSOUND for {_listed(asked)}" if len(asked) == 1 else "UNSOUND: no verb can train on this"
+    lines = _wrapped(head, code=BOLD + (GREEN if sound else RED) if color else "")
+    for line in _wrong(found):
+        lines += _wrapped(line, _paint("x ", RED, color))
+    for line in _odd(found):
+        lines += _wrapped(line, _paint("! ", YELLOW, color))
     return lines
 
 
-def _read(found: Findings) -> list[Verb]:
-    return [verb for reading in found.readings or () for verb in reading.verbs]
-
-
-def _said(found: Findings, unsound: bool) -> Iterator[tuple[str, Sequence[Verb]]]:
-    """Every problem once, with the verbs that have it."""
+def _wrong(found: Findings) -> list[str]:
+    """What makes training unsound, and for whom; of the one verb that is asked about, also why it cannot be at all."""
     verbs: dict[str, list[Verb]] = {}
     for reading in found.readings or ():
-        for line in reading.problems.unsound if unsound else reading.problems.odd:
+        for line in reading.problems.unsound:
             verbs.setdefault(line, []).extend(reading.verbs)
-    if unsound and len(found.usable) == 1:
+    if len(found.usable) == 1:
         verbs |= {reason: [verb] for verb, reason in found.usable.items() if reason is not None}
-    if not unsound:
-        more = [] if found.overlap is None else found.overlap.lines
-        if not any(reading.counts for reading in found.readings or ()):
-            more = [*more, *found.oddities]
-        verbs |= {line: [] for line in [*more, *found.foreign]}
-    yield from verbs.items()
+    return [f"{_listed(some)}: {line}" for line, some in verbs.items()]
+
+
+def _odd(found: Findings) -> list[str]:
+    """What to look at, and who reads it, where not all do."""
+    verbs: dict[str, list[Verb]] = {}
+    for reading in found.readings or ():
+        for line in reading.problems.odd:
+            verbs.setdefault(line, []).extend(reading.verbs)
+    every = sum(len(reading.verbs) for reading in found.readings or ())
+    counted = any(reading.counts for reading in found.readings or ())
+    return [
+        *(line if len(some) == every else f"{_listed(some)}: {line}" for line, some in verbs.items()),
+        *(() if found.overlap is None else found.overlap.lines),
+        *(() if counted else found.oddities),
+        *found.foreign,
+    ]
 
 
 def _columns(found: Findings) -> list[str]:
-    rows = [[column.name, column.kind, _size(column), _gaps(column)] for column in found.columns]
-    return [f"{found.path}: {_rows(found.rows)}", *_aligned(rows)]
+    rows = [[clean(column.name), column.kind, _size(column), _gaps(column)] for column in found.columns]
+    return [f"{clean(found.path)}: {_rows(found.rows)}", *_aligned(rows)]
 
 
 def _size(column: Column) -> str:
@@ -135,7 +141,7 @@ def _of_readings(found: Findings, color: bool) -> Iterator[list[str]]:
     for reading in found.readings or ():
         if reading.counts is None:
             continue
-        lines = _wrapped(f"{_listed(reading.verbs)}: {reading.counts}", "")
+        lines = _wrapped(f"{_listed(reading.verbs)}: {reading.counts}")
         if reading.lengths:
             limit = None if reading.counts.unit == "prompts" else found.max_length
             lines += ["", f"  {percentiles(reading.lengths)}{_beyond(reading.lengths, limit)}"]
@@ -172,7 +178,7 @@ def _unusable(found: Findings) -> list[str]:
         if reason is not None:
             by_reason.setdefault(reason, []).append(verb)
     lines = [f"not for {_listed(verbs)}: {reason}" for reason, verbs in by_reason.items()]
-    return [part for line in lines for part in _wrapped(line, "")]
+    return [part for line in lines for part in _wrapped(line)]
 
 
 # ---- laying out ----
@@ -187,15 +193,14 @@ def _rows(count: int) -> str:
 
 
 def _paint(words: str, code: str, color: bool) -> str:
-    return (f"{code}{words}{RESET}" if words else code) if color else words
+    return f"{code}{words}{RESET}" if color else words
 
 
-def _wrapped(line: str, lead: str, code: str = "") -> list[str]:
-    """The line in WIDTH columns, after its mark, further lines indented under it."""
-    indent = "  " if lead else ""
-    first, *rest = wrap(line, WIDTH - 4, break_on_hyphens=False) or [""]
-    end = RESET if code else ""
-    return [f"{indent}{lead}{code}{first}{end}", *(f"    {code}{part}{end}" for part in rest)]
+def _wrapped(line: str, mark: str = "", code: str = "") -> list[str]:
+    """The line in WIDTH columns, after its mark; further lines are indented under it."""
+    first, *rest = wrap(clean(line), WIDTH - 4, break_on_hyphens=False)
+    lead = f"  {mark}" if mark else ""
+    return [lead + _paint(first, code, bool(code)), *(f"    {_paint(part, code, bool(code))}" for part in rest)]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
