@@ -27,6 +27,7 @@ from fastpost.types import nearest
 # verb -> (its config, module:function). The module is imported when the verb runs.
 VERBS: dict[str, tuple[type, str]] = {
     "sft": (configs.Sft, "fastpost.trainers.sft:sft"),
+    "reward": (configs.Reward, "fastpost.trainers.reward:reward"),
     "dpo": (configs.Dpo, "fastpost.trainers.dpo:dpo"),
     "cpo": (configs.Cpo, "fastpost.trainers.reference_free:cpo"),
     "simpo": (configs.Simpo, "fastpost.trainers.reference_free:simpo"),

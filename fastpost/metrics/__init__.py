@@ -10,7 +10,7 @@ A Part is sums or an extreme, not yet a quotient, so a mean over microbatches an
 over all their tokens, sequences or pairs. What is nowhere counted is NaN.
 """
 
-from fastpost.metrics.pairs import displacement, kto, preference, reward
+from fastpost.metrics.pairs import displacement, kto, length_bias, preference, reward
 from fastpost.metrics.parts import (
     Part,
     correlation,
@@ -53,6 +53,7 @@ __all__ = [
     "kl_budget",
     "kto",
     "largest",
+    "length_bias",
     "length_correlation",
     "mean",
     "mean_difference",

@@ -86,6 +86,19 @@ def reward(scores: Tensor) -> dict[str, Part]:  # (S,), chosen and rejected in t
     }
 
 
+def length_bias(scores: Tensor, lengths: Tensor) -> dict[str, Part]:  # (S,), (S,) chosen and rejected in turns
+    """Whether a reward model goes by length: its accuracy where the chosen answer is the longer one and where it is the
+    shorter, and the share of pairs in which the longer answer has the higher score; pairs of equal length aside."""
+    chosen, rejected = Batch.pairs(scores)
+    longer, shorter = (torch.gt(*pair) for pair in (Batch.pairs(lengths), Batch.pairs(-lengths)))
+    right = chosen > rejected
+    return {
+        "accuracy/longer_chosen": mean(right, longer),
+        "accuracy/shorter_chosen": mean(right, shorter),
+        "longer_preferred": mean(right == longer, longer | shorter),
+    }
+
+
 def _sequences(stats: Stats, batch: Batch, average: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(S,) logp, (S,) logp - ref_logp, and (S,) bool: there is a token in it."""
     at = kept(batch)

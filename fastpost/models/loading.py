@@ -69,10 +69,15 @@ def prepare_model(model: Any, peft_config: LoraConfig | None = None, gradient_ch
         model = with_lora(model, peft_config)
     probe(model)
     if gradient_checkpointing:
-        # transformers renamed it in 5.2x; reentrant, it would need an input with a gradient, which LoRA has not.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        recompute_activations(model)
     return model
+
+
+def recompute_activations(model: Any) -> None:
+    """Gradient checkpointing. transformers renamed it in 5.2x; reentrant, it would need an input with a gradient, which
+    LoRA has not."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _adapted(path: str | PathLike[str], load: Callable[[str], tuple[Any, Any]]) -> tuple[Any, Any]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,11 @@ from torch import Tensor, nn
 
 from fastpost.models import attention
 from fastpost.models.probe import check_packing
+from fastpost.models.qlora import keep_differentiable
 from fastpost.models.trunk import causal_lm
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 FILE = "score.safetensors"
 SCORE = re.compile(r"(?:^|\.)score\.(?:modules_to_save\.(?:\w+\.)?)?(weight|bias)$")
@@ -105,13 +110,29 @@ def own_scalar(model: nn.Module, where: str) -> nn.Linear:
     return found
 
 
-def load_scored(directory: Path, where: str, *, fresh: bool) -> Any:
+def load_scored(
+    directory: str | PathLike[str],
+    where: str,
+    *,
+    fresh: bool,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
+    quantization_config: BitsAndBytesConfig | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
     """The trunk and the scalar head of a directory; `fresh`: where there is no head, as in a causal LM, a new one."""
     from transformers import AutoModelForSequenceClassification
 
     attention.register()
+    quantised = {} if quantization_config is None else {"quantization_config": quantization_config}
     model, report = AutoModelForSequenceClassification.from_pretrained(
-        directory, output_loading_info=True, local_files_only=True
+        directory,
+        output_loading_info=True,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        local_files_only=Path(directory).is_dir(),
+        **quantised,  # None would undo what a checkpoint has
     )
     if "score.weight" in report["missing_keys"]:  # transformers made one up
         if not fresh:
@@ -119,7 +140,8 @@ def load_scored(directory: Path, where: str, *, fresh: bool) -> Any:
         model.config.num_labels = model.num_labels = 1
         model.score = new_scalar(model)
     own_scalar(model, where)
-    if model.config._attn_implementation == "sdpa":
+    keep_differentiable(model)
+    if attn_implementation is None and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(attention.NAME)
     check_packing(model.eval())
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,17 +38,30 @@ def adapter_of(config: Training) -> LoraConfig:
     )
 
 
-def build(config: Training, given: Given | None = None, found: Path | None = None) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class Kind:
+    """What there is to be built: how it is loaded, adapter included, and what one that is given lacks."""
+
+    load: Callable[[Training, str], tuple[Any, Any]]  # of a directory
+    prepare: Callable[[Training, Any], Any]  # model -> model
+
+
+def build(
+    config: Training, given: Given | None = None, found: Path | None = None, kind: Kind | None = None
+) -> tuple[Any, Any]:
     """Model and tokenizer as the config wants them, of its directory or of what is given, with the weights of a
-    checkpoint where one is `found`."""
-    given = given or {}
+    checkpoint where one is `found`. kind None: a causal LM."""
+    given, kind = given or {}, kind or Kind(_loaded, _prepared)
     base = given.get("model")
     adapts = config.trains_adapter or hasattr(base, "peft_config")
     # An adapter's checkpoint holds the adapter alone; its base is still where it was.
     if base is not None and (adapts or found is None):
-        model, tokenizer = _prepared(base, given, config)
+        model, tokenizer = _given(base, given, config, kind)
     else:
-        model, tokenizer = _loaded(config, config.model if adapts or found is None else str(found))
+        path = config.model if adapts or found is None else str(found)
+        if not path:
+            raise ValueError("model must be given: a directory in the config, or a model as `model`")
+        model, tokenizer = kind.load(config, path)
     if not adapts and is_quantised(model):
         name = repr(config.model or type(model).__name__)
         raise ValueError(f"model {name} is quantised, so its weights cannot train: give lora_r, 16 say, for adapters")
@@ -71,31 +86,39 @@ def build(config: Training, given: Given | None = None, found: Path | None = Non
 
 def _loaded(config: Training, path: str) -> tuple[Any, Any]:
     """Of a directory."""
-    if not path:
-        raise ValueError("model must be given: a directory in the config, or a model as `model`")
-    frozen_on_gpu = config.trains_adapter and the_device().type == "cuda"
     return load_model(
         path,
-        dtype=("bfloat16" if frozen_on_gpu else "float32") if config.dtype == "auto" else config.dtype,
+        dtype=dtype_of(config),
         attn_implementation=config.attn_implementation,
         peft_config=adapter_of(config) if config.lora_r else None,
-        quantization_config=_four_bits(config) if config.load_in_4bit else None,
+        quantization_config=four_bits(config) if config.load_in_4bit else None,
         gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
     )
 
 
-def _prepared(model: Any, given: Given, config: Training) -> tuple[Any, Any]:
+def _prepared(config: Training, model: Any) -> Any:
+    """One that is loaded."""
+    if config.attn_implementation is None:
+        attend_packed(causal_lm(model))
+    peft_config = adapter_of(config) if config.lora_r else None
+    return prepare_model(model, peft_config, config.gradient_checkpointing)
+
+
+def _given(model: Any, given: Given, config: Training, kind: Kind) -> tuple[Any, Any]:
     """A model that the caller has loaded, with its tokenizer."""
     tokenizer = given.get("processing_class")
     if tokenizer is None:
         raise ValueError("processing_class must be given beside a model: its tokenizer")
     if hasattr(model, "peft_config") and config.lora_r:
         raise ValueError("the model has an adapter, which trains on as it is: leave lora_r out, or merge it first")
-    if config.attn_implementation is None:
-        attend_packed(causal_lm(model))
-    peft_config = adapter_of(config) if config.lora_r else None
-    return prepare_model(model, peft_config, config.gradient_checkpointing), tokenizer
+    return kind.prepare(config, model), tokenizer
+
+
+def dtype_of(config: Training) -> str:
+    """Of the weights, as the config has it or by its default."""
+    frozen_on_gpu = config.trains_adapter and the_device().type == "cuda"
+    return ("bfloat16" if frozen_on_gpu else "float32") if config.dtype == "auto" else config.dtype
 
 
 def _widen(model: Any, config: Training) -> None:
@@ -110,7 +133,7 @@ def _widen(model: Any, config: Training) -> None:
         say(f"{lost}: give bf16 as well, or dtype float32")
 
 
-def _four_bits(config: Training) -> BitsAndBytesConfig:
+def four_bits(config: Training) -> BitsAndBytesConfig:
     return four_bit_config(
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         use_bnb_nested_quant=config.use_bnb_nested_quant,

@@ -43,13 +43,13 @@ def read_pairs(name: str, rows: Any, tokenizer: Any, model: Any, config: Pairs) 
     room = positions(model)
     pairs, counts = preference_examples(rows, tokenizer, config.max_length, positions=room)
     say(f"{name}: {counts}")
-    check_lengths(_lengths(pairs), room, config, unit=2)
+    check_lengths(lengths_of(pairs), room, config, unit=2)
     return pairs
 
 
 def tokens_of(pairs: Sequence[Pair]) -> int:
     """What the model reads of them."""
-    return sum(_lengths(pairs))
+    return sum(lengths_of(pairs))
 
 
 def backward(
@@ -59,7 +59,7 @@ def backward(
     tokens = tokens_of(window)
     whole = Window(sum(len(e.predicted) for pair in window for e in pair.examples), 2 * len(window), world.size)
     seen = {}
-    for rows in world.share(bins(_lengths(window), config, unit=2)):
+    for rows in world.share(bins(lengths_of(window), config, unit=2)):
         packed = _packed([window[i // 2] for i in rows[::2]], objective)
         weight = sequence_mean(packed.batch, whole, objective.loss.unit)
         packed = replace(packed, batch=replace(packed.batch, weight=weight))
@@ -90,7 +90,7 @@ def with_reference(
 ) -> list[Pair]:
     """The pairs with the reference's log-probabilities of their tokens, in host memory: 4 bytes a token."""
     found: list[tuple[int, array[float]]] = []  # by the number of the sequence
-    for rows in world.share(bins(_lengths(pairs), config, unit=2)):
+    for rows in world.share(bins(lengths_of(pairs), config, unit=2)):
         if rows:
             batch = reference(pack(_sequences([pairs[i // 2] for i in rows[::2]])).to(the_device())).batch
             flat = batch.ref_logp[batch.kept].cpu()
@@ -112,5 +112,5 @@ def _sequences(pairs: Sequence[Pair]) -> list[Any]:
     return list(chain.from_iterable(pair.examples for pair in pairs))
 
 
-def _lengths(pairs: Sequence[Pair]) -> list[int]:
+def lengths_of(pairs: Sequence[Pair]) -> list[int]:
     return [len(example.input_ids) for example in _sequences(pairs)]

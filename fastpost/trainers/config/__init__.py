@@ -5,7 +5,7 @@ keys and `--help` from them. A config that exists has been checked.
 """
 
 from fastpost.trainers.config.policy import Grpo, Ppo, Reinforce, Rloo, Sampled
-from fastpost.trainers.config.preference import Cpo, Dpo, Orpo, Pairs, Simpo
+from fastpost.trainers.config.preference import Cpo, Dpo, Orpo, Pairs, Reward, Simpo
 from fastpost.trainers.config.supervised import Sft
 from fastpost.trainers.config.tools import Demo, Merge
 from fastpost.trainers.config.training import DATA, GROUPS, LOSS, MODEL, PLAN, ROLLOUT, RUN, STEPS, Training
@@ -28,6 +28,7 @@ __all__ = [
     "Pairs",
     "Ppo",
     "Reinforce",
+    "Reward",
     "Rloo",
     "Sampled",
     "Sft",

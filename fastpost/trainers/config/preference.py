@@ -89,3 +89,16 @@ class Orpo(Pairs):
     """ORPO: likelihood of the chosen answer and the odds against the other, without a reference. arXiv:2403.07691"""
 
     beta: float = option(0.1, LOSS, "weight of the odds ratio, the paper's lambda", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward(Pairs):
+    """A reward model, a scalar head on the model's trunk, from pairs (Bradley-Terry). arXiv:2204.05862"""
+
+    max_length: int | None = option(
+        1024, DATA, "tokens of a prompt and its answer; pairs of which one is longer are left out", above=1
+    )
+    learning_rate: float = option(1e-4, STEPS, "peak of the schedule", least=0)
+    center_rewards_coefficient: float = option(
+        0.0, LOSS, "weight of the squared sum of a pair's scores, which keeps them around 0; 0.01 say", least=0
+    )

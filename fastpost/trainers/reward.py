@@ -1,0 +1,98 @@
+"""A reward model (Bradley-Terry, arXiv:2204.05862): the score at a sequence's last token, the better answer's higher.
+
+The prompt is part of the sequence, and sequences lie in packs, so the last token of each is at cumsum(lengths) - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import Any, Unpack
+
+import torch
+
+from fastpost import losses, metrics
+from fastpost.data import Pair, reward_examples
+from fastpost.models.scalar import own_scalar, scores
+from fastpost.models.trunk import positions
+from fastpost.packing import Packed, pack, placeholder
+from fastpost.trainers.balance import hidden_and_balance
+from fastpost.trainers.checkpoint import check_output_dir
+from fastpost.trainers.config import Reward
+from fastpost.trainers.given import Given, read_data
+from fastpost.trainers.log import say
+from fastpost.trainers.loop import autocast, bins, check_lengths, evaluating, the_device, without_dropout
+from fastpost.trainers.pairs import lengths_of, tokens_of
+from fastpost.trainers.run import Run
+from fastpost.trainers.scored import judge
+from fastpost.trainers.start import start
+from fastpost.trainers.world import ALONE, World
+from fastpost.weights import Window, sequence_mean
+
+
+def reward(config: Reward, **given: Unpack[Given]) -> Any:
+    """Trains config.model with a scalar head on the pairs of config.dataset and leaves it in config.output_dir."""
+    check_output_dir(config)
+    rows = read_data(config, given, "reward")
+    begun = start(config, given, judge)
+    model = begun.model
+    if config.disable_dropout:
+        without_dropout(model)
+    data = {name: _pairs(name, part, begun.tokenizer, model, config) for name, part in rows.items()}
+    with Run("reward", config, begun, len(data["train"])) as run:
+        for _ in run.steps():
+            window = [data["train"][i] for i in run.take()]
+            run.update(backward(model, window, config, run.world), tokens_of(window))
+            if run.evaluates and "eval" in data:
+                run.note(evaluate(model, data["eval"], config, run.world))
+    return run.finish()
+
+
+def _pairs(name: str, rows: Any, tokenizer: Any, model: Any, config: Reward) -> list[Pair]:
+    room = positions(model)
+    pairs, counts = reward_examples(rows, tokenizer, config.max_length, positions=room)
+    say(f"{name}: {counts}")
+    check_lengths(lengths_of(pairs), room, config, unit=2)
+    return pairs
+
+
+def backward(model: Any, window: Sequence[Pair], config: Reward, world: World = ALONE) -> dict[str, float]:
+    """Adds the gradient of the mean loss over all pairs of the window, and of a router's; returns means."""
+    tokens = tokens_of(window)
+    whole = Window(tokens, 2 * len(window), world.size)
+    seen = {}
+    for rows in world.share(bins(lengths_of(window), config, unit=2)):
+        pairs = [window[i // 2] for i in rows[::2]]
+        packed = _packed(pairs).to(the_device())
+        batch = packed.batch
+        with autocast(config):
+            hidden, balance, of_router = world.through(partial(hidden_and_balance, model, packed, tokens, config))
+        ends = (batch.lengths.cumsum(0) - 1).to(hidden.device)
+        score = scores(own_scalar(model, "model"), hidden[0, ends])  # (S,)
+        each = losses.bradley_terry(score, batch, center_rewards_coefficient=config.center_rewards_coefficient)
+        loss = (sequence_mean(batch, whole, "pair") * each).sum()
+        if torch.is_grad_enabled():
+            (loss + balance).backward()
+        score, lengths = score[: len(rows)], batch.lengths[: len(rows)].to(score.device)  # a placeholder has no place
+        shown = metrics.reward(score) | metrics.length_bias(score, lengths)
+        seen = metrics.joined(seen, {"loss": metrics.total(loss / world.size)}, shown, of_router)
+    return metrics.floats(metrics.over_ranks(seen))
+
+
+def _packed(pairs: Sequence[Pair]) -> Packed:
+    """With the margins that the rows ask for."""
+    packed = pack(list(chain.from_iterable(pair.examples for pair in pairs)) or placeholder(2))
+    if all(pair.margin is None for pair in pairs):
+        return packed
+    margin = torch.tensor([pair.margin or 0.0 for pair in pairs])
+    return replace(packed, batch=replace(packed.batch, margin=margin))
+
+
+@torch.no_grad()
+def evaluate(model: Any, pairs: Sequence[Pair], config: Reward, world: World = ALONE) -> dict[str, float]:
+    """The same means over held-out pairs, without gradients."""
+    with evaluating(model):
+        values = backward(model, pairs, config, world)
+    return {f"eval_{name}": value for name, value in values.items()}
