@@ -7,12 +7,14 @@ One line for each arrangement and storage, of a random model of the Llama family
 live_bytes   of all tensors after a step: weights, adapters, AdamW's moments
 peak_bytes   that and the most that the next step allocates above it, by the events of torch's allocator; not RSS
 A step is every pass of PPO over one pack: reference, reward and value without a gradient, then policy and value with
-one, each layer checkpointed. Where the loss of the second step differs between the first two, no number is written.
+one, each layer checkpointed. Where the loss of the second step is 0, or it or a bit of what trains differs between the
+first two afterwards, no number is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,6 +90,15 @@ def adapter(shape: Shape) -> Any:
     return LoraConfig(r=shape.lora_r, target_modules="all-linear", init_lora_weights=False)
 
 
+def write_adapters(shape: Shape, base: Path, directory: Path) -> None:
+    """The policy's and the value's; the latter is the reward, too."""
+    roles = Roles.of(loaded(base, "float32"), policy=adapter(shape), value=adapter(shape))
+    scalar = roles.value.scalar
+    assert scalar is not None
+    torch.nn.init.normal_(scalar.weight, std=shape.hidden**-0.5)  # a new one says 0, and then there is no loss
+    roles.save(directory)
+
+
 def arranged(arrangement: str, storage: str, base: Path, saved: Path) -> Roles:
     """The roles; in all but the last arrangement with the same adapters and heads."""
     from peft import PeftModel
@@ -132,6 +143,14 @@ def step(roles: Roles, pack: Packed, optimizer: torch.optim.Optimizer) -> float:
     return float(loss.detach() + error.detach())
 
 
+def digest(tensors: Sequence[torch.Tensor]) -> str:
+    """Of their bits, in this order: a copy to compare with would be counted as live."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().numpy().tobytes())
+    return found.hexdigest()
+
+
 def measured(roles: Roles, shape: Shape) -> dict[str, Any]:
     trained = [p for tensors in roles.trainable().values() for p in tensors]
     pack, optimizer = packed(shape), torch.optim.AdamW(trained, lr=1e-4, foreach=False)
@@ -139,21 +158,21 @@ def measured(roles: Roles, shape: Shape) -> dict[str, Any]:
     live, said = live_bytes(), []
     above = most_allocated(lambda: said.append(step(roles, pack, optimizer)))
     counts = {"trained_parameters": sum(p.numel() for p in trained)}
-    return {**counts, "live_bytes": live, "peak_bytes": live + above, "loss": said[0]}
+    return {**counts, "live_bytes": live, "peak_bytes": live + above, "loss": said[0], "trained": digest(trained)}
 
 
 def lines(shape: Shape, storages: Sequence[str]) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         base, saved = Path(folder) / "base", Path(folder) / "saved"
         write_base(shape, base)
-        Roles.of(loaded(base, "float32"), policy=adapter(shape), value=adapter(shape)).save(saved)
+        write_adapters(shape, base, saved)
         for storage in storages:
             said = set()
             for arrangement in ARRANGEMENTS if storage == "float32" else ARRANGEMENTS[:-1]:
                 found = measured(arranged(arrangement, storage, base, saved), shape)
-                said |= {found["loss"]} if arrangement != "four, whole" else set()
-                if len(said) > 1:
-                    raise SystemExit(f"one base and four models do not compute the same: {said}")
+                said |= {(found["loss"], found["trained"])} if arrangement != "four, whole" else set()
+                if len(said) > 1 or not found["loss"]:
+                    raise SystemExit(f"one base and four models do not compute the same, or nothing at all: {said}")
                 yield {"arrangement": arrangement, "storage": storage, **found}
 
 

@@ -17,7 +17,7 @@ from role_models import PACKED, base, write_reward
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "roles.md").read_text()
-RESULTS = ROOT / "benchmarks" / "results" / "roles" / "cpu-2026-11-21.jsonl"
+RESULTS = ROOT / "benchmarks" / "results" / "roles" / "cpu-2026-11-22.jsonl"
 
 
 def test_the_example_is_a_step_of_ppo(tmp_path, monkeypatch):
@@ -46,12 +46,34 @@ def test_one_base_holds_what_three_copies_of_it_would():
     """Measured small: what is saved is the trunk three times over, and the head once (a judge has none)."""
     shape = benchmark.Shape(hidden=64, layers=2, vocab=500, tokens=32, lora_r=2)
     one, four, whole = benchmark.lines(shape, ["float32"])
-    assert one["loss"] == four["loss"] and one["trained_parameters"] == four["trained_parameters"]
+    same = "loss", "trained", "trained_parameters"
+    assert [one[name] for name in same] == [four[name] for name in same] and one["loss"] != 0
     trunk = 500 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
     saved = 4 * (3 * trunk + 500 * 64)
     # The buffers of rotary embeddings, and where memory was counted twice or not at all, are all that may differ.
     assert abs(four["live_bytes"] - one["live_bytes"] - saved) < 0.01 * saved
     assert whole["live_bytes"] > four["live_bytes"]
+
+
+def test_models_that_are_not_the_roles_are_not_measured(monkeypatch):
+    """One number of one adapter is off; or the scalar heads say nothing."""
+    shape = benchmark.Shape(hidden=64, layers=1, vocab=500, tokens=32, lora_r=2)
+    arranged = benchmark.arranged
+
+    def mistaken(arrangement, *where):
+        roles = arranged(arrangement, *where)
+        if arrangement == "four models":
+            roles.value.parameters()[0].data[0, 0] += 0.01
+        return roles
+
+    monkeypatch.setattr(benchmark, "arranged", mistaken)
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        list(benchmark.lines(shape, ["float32"]))
+    monkeypatch.setattr(benchmark, "arranged", arranged)
+    drawn = torch.nn.init.normal_
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda x, **how: x if x.shape == (1, 64) else drawn(x, **how))
+    with pytest.raises(SystemExit, match="or nothing at all"):
+        list(benchmark.lines(shape, ["float32"]))
 
 
 def test_live_bytes_count_a_storage_once():
