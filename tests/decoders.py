@@ -71,7 +71,7 @@ def padded(rows: Sequence[Example]) -> tuple[Tensor, Tensor]:  # (S, L), (S, L)
 def padded_logits(model: Any, rows: Sequence[Example]) -> Tensor:  # (T, V)
     """By transformers alone: its own attention, mask and head; the padding is dropped afterwards."""
     model.set_attn_implementation("eager")
-    ids, mask = padded(rows)
+    ids, mask = (x.to(model.device) for x in padded(rows))
     return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
 
 
@@ -82,7 +82,7 @@ def logits(model: Any, hidden: Tensor) -> Tensor:  # (1, T, D) -> (T, V)
 def gradients(model: Any, output: Tensor, coefficients: Tensor | None = None) -> dict[str, Tensor]:
     """Of the sum of all elements, each with a coefficient of its own; of each parameter by its name."""
     if coefficients is None:
-        coefficients = torch.linspace(-9, 9, output.numel(), dtype=output.dtype).view_as(output).cos()
+        coefficients = torch.linspace(-9, 9, output.numel(), dtype=output.dtype).view_as(output).cos().to(output)
     model.zero_grad()
     (output * coefficients).sum().backward()
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}

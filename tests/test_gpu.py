@@ -6,6 +6,7 @@ other test that takes `device`.
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from functools import partial
@@ -18,7 +19,7 @@ from fastpost import rows as row_math
 from fastpost.gemm import exact_products
 from fastpost.packing import Example, pack
 from fastpost.rows import TorchRows
-from rules import assert_close_to_truth
+from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
 pytestmark = [
     pytest.mark.gpu,
@@ -183,22 +184,64 @@ def by_torch(p, q, target, inverse, wants, wide):
     return row_math.finish(state, wants, len(p.weight), inverse)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["plain", "shared"])
+@pytest.mark.parametrize("asked", ["plain", "scaled", "window", "soft cap", "soft cap in a window", "window of one"])
+@pytest.mark.parametrize("kernel", ["varlen", "flex"])
+def test_a_kernel_over_a_pack_rounds_no_more_than_the_exact_path(kernel, asked, layout, dtype):
+    pytest.importorskip("transformers")
+    from fastpost.models.attention import exact, flex, varlen
+    from test_packed_attention import LAYOUT, PLAIN, SCORES, Layer, assert_attends
+
+    scores, layout = SCORES[asked], LAYOUT if layout == "shared" else PLAIN
+    x = torch.zeros(1, 4, 43, 32, device="cuda", dtype=dtype)
+    if not (varlen.takes(x, x, layout, scores) if kernel == "varlen" else flex.takes(x, scores)):
+        pytest.skip("not for this kernel")
+
+    def attend(*given):
+        *tensors, layout, scores = given
+        if kernel == "varlen":
+            return varlen.packed(*tensors, layout, scores, None)
+        return flex.packed(Layer(), *tensors, layout, scores, {})
+
+    assert_attends(attend, partial(exact.packed, Layer()), layout, scores, dtype, torch.device("cuda"))
+
+
+def test_ligers_kernels_round_no_more_than_the_trunk(monkeypatch):
+    for extra in ("transformers", "peft", "liger_kernel"):
+        pytest.importorskip(extra)
+    from transformers.models.llama import modeling_llama
+
+    from fastpost.integrations.liger import apply_liger
+    from test_memory import made, run
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_llama.apply_rotary_pos_emb)  # put back later
+    model = made("llama", lora=False).cuda()
+    plain, truth = copy.deepcopy(model), run(copy.deepcopy(model), double=True)
+    apply_liger(model)
+    for ours, theirs, want in zip(run(model), run(plain), truth, strict=True):
+        assert_gradient_close_to_truth(ours, theirs, want)
+
+
 def test_sft_and_grpo_run_by_their_verbs(tmp_path):
-    for extra in ("transformers", "peft", "datasets"):
+    for extra in ("transformers", "peft", "datasets", "bitsandbytes"):
         pytest.importorskip(extra)
     import tiny
     from fastpost.cli import main
 
     model = tmp_path / "model"
-    tiny.model().save_pretrained(model)
+    tiny.model(hidden_size=64, intermediate_size=128).save_pretrained(model)  # rows that four bits can hold
     tiny.tokenizer().save_pretrained(model)
     rows = [{"prompt": f"{i} plus {i} is", "completion": f" {2 * i}", "answer": str(2 * i)} for i in range(8)]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["--model", str(model), "--dataset", str(data), "--max_steps", "2", "--logging_steps", "1"]
     assert main(["sft", *common, "--output_dir", str(tmp_path / "sft"), "--lora_r", "4"]) == 0
+    qlora = ["--lora_r", "4", "--load_in_4bit", "true", "--optim", "paged_adamw_8bit"]
+    kept = ["--gradient_checkpointing", "true", "--activation_offloading", "true"]
+    assert main(["sft", *common, "--output_dir", str(tmp_path / "qlora"), *qlora, *kept]) == 0
     sampled = ["--reward", "number_match", "--max_completion_length", "8", "--beta", "0.1"]
     assert main(["grpo", *common, "--output_dir", str(tmp_path / "grpo"), *sampled]) == 0
-    for run in ("sft", "grpo"):
+    for run in ("sft", "qlora", "grpo"):
         lines = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         assert len(lines) == 2 and all(abs(line["loss"]) < 100 for line in lines)

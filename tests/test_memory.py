@@ -46,7 +46,7 @@ def made(family: str, lora: bool, checkpointed: bool = False):
 def run(model, double: bool = False) -> tuple[Tensor, Tensor]:
     """Hidden states, and the gradient of all that trains."""
     model = model.double() if double else model
-    hidden = hidden_states(model, PACKED)
+    hidden = hidden_states(model, PACKED.to(model.device))
     hidden.square().sum().backward()
     return hidden, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
@@ -196,9 +196,11 @@ def counting(moved: list[tuple[int, ...]]):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_what_checkpointing_keeps_leaves_and_comes_back_to_the_bit(lora: bool, monkeypatch: pytest.MonkeyPatch):
+def test_what_checkpointing_keeps_leaves_and_comes_back_to_the_bit(
+    lora: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+):
     """One hidden state to each layer, no weight. On a CPU the host is where it was, so any tensor may go."""
-    model, moved = made("llama", lora, checkpointed=True), []
+    model, moved = made("llama", lora, checkpointed=True).to(device), []
     want = run(copy.deepcopy(model))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(memory, "SMALL", 26 * 32 * 4)

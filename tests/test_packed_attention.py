@@ -1,5 +1,7 @@
 """A packed batch is the padded one: logits and the gradient of every parameter, family by family."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -36,7 +38,7 @@ def assert_equal_to_rounding(ours, truth):
 
 def packed_logits(model, rows):
     model.set_attn_implementation(attention.NAME)
-    return decoders.logits(model, hidden_states(model, pack(rows)))
+    return decoders.logits(model, hidden_states(model, pack(rows).to(model.device)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,9 +58,9 @@ HALF = [(family, torch.bfloat16) for family in FAMILIES if family not in decoder
 
 
 @pytest.mark.parametrize(("family", "dtype"), [*((family, torch.float32) for family in FAMILIES), *HALF])
-def test_packed_rounds_no_more_than_padded(family, dtype):
+def test_packed_rounds_no_more_than_padded(family, dtype, device):
     rows = decoders.examples(LENGTHS)
-    exact_model, model = decoders.model(family), decoders.model(family, dtype)
+    exact_model, model = decoders.model(family), decoders.model(family, dtype).to(device)
     with Doubles():
         truth = padded_logits(exact_model, rows)
         true_gradients = decoders.gradients(exact_model, truth)
@@ -145,16 +147,17 @@ class Layer(torch.nn.Module):
     is_causal = True
 
 
-def inputs(dtype=torch.float64):
-    sizes = {"query": (1, 4, 43, 8), "key": (1, 2, 43, 8), "value": (1, 2, 43, 8)}
-    return [torch.randn(size, dtype=torch.float64).to(dtype).requires_grad_() for size in sizes.values()]
+def inputs(dtype=torch.float64, d=8):
+    """query, key and value, of numbers that bfloat16 holds."""
+    drawn = (torch.randn(1, heads, 43, d).bfloat16() for heads in (4, 2, 2))
+    return [x.to(dtype).requires_grad_() for x in drawn]
 
 
 def by_definition(query, key, value, layout, scores):
     """All pairs of the pack, one softmax."""
-    place = torch.arange(43)
+    place = torch.arange(43, device=query.device)
     mask = visible(layout, 43, scores.window)(place[:, None], place)
-    logits = query @ key.repeat_interleave(2, 1).mT * (scores.scaling or 8**-0.5)
+    logits = query @ key.repeat_interleave(2, 1).mT * (scores.scaling or query.shape[-1] ** -0.5)
     if scores.softcap is not None:
         logits = scores.softcap * torch.tanh(logits / scores.softcap)
     logits = logits.masked_fill(~mask, -torch.inf)
@@ -165,7 +168,7 @@ def by_definition(query, key, value, layout, scores):
 
 
 def with_gradients(output, tensors):
-    weights = torch.linspace(-9, 9, output.numel(), dtype=output.dtype).view_as(output).cos()
+    weights = torch.linspace(-9, 9, output.numel(), dtype=torch.float64).view_as(output).cos().to(output)
     return [output.detach(), *torch.autograd.grad((output * weights).sum(), tensors)]
 
 
@@ -187,6 +190,25 @@ def test_the_exact_path_is_the_definition(scores, layout):
     truth = with_gradients(by_definition(*tensors, layout, scores), tensors)
     ours = with_gradients(exact.packed(Layer(), *tensors, layout, scores), tensors)
     torch.testing.assert_close(ours, truth)
+
+
+def assert_attends(attend, yardstick, layout, scores, dtype, device):
+    """By rules.py: the output, and the gradient of all three. Alone some have a gradient of 0, rounding apart."""
+    wide = inputs(d=32)
+    narrow = [x.detach().to(device, dtype).requires_grad_() for x in wide]
+    there = layout.to(device)
+    truth = with_gradients(by_definition(*wide, layout, scores), wide)
+    ours, theirs = (with_gradients(by(*narrow, there, scores), narrow) for by in (attend, yardstick))
+    assert_close_to_truth(ours[0], theirs[0], truth[0])
+    together = [torch.cat([x.flatten().cpu().double() for x in found[1:]]) for found in (ours, theirs, truth)]
+    assert_gradient_close_to_truth(*together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [PLAIN, LAYOUT], ids=["plain", "shared"])
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_the_exact_path_rounds_no_more_than_the_definition(scores, layout, dtype, device):
+    assert_attends(partial(exact.packed, Layer()), by_definition, layout, scores, dtype, device)
 
 
 @pytest.mark.parametrize("layout", [PLAIN, LAYOUT], ids=["plain", "shared"])
@@ -235,8 +257,10 @@ def torch_varlen(q, k, v, bounds, bounds_k, longest, longest_k, *, scale, window
     return plain_varlen(q, k, v, bounds, window_size, scale, None)
 
 
-def flash_varlen(q, k, v, bounds, bounds_k, longest, longest_k, *, softmax_scale, causal, window_size, softcap):
-    assert causal and bounds is bounds_k and longest == longest_k == max(LENGTHS)
+def flash_varlen(
+    q, k, v, bounds, bounds_k, longest, longest_k, *, softmax_scale, causal, window_size, softcap, deterministic
+):
+    assert causal and deterministic and bounds is bounds_k and longest == longest_k == max(LENGTHS)
     return plain_varlen(q, k, v, bounds, window_size, softmax_scale, softcap)
 
 
@@ -268,16 +292,14 @@ def test_which_kernel_takes_what(monkeypatch):
     monkeypatch.setattr(varlen, "has_flash_attn", lambda: False)
     takes = lambda x, layout=PLAIN, **asked: varlen.takes(x, x, layout, Scores(**asked))  # noqa: E731
     assert takes(on_gpu) and takes(on_gpu, window=5)
-    assert not takes(full) and not takes(inputs()[0])
+    odd = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 4, 43, 12))
+    assert not takes(full) and not takes(odd) and not takes(inputs()[0])
     for asked in ({"softcap": 1.0}, {"sinks": torch.zeros(4)}, {"dropout": 0.1}, {"layout": LAYOUT}):
         assert not takes(on_gpu, **asked)
     monkeypatch.setattr(varlen, "has_flash_attn", lambda: True)
     assert takes(on_gpu, softcap=1.0) and not takes(on_gpu, softcap=1.0, layout=LAYOUT)
-    assert (
-        flex.takes(full, Scores())
-        and not flex.takes(full, Scores(dropout=0.1))
-        and not flex.takes(inputs()[0], Scores())
-    )
+    assert flex.takes(full, Scores()) and not flex.takes(full, Scores(dropout=0.1))
+    assert not flex.takes(odd, Scores()) and not flex.takes(inputs()[0], Scores())
 
 
 def test_attention_that_packs_do_not_have_is_refused():

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from fastpost.models.attention.layout import Layout, visible
 from fastpost.models.attention.scores import Scores
 
+LEAST_DIMENSIONS = 16  # of a head: what Triton multiplies
 BlockMasks = dict[int | None, Any]  # by window: those that the layers of one forward pass share
 
 
 def takes(query: Tensor, scores: Scores) -> bool:
     """Whether the compiled kernel does this."""
-    return query.is_cuda and query.dtype != torch.float64 and not scores.dropout
+    fits = query.is_cuda and query.dtype != torch.float64 and query.shape[-1] >= LEAST_DIMENSIONS
+    return fits and not scores.dropout
 
 
 def block_mask(layout: Layout, tokens: int, window: int | None) -> Any:

@@ -1,6 +1,7 @@
 """Attention over a pack by one flash kernel for all sequences: flash-attn's where it is installed, else torch's.
 
-No padding, and no wait for the device where the longest length is known. Half precision on CUDA only.
+No padding, and no wait for the device where the longest length is known. Half precision on CUDA only. flash-attn is
+told to be deterministic; torch's kernel cannot be, but for the whole process (torch.use_deterministic_algorithms).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def takes(query: Tensor, value: Tensor, layout: Layout, scores: Scores) -> bool:
         return False
     if layout.continues is not None or scores.sinks is not None or scores.dropout:
         return False
-    if query.shape[-1] != value.shape[-1] or query.shape[-1] > MOST_DIMENSIONS:
+    if query.shape[-1] != value.shape[-1] or query.shape[-1] > MOST_DIMENSIONS or query.shape[-1] % 8:
         return False
     return has_flash_attn() or (scores.softcap is None and _torch_has_windows())
 
@@ -72,6 +73,7 @@ def _flash_attn(
         causal=True,
         window_size=window,
         softcap=scores.softcap or 0.0,
+        deterministic=True,  # of the backward pass, which else adds up dq in whatever order blocks end
     )
 
 
