@@ -71,7 +71,9 @@ def test_models_that_are_not_the_roles_are_not_measured(monkeypatch):
         list(benchmark.lines(shape, ["float32"]))
     monkeypatch.setattr(benchmark, "arranged", arranged)
     drawn = torch.nn.init.normal_
-    monkeypatch.setattr(torch.nn.init, "normal_", lambda x, **how: x if x.shape == (1, 64) else drawn(x, **how))
+    monkeypatch.setattr(
+        torch.nn.init, "normal_", lambda tensor, *a, **k: tensor if tensor.shape == (1, 64) else drawn(tensor, *a, **k)
+    )
     with pytest.raises(SystemExit, match="or nothing at all"):
         list(benchmark.lines(shape, ["float32"]))
 
