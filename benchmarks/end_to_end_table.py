@@ -36,7 +36,8 @@ def about(line: Line) -> str:
     model = f"a Llama of D {shape.hidden}, {shape.layers} layers, V {shape.vocab}"
     drawn = f"medians {shape.prompt} and {shape.completion}, standard deviation of the logarithm {shape.spread}"
     rows = f"{shape.rows} rows, of prompts and completions of log-normal lengths ({drawn}, seed {shape.seed})"
-    return f"{m.name}, {m.threads} threads; {line.run[:10]}; {versions}. {model}; {rows}."
+    head = " TRL's head scores every position here, and on a GPU only those with a label." if m.device == "cpu" else ""
+    return f"{m.name}, {m.threads} threads; {line.run[:10]}; {versions}. {model}; {rows}.{head}"
 
 
 def markdown(lines: Sequence[Line]) -> str:

@@ -1,9 +1,16 @@
-"""The targets of the head on a CPU hold in the newest results that are committed, beside the peers of the same run."""
+"""The targets of a CPU hold in the newest results that are committed, beside the peers of the same run."""
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import contest
+import end_to_end_table
+import packer
 import pytest
+import step
+from end_to_end import ENTRIES, Line
 from measurement import Measurement, last_run
 
 MB = 10**6
@@ -48,3 +55,35 @@ def test_nothing_of_ours_is_wrong_and_every_peer_was_there(run):
     assert all(m.status == "ok" for m in run if m.provider.startswith("fastpost"))
     present = {m.provider for m in run if m.status == "ok" and m.case == "logp, W trained"}
     assert all(any(name.startswith(peer) for name in present) for peer in PEERS)
+
+
+# ---- the packer ----
+
+
+@pytest.fixture(scope="module")
+def packed() -> dict[str, Any]:
+    return json.loads(max(contest.RESULTS.glob("cpu-*-packer.json")).read_text())
+
+
+def test_a_million_lengths_are_planned_in_about_a_second_and_fill_their_packs(packed):
+    rows = [line for line in packed["plans"] if line["unit"] == 1]
+    assert len(rows) == sum(texts.unit == 1 for texts in packer.TEXTS) and all(line["rows"] == 10**6 for line in rows)
+    assert min(line["fill"] for line in packed["plans"] if line["unit"] <= 2) >= 0.99
+    seconds = sorted(line["seconds"]["plan"] for line in rows)
+    assert seconds[len(seconds) // 2] <= 1.5 and seconds[-1] <= 2
+
+
+# ---- whole steps ----
+
+
+@pytest.fixture(scope="module")
+def whole() -> list[Line]:
+    return end_to_end_table.read(max((contest.RESULTS / "end_to_end").glob("cpu-*.jsonl")))
+
+
+def test_every_contestant_took_the_right_step_and_ours_was_the_fastest(whole):
+    assert {(line.method, line.provider) for line in whole} == {(m, e.name) for e in ENTRIES for m in e.methods}
+    assert {line.method for line in whole} == set(step.METHODS) and all(line.status == "ok" for line in whole)
+    for method in step.METHODS:
+        speed = {line.provider: line.tokens_per_second or 0.0 for line in whole if line.method == method}
+        assert max(speed, key=speed.__getitem__).startswith("fastpost"), speed
