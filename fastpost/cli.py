@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "orpo": (configs.Orpo, "fastpost.trainers.reference_free:orpo"),
     "grpo": (configs.Grpo, "fastpost.trainers.grpo:grpo"),
     "rloo": (configs.Rloo, "fastpost.trainers.rloo:rloo"),
+    "ppo": (configs.Ppo, "fastpost.trainers.ppo:ppo"),
     "reinforce": (configs.Reinforce, "fastpost.trainers.reinforce:reinforce"),
     "merge": (configs.Merge, "fastpost.trainers.merge:merge"),
     "demo": (configs.Demo, "fastpost.demo:demo"),

@@ -93,9 +93,11 @@ class Roles:
         Each is what `Roles.of` takes for that role (`Shared("policy", head=...)` for a head alone)."""
         with written_aside(directory) as aside:
             for name in self.trainable():
-                self._save(self[name], aside / name)
+                self.save_role(name, aside / name)
 
-    def _save(self, role: Role, directory: Path) -> None:
+    def save_role(self, name: str, directory: Path) -> None:
+        """One of them, into a directory that is new or empty."""
+        role = self[name]
         model: Any = role.model
         if role is not self.policy and role.shares_pass(self.policy):
             assert role.scalar is not None

@@ -147,7 +147,7 @@ def apply_gradients(
             "or resume from a checkpoint before the loss rose"
         )
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("faster", 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -25,13 +25,16 @@ BITSANDBYTES = {
 }
 
 
-def adamw(parameters: Sequence[nn.Parameter], config: Training) -> torch.optim.Optimizer:
-    """AdamW over these; vectors, which are norms and biases, do not decay."""
+def adamw(
+    parameters: Sequence[nn.Parameter], config: Training, faster: Mapping[nn.Parameter, float] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW over these; vectors, which are norms and biases, do not decay. `faster` multiplies the rate of some."""
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": some, "weight_decay": config.weight_decay * decays, "faster": times}
+        for times, of_rate in _by_rate(parameters, faster or {}).items()
+        for decays in (True, False)
+        if (some := [p for p in of_rate if (p.ndim >= 2) == decays])
     ]
-    groups = [group for group in groups if group["params"]]
     betas = (config.adam_beta1, config.adam_beta2)
     on_gpu = bool(parameters) and parameters[0].is_cuda
     if config.optim == "adamw_torch":
@@ -44,6 +47,15 @@ def adamw(parameters: Sequence[nn.Parameter], config: Training) -> torch.optim.O
         say(f"optim {config.optim}: nothing is paged on a CPU")
     cls = getattr(bitsandbytes.optim, BITSANDBYTES[config.optim])
     return cls(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
+
+
+def _by_rate(
+    parameters: Sequence[nn.Parameter], faster: Mapping[nn.Parameter, float]
+) -> dict[float, list[nn.Parameter]]:
+    found: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(faster.get(parameter, 1.0), []).append(parameter)
+    return found
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

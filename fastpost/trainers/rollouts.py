@@ -113,10 +113,26 @@ def _answer(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
     return text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
 
 
+def greedy(task: Task, prompts: Sequence[Prompt]) -> Rollouts:
+    """The likeliest completions, one a prompt."""
+    return roll_out(replace(task, sampling=replace(task.sampling, temperature=0.0)), prompts)
+
+
 def greedy_reward(task: Task, prompts: Sequence[Prompt]) -> float:
-    """Mean reward of the likeliest completions, one a prompt."""
-    greedy = replace(task, sampling=replace(task.sampling, temperature=0.0))
-    return float(roll_out(greedy, prompts).scores.rewards.nanmean())
+    """Their mean reward."""
+    return float(greedy(task, prompts).scores.rewards.nanmean())
+
+
+def judged(rollouts: Rollouts, name: str, numbers: Tensor, weight: float, seconds: float) -> Rollouts:
+    """With the numbers (S,) of one who took so long, added to what the reward functions gave."""
+    scores = rollouts.scores
+    rewards = scores.rewards.nan_to_num(0.0) + weight * numbers
+    took = {"step_time/reward": rollouts.seconds["step_time/reward"] + seconds}
+    return replace(
+        rollouts,
+        scores=replace(scores, rewards=rewards, by_function={**scores.by_function, name: numbers}),
+        seconds=rollouts.seconds | took,
+    )
 
 
 def shaped_rewards(rollouts: Rollouts, config: Sampled) -> Tensor:  # (S,); NaN: no function applied

@@ -12,7 +12,7 @@ from typing import Any
 from fastpost.models.probe import check_sharing
 from fastpost.models.trunk import causal_lm, takes_shared_prompts
 from fastpost.packing import plan
-from fastpost.trainers.config import Sampled
+from fastpost.trainers.config import Clipped, Sampled
 from fastpost.trainers.log import say
 from fastpost.trainers.loop import the_device
 from fastpost.trainers.rollouts import Rollouts
@@ -20,7 +20,7 @@ from fastpost.trainers.rollouts import Rollouts
 Part = list[int]  # completions of one group
 
 
-def shares_prompts(model: Any, config: Sampled) -> bool:
+def shares_prompts(model: Any, config: Clipped) -> bool:
     """Whether a run shares prompts. On a GPU only where it is asked for: there it is another kernel, not yet run."""
     can = takes_shared_prompts(model)
     if config.share_prompts and not can:

@@ -8,12 +8,12 @@ from typing import Any
 
 from fastpost.data import Prompt, Verb
 from fastpost.trainers.checkpoint import check_output_dir
-from fastpost.trainers.config import Sampled
+from fastpost.trainers.config import Clipped, Sampled
 from fastpost.trainers.given import GivenRewards, read_data
 from fastpost.trainers.reference import Reference
 from fastpost.trainers.run import Run
 from fastpost.trainers.sharing import shares_prompts
-from fastpost.trainers.start import Start, start
+from fastpost.trainers.start import Build, Start, policy, start
 from fastpost.trainers.task import Task, rewards_of, sampled_prompts
 
 
@@ -34,16 +34,19 @@ class Stage:
         return self.begun.model
 
     @staticmethod
-    def of(verb: Verb, config: Sampled, given: GivenRewards, *, refers: bool) -> Stage:
+    def of(
+        verb: Verb, config: Sampled, given: GivenRewards, *, refers: bool = False, build_parts: Build = policy
+    ) -> Stage:
         """Data are looked at before the model is loaded, which takes longer. `refers`: there is to be a reference."""
         check_output_dir(config)
         rewards = rewards_of(config, given)
         rows = read_data(config, given, verb)
-        begun = start(config, given)
+        begun = start(config, given, build_parts)
         data = {name: sampled_prompts(name, part, begun.tokenizer, config) for name, part in rows.items()}
         task = Task.of(config, rewards, begun.model, begun.tokenizer)
         reference = Reference.of(begun, config, given) if refers else None
-        return Stage(verb, config, begun, data, task, reference, shares_prompts(begun.model, config))
+        shared = isinstance(config, Clipped) and shares_prompts(begun.model, config)
+        return Stage(verb, config, begun, data, task, reference, shared)
 
     def run(self) -> Run:
         each = self.config.rows_per_round // self.config.num_generations  # prompts of a round

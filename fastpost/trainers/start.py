@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ class Parts:
     tokenizer: Any
     parameters: list[nn.Parameter]
     save: Callable[[Path], None]
+    faster: Mapping[nn.Parameter, float] = field(default_factory=dict)  # what multiplies the learning rate of some
 
     @staticmethod
     def of(model: Any, tokenizer: Any = None) -> Parts:
@@ -83,7 +84,7 @@ def start(config: Training, given: Given | None = None, build_parts: Build = pol
     seed_step(config.seed, -1)  # adapters begin at random
     parts = build_parts(config, given or {}, found)
     parts.model.to(the_device()).train()
-    optimizer = adamw(parts.parameters, config)
+    optimizer = adamw(parts.parameters, config, parts.faster)
     if found is not None:
         load_state_tensors(optimizer, load_file(found / OPTIMIZER))
         _say_what_changed(config, then)

@@ -48,8 +48,9 @@ class Task:
         return Task(sampler, tokenizer, rewards, weights, sampling, autocast(config))
 
 
-def rewards_of(config: Sampled, given: GivenRewards, *, model: bool = False) -> list[Reward]:
+def rewards_of(config: Sampled, given: GivenRewards) -> list[Reward]:
     """The reward functions that the config names and that the caller gives; none need be where a model rewards."""
+    model = getattr(config, "reward_model", None) is not None
     funcs = given.get("reward_funcs") or []
     found = [load_reward(spec) for spec in config.reward]
     found += [given_reward(function) for function in (funcs if isinstance(funcs, list | tuple) else [funcs])]

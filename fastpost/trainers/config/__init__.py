@@ -4,7 +4,7 @@ A field's metadata are its group, its one line of help with the unit, and its do
 keys and `--help` from them. A config that exists has been checked.
 """
 
-from fastpost.trainers.config.policy import Grpo, Ppo, Reinforce, Rloo, Sampled
+from fastpost.trainers.config.policy import Clipped, Grpo, Ppo, Reinforce, Rloo, Sampled
 from fastpost.trainers.config.preference import Cpo, Dpo, Orpo, Pairs, Reward, Simpo
 from fastpost.trainers.config.supervised import Sft
 from fastpost.trainers.config.tools import Demo, Merge
@@ -19,6 +19,7 @@ __all__ = [
     "ROLLOUT",
     "RUN",
     "STEPS",
+    "Clipped",
     "Cpo",
     "Demo",
     "Dpo",

@@ -14,10 +14,6 @@ class Sampled(Training):
     """What these verbs are told besides."""
 
     learning_rate: float = option(1e-6, STEPS, "peak of the schedule", least=0)
-    share_prompts: bool | None = option(
-        None, STEPS, "completions in one microbatch have their common prompt once; default: on a CPU, if attention can"
-    )
-
     max_prompt_length: int | None = option(None, DATA, "tokens; rows with a longer prompt are left out", above=0)
 
     reward: tuple[str, ...] = option((), ROLLOUT, "built-in names or file.py:function; repeatable", needed=True)
@@ -70,6 +66,9 @@ class Sampled(Training):
 class Clipped(Sampled):
     """Those that take several steps on the same rollouts, with clipped ratios."""
 
+    share_prompts: bool | None = option(
+        None, STEPS, "completions in one microbatch have their common prompt once; default: on a CPU, if attention can"
+    )
     epsilon_high: float | None = option(None, LOSS, "and above 1 + epsilon_high; default: epsilon", least=0)
     num_iterations: int = option(
         1, LOSS, "optimizer steps on the same rollouts; files are written between rollouts", above=0
