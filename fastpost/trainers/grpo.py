@@ -48,15 +48,15 @@ def _sample(run: Run, stage: Stage, config: Grpo) -> Rollouts:
     """The rollouts of a round. With dynamic sampling more prompts take the place of groups without variance, as long as
     there are any and it may go on."""
     G = config.num_generations
-    found = next_rollouts(run, stage)
     if not config.dynamic_sampling:
-        return found
+        return next_rollouts(run, stage)
+    found = next_rollouts(run, stage, run.each)
     wanted = len(found.texts) // G
     kept = only_groups(found, G, _varied(found, G))
     for _ in range(config.max_resamplings - 1):
         if len(kept.texts) >= wanted * G:
             break
-        new = next_rollouts(run, stage)
+        new = next_rollouts(run, stage, run.each)
         kept = joined([kept, only_groups(new, G, _varied(new, G))])
     return only_groups(kept, G, list(range(min(wanted, len(kept.texts) // G)))) if kept.texts else found
 

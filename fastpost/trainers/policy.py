@@ -33,10 +33,10 @@ from fastpost.trainers.stage import Stage
 from fastpost.trainers.world import ALONE, World
 
 
-def next_rollouts(run: Run, stage: Stage) -> Rollouts:
-    """Completions of the next prompts of a run, its samples keyed by the step and by the place of the prompt among all
-    that were ever asked for."""
-    first, rows, asked = run.taken, run.take(), stage.data["train"]
+def next_rollouts(run: Run, stage: Stage, count: int | None = None) -> Rollouts:
+    """Completions of so many prompts, or of those of a round, the next ones; samples are keyed by the step and by the
+    place of the prompt among all that were ever asked for."""
+    first, rows, asked = run.taken, run.take(count), stage.data["train"]
     keys = range(first, first + len(rows))
     task = stage.task.seeded(seed_of(stage.config.seed, run.step))
     return roll_out(task, [asked[i] for i in rows], stage.config.num_generations, run.step, keys)
