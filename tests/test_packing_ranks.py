@@ -138,7 +138,12 @@ def test_cost_is_what_a_layer_computes():
 
 
 def test_bad_input_is_named():
-    with pytest.raises(ValueError, match="got 0 ranks and width 8"):
-        deal([[0]], [3], 0, 8)
-    with pytest.raises(ValueError, match="got 2 ranks and width 0"):
-        deal([[0]], [3], 2, 0)
+    for name, numbers in (("ranks", (0, 8, 1)), ("width", (2, 0, 1)), ("unit", (2, 8, 0))):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            deal([[0]], [3], *numbers)
+    for strange in ([0, 5], [-1]):
+        with pytest.raises(ValueError, match=rf"row numbers from 0 to 2, as there are lengths, got \[{strange[0]}"):
+            deal([strange], [3, 4, 5], 2, 8)
+    for torn in ([0, 1, 2], [1], [0, 2]):
+        with pytest.raises(ValueError, match="whole units, of 2 adjacent rows each, got"):
+            deal([torn], [3, 4, 5], 2, 8, unit=2)

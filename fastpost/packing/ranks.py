@@ -34,8 +34,11 @@ def deal(
     Where there are too few, the costliest are split between units. Where there is nothing left to split, ranks get
     empty packs: they go through the motions with a `placeholder`.
     """
-    if ranks < 1 or width < 1:
-        raise ValueError(f"ranks and width must be at least 1, got {ranks} ranks and width {width}")
+    for name, value in (("ranks", ranks), ("width", width), ("unit", unit)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for pack in packs:
+        _check(pack, len(lengths), unit)
     dealt = sorted(_even(packs, lengths, ranks, width, unit), reverse=True)
     shares: list[list[Pack]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks
@@ -45,6 +48,13 @@ def deal(
             shares[rank].append(pack)
             load[rank] += work
     return shares
+
+
+def _check(pack: Pack, rows: int, unit: int) -> None:
+    if pack and not 0 <= min(pack) <= max(pack) < rows:
+        raise ValueError(f"packs must hold row numbers from 0 to {rows - 1}, as there are lengths, got {pack}")
+    if pack != [row for first in pack[::unit] for row in range(first, first + unit)]:
+        raise ValueError(f"packs must hold whole units, of {unit} adjacent rows each, got {pack}")
 
 
 def _even(packs: Sequence[Pack], lengths: Sequence[int], ranks: int, width: int, unit: int) -> list[tuple[float, Pack]]:
