@@ -14,11 +14,16 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
+import decoders
 import tiny
+from fastpost.models import attention
 from fastpost.models.roles import Copied, Roles, Shared
 from fastpost.models.saving import save_model
 from fastpost.models.trunk import hidden_states
+from fastpost.packing import Example, pack
+from fastpost.shared_prompt import share_prompts
 from role_models import PACKED, ROWS, base, four_bits, learnt, lora, ppo, same, write_reward
+from rules import assert_close_to_truth
 
 
 def judged(model):
@@ -240,6 +245,20 @@ def reversed_words():
     state["model"]["vocab"] = {t: i if i < first else len(vocabulary) - 1 + first - i for t, i in vocabulary.items()}
     words._tokenizer = Tokenizer.from_str(json.dumps(state))
     return words
+
+
+def test_a_judge_with_soft_caps_attends_as_any_other(tmp_path):
+    """By itself transformers has Gemma 2 attend by eager, for which a pack is a padded batch."""
+    model = decoders.model("gemma2", torch.float32)
+    model.config.num_labels = 1
+    judge = AutoModelForSequenceClassification.from_config(model.config).eval()
+    judge.save_pretrained(tmp_path / "judge")
+    roles = Roles.of(model, policy=lora(), reward=tmp_path / "judge", value=tmp_path / "judge")
+    for role in (roles.reward, roles.value):
+        assert role.model.config._attn_implementation == attention.NAME
+    twice = pack([Example([5, 6, 7, last], [False, False, False, True]) for last in (8, 9)])
+    both = [roles.reward.at_ends(packed) for packed in (twice, share_prompts(twice, 2))]
+    assert_close_to_truth(both[1], both[0], judge.double().score(hidden_states(judge, twice)[0, [3, 7]])[:, 0])
 
 
 @pytest.mark.parametrize("family", ["opt", "bloom"])

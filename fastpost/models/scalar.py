@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpost.models import attention
+from fastpost.models.loading import attend_packed
 from fastpost.models.probe import check_packing
 from fastpost.models.qlora import keep_differentiable
 from fastpost.models.trunk import causal_lm
@@ -141,7 +142,7 @@ def load_scored(
         model.score = new_scalar(model)
     own_scalar(model, where)
     keep_differentiable(model)
-    if attn_implementation is None and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(attention.NAME)
+    if attn_implementation is None:
+        attend_packed(model)
     check_packing(model.eval())
     return model
