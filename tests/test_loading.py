@@ -136,6 +136,13 @@ def test_what_is_missing_is_named(directory):
         load_model(directory)
 
 
+def test_a_name_that_the_hub_does_not_know_may_be_a_slip_of_a_path(directory, monkeypatch):
+    monkeypatch.chdir(directory.parent.parent)
+    monkeypatch.setattr("fastpost.models.loading.read_tokenizer", lambda *_, **__: {}["not on the hub"])
+    with pytest.raises(ValueError, match=r"has no 'tyni' in it \(did you mean 'tiny'\?\): 'not on the hub'"):
+        load_model(f"{directory.parent.name}/tyni")
+
+
 def test_a_tokenizer_that_is_larger_than_the_model_is_refused(directory):
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["more"])

@@ -151,6 +151,12 @@ def test_a_length_that_the_model_has_no_place_for_is_named():
         hidden_states(model, replace(packed, batch=empty))
 
 
+def test_a_token_that_the_model_does_not_embed_is_named():
+    for token in (97, -1):
+        with pytest.raises(ValueError, match=rf"input_ids must be from 0 to 96 for LlamaForCausalLM, got {token}$"):
+            hidden_states(tiny.model("llama"), pack([Example([5, token], [False, True])]))
+
+
 def test_stretched_rotations_know_more_positions():
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
     assert positions(tiny.model("llama", max_position_embeddings=32)) == 32

@@ -118,7 +118,7 @@ def _model_and_tokenizer(
             **options,
         )
     except Exception as error:  # transformers, tokenizers and safetensors each raise kinds of their own
-        near = "" if isinstance(source, Path) else nearest(str(path), _directories(Path()))
+        near = "" if isinstance(source, Path) else _near(source)
         raise ValueError(f"model {str(path)!r} could not be loaded{near}: {error}") from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"model {str(path)!r} is an adapter on the hub: download it, and pass its directory")
@@ -166,6 +166,15 @@ def _source(path: str | PathLike[str]) -> Path | str:
     if not has_tokenizer(directory):
         raise ValueError(f"model {str(path)!r} has no tokenizer (no tokenizer.json, no tokenizer_config.json)")
     return directory.resolve()  # an adapter names its base, and must find it from anywhere
+
+
+def _near(name: str) -> str:
+    """What a name that the hub does not know may have meant here."""
+    directory = Path(name)
+    if directory.parent == Path() or not directory.parent.is_dir():
+        return nearest(name, _directories(Path()))
+    near = nearest(directory.name, _directories(directory.parent))
+    return f"; the directory {str(directory.parent)!r} has no {directory.name!r} in it{near}"
 
 
 def _directories(parent: Path) -> list[str]:

@@ -80,6 +80,7 @@ def takes_shared_prompts(model: nn.Module) -> bool:
 def _run(model: nn.Module, packed: AnyPack, **asked: bool) -> Any:
     lm = causal_lm(model)
     decoder = _decoder(lm)
+    _check_tokens(lm, packed)
     _check_lengths(lm, packed)
     _check_rotations(lm, packed)
     apart = _apart(decoder, packed)
@@ -119,6 +120,13 @@ def _decoder(lm: Any) -> Any:
 
 def _attention(decoder: Any) -> str:
     return decoder.config._attn_implementation or "eager"
+
+
+def _check_tokens(lm: Any, packed: AnyPack) -> None:
+    """ValueError for a token that the model does not embed. An accelerator is not waited for to find one."""
+    ids, V = packed.input_ids[0], lm.config.get_text_config().vocab_size
+    if ids.device.type == "cpu" and len(strange := ids[(ids < 0) | (ids >= V)]):
+        raise ValueError(f"input_ids must be from 0 to {V - 1} for {type(lm).__name__}, got {int(strange[0])}")
 
 
 def _check_lengths(lm: Any, packed: AnyPack) -> None:
