@@ -39,6 +39,34 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
+def whole(x: Tensor) -> Tensor:
+    """All of x, in every process."""
+    if not is_sharded(x):
+        return x
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(x, DTensor)
+    return x.full_tensor()
+
+
+def copied(x: Tensor, first: bool) -> Tensor:
+    """A copy of x; of what is sharded all of it, on the host of the first process, and in the others nothing."""
+    found = whole(x.detach())
+    if not is_sharded(x):
+        return found.clone()
+    return found.cpu() if first else found.new_empty(0)
+
+
+def sharded_like(x: Tensor, model: Tensor) -> Tensor:
+    """All of x, which every process has, as `model` is sharded; a number stays as it is."""
+    if not is_sharded(model) or x.ndim == 0:
+        return x
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(model, DTensor)
+    return distribute_tensor(x.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+
+
 @dataclass(frozen=True)
 class Reader:
     """Makes plain tensors of a model's parameters."""

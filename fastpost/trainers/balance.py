@@ -14,13 +14,15 @@ from fastpost.trainers.config import Training
 
 
 def hidden_and_balance(
-    model: Any, packed: AnyPack, tokens: int, config: Training
+    model: Any, packed: AnyPack, tokens: float, config: Training
 ) -> tuple[Tensor, Tensor | float, dict[str, Part]]:
     """Hidden states; what to add to the pack's loss in a step of so many tokens, 0 for a dense model; and for the log
-    aux_loss, the router's loss as it is, which a mean over the step's tokens makes of it."""
+    aux_loss, the router's loss as it is, which a mean over the step's tokens makes of it. A placeholder
+    does not count."""
     weight = coefficient(causal_lm(model), config.router_aux_loss_coef)
     if not weight:
         return hidden_states(model, packed), 0.0, {}
     hidden, balance = hidden_states_and_router_loss(model, packed)
-    shown = {"aux_loss": mean(balance.expand(packed.num_tokens))}
-    return hidden, weight * packed.num_tokens / tokens * balance, shown
+    counted = packed.num_tokens if packed.longest > 1 else 0
+    shown = {"aux_loss": mean(balance.expand(counted))}
+    return hidden, weight * counted / tokens * balance, shown

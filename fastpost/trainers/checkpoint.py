@@ -17,6 +17,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from fastpost.models.saving import written_aside
 from fastpost.trainers.config import Training
 from fastpost.trainers.log import say
@@ -46,7 +48,16 @@ class State:
 
 
 def save(config: Training, start: Start, state: State) -> None:
-    """Writes checkpoint-<step>, then removes the oldest beyond save_total_limit, but not the best."""
+    """Writes checkpoint-<step>, then removes the oldest beyond save_total_limit, but not the best. The first of the
+    processes does, with what it gathers from all."""
+    moments = state_tensors(start.optimizer, start.world.first)
+    with start.world.on_host():
+        if start.world.first:
+            _write(config, start, state, moments)
+    start.world.wait()
+
+
+def _write(config: Training, start: Start, state: State, moments: dict[str, Tensor]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -55,7 +66,7 @@ def save(config: Training, start: Start, state: State) -> None:
     try:
         with written_aside(path) as aside:
             start.save_model(aside)
-            save_file(state_tensors(start.optimizer), aside / OPTIMIZER)
+            save_file(moments, aside / OPTIMIZER)
             _write_json(aside / STATE, dataclasses.asdict(state) | {"config": plain(config)})
             _write_json(aside / HASHES, {str(file.relative_to(aside)): _hash(file) for file in _files(aside)})
     except (OSError, SafetensorError) as error:

@@ -17,21 +17,22 @@ SHOWN = ("loss", "reward", "mean_token_accuracy", "completions/mean_length")
 
 
 def say(text: str) -> None:
-    """A line for the user; stdout is left to results."""
-    print(text, file=sys.stderr)
+    """A line for the user, from the first of the processes; stdout is left to results."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 class Log:
-    """Means of what the steps add, written to metrics.jsonl by `write`."""
+    """Means of what the steps add, written to metrics.jsonl by `write`; one that is not `heard` writes nothing."""
 
-    def __init__(self, directory: Path, verb: str, start: int, total: int, num_tokens: int):
+    def __init__(self, directory: Path, verb: str, start: int, total: int, num_tokens: int, heard: bool = True):
         from tqdm import tqdm
 
-        self.path = directory / "metrics.jsonl"
-        for path in (self.path, directory / "completions.jsonl"):
+        self.path, self.heard = directory / "metrics.jsonl", heard
+        for path in (self.path, directory / "completions.jsonl") if heard else ():
             keep_until(path, start)
         self.num_tokens = self._written = num_tokens
-        self._bar = tqdm(total=total, initial=start, desc=verb, unit="step", disable=None)
+        self._bar = tqdm(total=total, initial=start, desc=verb, unit="step", disable=None if heard else True)
         self._since = time.perf_counter()
         self._values: dict[str, list[float]] = {}
 
@@ -55,7 +56,8 @@ class Log:
         line["num_tokens"] = self.num_tokens
         line["tokens_per_second"] = round((self.num_tokens - self._written) / (now - self._since), 1)
         line["peak_memory_mb"] = round(peak_memory_mb(), 1)
-        append(self.path, [line])
+        if self.heard:
+            append(self.path, [line])
         self._since, self._written, self._values = now, self.num_tokens, {}
 
     def close(self) -> None:

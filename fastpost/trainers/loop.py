@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fastpost.models.sharded import whole
 from fastpost.packing import plan
 from fastpost.trainers.config import Training
 
@@ -45,11 +46,12 @@ def seed_of(*parts: int) -> int:
     return random.Random(" ".join(map(str, parts))).getrandbits(63)
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Sets every generator of the process by (seed, step): for dropout, and for what a user's reward function draws."""
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Sets every generator of the process by (seed, step): for dropout, and for what a user's reward function draws.
+    Processes draw apart."""
     import numpy
 
-    mixed = seed_of(seed, step)
+    mixed = seed_of(seed, step, *([rank] if rank else []))
     random.seed(mixed)
     numpy.random.seed(mixed % 2**32)
     torch.manual_seed(mixed)
@@ -140,7 +142,7 @@ def apply_gradients(
     parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, rate: float, max_norm: float
 ) -> float:
     """One optimizer step on the gradients at hand, clipped; returns their norm before clipping."""
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)))
     if not math.isfinite(norm):
         raise FloatingPointError(
             f"the gradient's norm is {norm}, and one such step would destroy the model: lower learning_rate, "

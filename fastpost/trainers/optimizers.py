@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpost.models.sharded import copied, is_sharded, sharded_like
 from fastpost.trainers.config import Training
 from fastpost.trainers.log import say
 
@@ -37,6 +38,8 @@ def adamw(
     ]
     betas = (config.adam_beta1, config.adam_beta2)
     on_gpu = bool(parameters) and parameters[0].is_cuda
+    if config.optim != "adamw_torch" and any(is_sharded(p) for p in parameters):
+        raise ValueError(f"optim {config.optim} does not know sharded parameters: under FSDP2 give adamw_torch")
     if config.optim == "adamw_torch":
         return torch.optim.AdamW(groups, config.learning_rate, betas, config.adam_epsilon, fused=on_gpu or None)
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -58,20 +61,22 @@ def _by_rate(
     return found
 
 
-def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments as `<parameter>.<name>`, none of which shares memory with another."""
+def state_tensors(optimizer: torch.optim.Optimizer, first: bool = True) -> dict[str, Tensor]:
+    """The moments as `<parameter>.<name>`, none of which shares memory with another; where they are sharded, in the
+    first process."""
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": torch.as_tensor(value).clone() for i in state for name, value in _flat(state[i])}
+    return {f"{i}.{name}": copied(torch.as_tensor(value), first) for i in state for name, value in _flat(state[i])}
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """What `state_tensors` gave, into an optimizer of the same kind and parameters, to the bit."""
     torch_own = isinstance(optimizer, torch.optim.AdamW)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, name = key.split(".")
         count = name == "step" and not torch_own  # a plain int there
-        state.setdefault(int(index), {})[name] = int(value) if count else value
+        state.setdefault(int(index), {})[name] = int(value) if count else sharded_like(value, trained[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if getattr(optimizer, "is_paged", False):
         _page(optimizer)

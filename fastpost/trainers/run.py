@@ -30,12 +30,11 @@ from fastpost.trainers.log import Log, append, say
 from fastpost.trainers.loop import apply_gradients, due, learning_rate, order, rows_to_see, seed_step
 from fastpost.trainers.plots import plot_metrics
 from fastpost.trainers.start import Start
-from fastpost.trainers.world import World
 
 
 class Run:
-    """A run from `start` to its last step. `rows` is how many there are, `each` how many a round takes, and a round is
-    `iterations` optimizer steps, between which nothing is saved."""
+    """A run from `start` to its last step. `rows` is how many there are, `each` how many a round takes in a process,
+    and a round is `iterations` optimizer steps, between which nothing is saved."""
 
     def __init__(
         self,
@@ -46,10 +45,9 @@ class Run:
         *,
         each: int | None = None,
         iterations: int = 1,
-        world: World | None = None,
     ):
-        self.config, self.start, self.world = config, start, world or World()
-        self.rows, self.each, self.iterations = rows, each or config.rows_per_step * self.world.size, iterations
+        self.config, self.start, self.world = config, start, start.world
+        self.rows, self.each, self.iterations = rows, (each or config.rows_per_step) * self.world.size, iterations
         self.last_row = rows_to_see(config, rows, self.each, iterations)
         self.total = math.ceil(self.last_row / self.each) * iterations
         self.output = Path(config.output_dir)
@@ -60,8 +58,9 @@ class Run:
         self._round = self.step  # where the round at hand began
         self._evaluated: dict[str, float] = {}
         self._asked_to_stop = False
-        checkpoint.set_later_aside(self.output, self.step)
-        self.log = Log(self.output, verb, self.step, self.total, start.state.num_tokens)
+        if self.world.first:
+            checkpoint.set_later_aside(self.output, self.step)
+        self.log = Log(self.output, verb, self.step, self.total, start.state.num_tokens, self.world.first)
 
     # ---- the loop ----
 
@@ -79,7 +78,7 @@ class Run:
         """The first step of every round that is left. What is due after a round is done when the next one is asked
         for."""
         for first in range(self.step, self.total, self.iterations):
-            seed_step(self.config.seed, first)
+            seed_step(self.config.seed, first, self.world.rank)
             self._round = first
             yield first
             assert self.step == first + self.iterations, "a round makes `iterations` updates"
@@ -127,14 +126,17 @@ class Run:
 
     def show(self, samples: Iterable[Mapping[str, Any]]) -> None:
         """Lines of completions.jsonl, where the log has one, too."""
-        if self.logs:
+        if self.logs and self.world.first:
             append(self.output / "completions.jsonl", samples)
 
     def finish(self) -> Any:
         """Writes the model and the curves; the model, for who wants to go on with it."""
-        with written_aside(self.output) as aside:
-            self.start.save_model(aside)
-        plot_metrics(self.output)
+        with self.world.on_host():
+            if self.world.first:
+                with written_aside(self.output) as aside:
+                    self.start.save_model(aside)
+                plot_metrics(self.output)
+        self.world.wait()
         say(f"saved {self.config.output_dir}")
         return self.start.model
 
@@ -145,6 +147,7 @@ class Run:
             self.log.write(self.step, self.taken / self.rows)
         better = self._is_best()
         self._evaluated = {}
+        self._asked_to_stop = self.world.any(self._asked_to_stop)
         if better or self._asked_to_stop or due(self._round, self.step, self.config.save_steps):
             state = State(self.step, self.taken, self.log.num_tokens, self.kept, self._best)
             checkpoint.save(self.config, self.start, state)

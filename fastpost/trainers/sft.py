@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any, Unpack
 
 import torch
+from torch import Tensor
 
-from fastpost import Head, fused_loss, losses, metrics
+from fastpost import Head, Stats, fused_loss, losses, metrics
 from fastpost.data import sft_examples
+from fastpost.metrics import Part
 from fastpost.models.trunk import positions
-from fastpost.packing import Example, pack, placeholder
+from fastpost.packing import Example, Packed, pack, placeholder
 from fastpost.trainers.balance import hidden_and_balance
 from fastpost.trainers.checkpoint import check_output_dir
 from fastpost.trainers.config import Sft
@@ -53,22 +55,28 @@ def _examples(name: str, rows: Any, tokenizer: Any, room: int | None, config: Sf
 
 def backward(model: Any, window: Sequence[Example], config: Sft, world: World = ALONE) -> dict[str, float]:
     """Adds the gradient of the mean loss over all predicted tokens of the window, and of a router's; returns means."""
-    tokens = sum(len(example.input_ids) for example in window)
+    lengths = [len(example.input_ids) for example in window]
     whole = Window(sum(len(example.predicted) for example in window), len(window), world.size)
     seen = {}
-    for rows in world.share(bins([len(example.input_ids) for example in window], config)):
+    for rows in world.turns(world.share(bins(lengths, config), lengths)):
         packed = pack([window[i] for i in rows] or placeholder())
         packed = replace(packed, batch=replace(packed.batch, weight=token_mean(packed.batch, whole))).to(the_device())
         with autocast(config):
-            hidden, balance, shown = world.through(partial(hidden_and_balance, model, packed, tokens, config))
-            loss, stats = fused_loss(
-                losses.sft, hidden, Head.of(model), packed.batch, outputs=("entropy", "top1"), return_stats=True
-            )
+            loss, stats, shown = world.through(partial(_loss, model, packed, sum(lengths) / world.size, config))
         if torch.is_grad_enabled():
-            (loss + balance).backward()
+            loss.backward()
         loss_of_tokens = metrics.mean(-stats.logp, packed.batch.target != IGNORE)
         seen = metrics.joined(seen, {"loss": loss_of_tokens}, metrics.sft(stats, packed.batch), shown)
     return metrics.floats(metrics.over_ranks(seen))
+
+
+def _loss(model: Any, packed: Packed, tokens: float, config: Sft) -> tuple[Tensor, Stats, dict[str, Part]]:
+    """What a pack adds to the loss of a step of so many tokens."""
+    hidden, balance, shown = hidden_and_balance(model, packed, tokens, config)
+    loss, stats = fused_loss(
+        losses.sft, hidden, Head.of(model), packed.batch, outputs=("entropy", "top1"), return_stats=True
+    )
+    return loss + balance, stats, shown
 
 
 @torch.no_grad()

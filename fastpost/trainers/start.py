@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from fastpost.trainers.checkpoint import OPTIMIZER, State, find, plain, read_sta
 from fastpost.trainers.config import Training
 from fastpost.trainers.given import Given
 from fastpost.trainers.log import say
-from fastpost.trainers.loop import seed_step, the_device, trainable
+from fastpost.trainers.loop import seed_step, trainable
 from fastpost.trainers.optimizers import adamw, load_state_tensors
+from fastpost.trainers.world import ALONE, World
 
 # Fields that move every learning rate, unless that is constant.
 LENGTH = ("max_steps", "num_train_epochs")
@@ -36,6 +37,7 @@ class Parts:
     parameters: list[nn.Parameter]
     save: Callable[[Path], None]
     faster: Mapping[nn.Parameter, float] = field(default_factory=dict)  # what multiplies the learning rate of some
+    beside: tuple[nn.Module, ...] = ()  # what trains and is not of the model: a scalar head
 
     @staticmethod
     def of(model: Any, tokenizer: Any = None) -> Parts:
@@ -50,6 +52,7 @@ class Start:
     parts: Parts
     optimizer: torch.optim.Optimizer
     state: State = field(default_factory=State)
+    world: World = ALONE
 
     @property
     def model(self) -> Any:
@@ -78,17 +81,33 @@ def start(config: Training, given: Given | None = None, build_parts: Build = pol
     """Fresh, or as the checkpoint that is asked for left it."""
     from safetensors.torch import load_file
 
+    world = World.here()
     found = find(config)
     state, then = (State(), {}) if found is None else read_state(found)
     _check_shapes(config, then, found)
     seed_step(config.seed, -1)  # adapters begin at random
-    parts = build_parts(config, given or {}, found)
-    parts.model.to(the_device()).train()
+    parts, world = _joined(build_parts(config, given or {}, found), world)
+    parts.model.train()
     optimizer = adamw(parts.parameters, config, parts.faster)
     if found is not None:
         load_state_tensors(optimizer, load_file(found / OPTIMIZER))
         _say_what_changed(config, then)
-    return Start(parts, optimizer, state)
+    world.wait()  # the first one is about to write where the others have looked
+    return Start(parts, optimizer, state, world)
+
+
+def _joined(parts: Parts, world: World) -> tuple[Parts, World]:
+    """The parts on their device, in a world whose passes go through them."""
+    modules = (parts.model, *parts.beside)
+    if world.size == 1:
+        return parts, world.around(*modules)
+    places = {p: (m, name) for each in modules for m in each.modules() for name, p in m.named_parameters(recurse=False)}
+    held = [places[p] for p in parts.parameters]
+    faster = {places[p]: times for p, times in parts.faster.items()}
+    world = world.around(*modules)
+    found = {place: getattr(*place) for place in (*held, *faster)}
+    parts = replace(parts, parameters=[found[place] for place in held])
+    return replace(parts, faster={found[place]: times for place, times in faster.items()}), world
 
 
 def _check_shapes(config: Training, then: dict[str, Any], found: Path | None) -> None:
