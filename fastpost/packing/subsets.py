@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastpost.packing.examples import Packed
+from fastpost.packing.examples import Packed, pack, placeholder
 from fastpost.types import PER_TOKEN, Batch
 from fastpost.types.batch import PER_SEQUENCE
 
@@ -35,6 +35,14 @@ def subset(packed: Packed, rows: Sequence[int]) -> Packed:
     counts = torch.stack([(part != -100).sum() for part in target.split(lengths.tolist())])
     chosen = Batch(target, lengths, kl=batch.kl, kept=kept, kept_lengths=counts, **found)
     return Packed(packed.input_ids[:, at], packed.position_ids[:, at], chosen, int(lengths.max()))
+
+
+def stand_in(packed: Packed) -> Packed:
+    """A placeholder of which is known what is known of this pack's sequences: for a rank that has none of them."""
+    blank, batch = pack(placeholder()), packed.batch
+    names = (*PER_TOKEN, *PER_SEQUENCE)
+    known = {name: value.new_zeros(1) for name in names if (value := getattr(batch, name)) is not None}
+    return with_known(blank, **known, **({} if batch.kl is None else {"kl": batch.kl}))
 
 
 def with_known(packed: Packed, **known: Tensor) -> Packed:

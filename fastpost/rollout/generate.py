@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpost.models.sharded import is_sharded
 from fastpost.rollout.keyed import chosen
 from fastpost.rollout.request import request
 from fastpost.rollout.sampling import Completion, Ends, Sampling
@@ -73,7 +74,12 @@ def _batch(
     choice = chosen(sampling, of, mask)
     criteria = [_stopping(ends, ids.shape[1])] if ends.stop else []
     out = lm.generate(
-        ids, attention_mask=mask, generation_config=config, logits_processor=[choice], stopping_criteria=criteria
+        ids,
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=[choice],
+        stopping_criteria=criteria,
+        synced_gpus=None if any(map(is_sharded, lm.parameters())) else False,  # one that is gathered waits for nobody
     )
     new = out[:, ids.shape[1] :].tolist()
     logp = torch.stack(choice.logp, dim=1).tolist()

@@ -93,7 +93,7 @@ def indifferent(packed: Packed) -> Packed:
 def _reference(begun: Start, config: Dpo, given: GivenReference) -> Reference:
     other = given.get("ref_model")
     if other is not None:
-        return Reference.apart(other, config)
+        return Reference.apart(other, config, begun.world)
     if config.ref_model is None:
         return Reference.of(begun, config, given)
     other, tokenizer = load_model(
@@ -104,4 +104,4 @@ def _reference(begun: Start, config: Dpo, given: GivenReference) -> Reference:
     )
     if tokenizer.get_vocab() != begun.tokenizer.get_vocab():
         raise ValueError(f"ref_model {config.ref_model!r} has another vocabulary than the model")
-    return Reference.apart(other, config)
+    return Reference.apart(other, config, begun.world)

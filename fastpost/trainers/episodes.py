@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from fastpost.packing import Example, Packed, pack
-from fastpost.packing.subsets import positions_of, subset
-from fastpost.shared_prompt import AnyPack, SharedPack, share_prompts
+from fastpost.packing.subsets import positions_of, stand_in, subset
+from fastpost.shared_prompt import AnyPack, share_prompts
 from fastpost.trainers.config import Sampled
 from fastpost.trainers.loop import autocast, bins, the_device
 from fastpost.trainers.objectives import Objective
 from fastpost.trainers.rollouts import Rollouts
-from fastpost.trainers.sharing import parts_of_packs
+from fastpost.trainers.sharing import Part, parts_of_packs
 from fastpost.trainers.stage import Stage
 from fastpost.trainers.world import ALONE, World
 from fastpost.weights import Window
@@ -48,17 +48,34 @@ def window_of(whole: Packed, rows: Sequence[int] | None = None, world: World = A
 def microbatches(whole: Packed, rows: Sequence[int], config: Sampled, world: World = ALONE) -> list[Packed]:
     """These sequences in packs of the config's size, this process' own, on its device."""
     lengths = whole.batch.lengths.tolist()
-    packs = world.share(bins([lengths[row] for row in rows], config))
-    return [subset(whole, [rows[i] for i in each]).to(the_device()) for each in packs]
+    lengths = [lengths[row] for row in rows]
+    packs = world.share(bins(lengths, config), lengths)
+    return [_of_rows(whole, [rows[i] for i in each]).to(the_device()) for each in packs]
+
+
+def _of_rows(whole: Packed, rows: Sequence[int]) -> Packed:
+    return subset(whole, rows) if rows else stand_in(whole)
 
 
 def _of_shared_prompts(
     whole: Packed, rows: Sequence[int], config: Sampled, rollouts: Rollouts, world: World
-) -> list[SharedPack]:
+) -> list[AnyPack]:
     """The same, those of one prompt together, behind the one prompt."""
     packs = parts_of_packs(rows, rollouts, config)
-    found = [share_prompts(subset(whole, [*chain(*parts)]), [len(part) for part in parts]) for parts in packs]
-    return [packed.to(the_device()) for packed in found]
+    parts = [*chain(*packs)]
+    number = {part[0]: i for i, part in enumerate(parts)}
+    own = world.share([[number[part[0]] for part in pack] for pack in packs], [_read(part, rollouts) for part in parts])
+    return [_of_parts(whole, [parts[i] for i in each]).to(the_device()) for each in own]
+
+
+def _of_parts(whole: Packed, parts: Sequence[Part]) -> AnyPack:
+    packed = _of_rows(whole, [*chain(*parts)])
+    return share_prompts(packed, [len(part) for part in parts]) if parts else packed
+
+
+def _read(part: Part, rollouts: Rollouts) -> int:
+    """How many tokens the model reads of it."""
+    return len(rollouts.prompts[part[0]].input_ids) + sum(len(rollouts.completions[i].ids) for i in part)
 
 
 def packs_of(
@@ -89,10 +106,10 @@ def columns(
     """What `said` has to say of each token, (T,) tensors of a microbatch, of all sequences; 0 where nothing is said."""
     lengths = whole.batch.lengths
     found: list[Tensor] = []
-    for rows in world.share(bins(lengths.tolist(), config)):
+    for rows in world.share(bins(lengths.tolist(), config), lengths.tolist()):
         with autocast(config):
-            given = said(subset(whole, rows).to(the_device()))
+            given = said(_of_rows(whole, rows).to(the_device()))
         found = found or [torch.zeros(whole.num_tokens) for _ in given]
-        for column, numbers in zip(found, given, strict=True):
+        for column, numbers in zip(found, given, strict=True) if rows else ():
             column[positions_of(lengths, rows)] = numbers.float().cpu()
-    return found
+    return [world.summed(column) for column in found]

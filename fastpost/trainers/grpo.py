@@ -81,7 +81,7 @@ def _corrected(whole: Packed, stage: Stage, config: Grpo) -> Packed:
     if mode == "none" and quantile == 1:
         return whole
     batch, advantage = whole.batch, whole.batch.advantage
-    old_logp, entropy = said_by_policy(whole, stage, ("logp", "entropy"))
+    old_logp, entropy = said_by_policy(whole, stage, ("logp", "entropy"), stage.begun.world)
     if mode != "none":
         clip = config.rollout_correction_clip_max
         advantage = advantage * advantages.rollout_correction(old_logp, batch.rollout_logp, batch, mode, clip)

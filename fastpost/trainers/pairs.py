@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastpost import Batch, Head, Loss, Stats, fused_loss, metrics
 from fastpost.data import Pair, preference_examples
@@ -56,23 +57,30 @@ def backward(
     model: Any, window: Sequence[Pair], objective: Objective, config: Pairs, world: World = ALONE
 ) -> dict[str, float]:
     """Adds the gradient of the mean loss over all pairs of the window, and of a router's; returns means."""
-    tokens = tokens_of(window)
+    lengths = lengths_of(window)
     whole = Window(sum(len(e.predicted) for pair in window for e in pair.examples), 2 * len(window), world.size)
     seen = {}
-    for rows in world.share(bins(lengths_of(window), config, unit=2)):
+    for rows in world.turns(world.share(bins(lengths, config, unit=2), lengths, unit=2)):
         packed = _packed([window[i // 2] for i in rows[::2]], objective)
         weight = sequence_mean(packed.batch, whole, objective.loss.unit)
         packed = replace(packed, batch=replace(packed.batch, weight=weight))
         with autocast(config):
-            hidden, balance, of_router = world.through(partial(hidden_and_balance, model, packed, tokens, config))
-            loss, stats = fused_loss(
-                objective.loss, hidden, Head.of(model), packed.batch, outputs=SHOWN, return_stats=True
-            )
+            work = partial(_losses, model, packed, objective, sum(lengths) / world.size, config)
+            loss, balance, stats, of_router = world.through(work)
         if torch.is_grad_enabled():
             (loss + balance).backward()
         of_step = {"loss": metrics.total(loss / world.size)}
         seen = metrics.joined(seen, of_step, objective.shown(stats, packed.batch), of_router)
     return metrics.floats(metrics.over_ranks(seen))
+
+
+def _losses(
+    model: Any, packed: Packed, objective: Objective, tokens: float, config: Pairs
+) -> tuple[Tensor, Tensor | float, Stats, dict[str, metrics.Part]]:
+    """What a pack adds to a step of so many tokens: its loss, and that of a router."""
+    hidden, balance, of_router = hidden_and_balance(model, packed, tokens, config)
+    loss, stats = fused_loss(objective.loss, hidden, Head.of(model), packed.batch, outputs=SHOWN, return_stats=True)
+    return loss, balance, stats, of_router
 
 
 @torch.no_grad()
@@ -90,12 +98,12 @@ def with_reference(
 ) -> list[Pair]:
     """The pairs with the reference's log-probabilities of their tokens, in host memory: 4 bytes a token."""
     found: list[tuple[int, array[float]]] = []  # by the number of the sequence
-    for rows in world.share(bins(lengths_of(pairs), config, unit=2)):
-        if rows:
-            batch = reference(pack(_sequences([pairs[i // 2] for i in rows[::2]])).to(the_device())).batch
-            flat = batch.ref_logp[batch.kept].cpu()
-            each = flat.split(batch.kept_lengths.tolist())
-            found += [(i, array("f", logp.tolist())) for i, logp in zip(rows, each, strict=True)]
+    lengths = lengths_of(pairs)
+    for rows in world.share(bins(lengths, config, unit=2), lengths, unit=2):
+        sequences = _sequences([pairs[i // 2] for i in rows[::2]]) or placeholder(2)
+        batch = reference(pack(sequences).to(the_device())).batch
+        each = batch.ref_logp[batch.kept].cpu().split(batch.kept_lengths.tolist())
+        found += [(i, array("f", logp.tolist())) for i, logp in zip(rows, each, strict=False)]
     known = dict(world.gathered(found))
     return [replace(pair, ref_logp=(known[2 * i], known[2 * i + 1])) for i, pair in enumerate(pairs)]
 

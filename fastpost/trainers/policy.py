@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost import Head, fused_loss, metrics, token_stats
+from fastpost import Head, Stats, fused_loss, metrics, token_stats
+from fastpost.metrics import Part
 from fastpost.models.trunk import hidden_states
 from fastpost.packing import Packed
 from fastpost.packing.subsets import with_known
@@ -75,7 +76,7 @@ def said_by_policy(
         return [getattr(stats, name) for name in outputs]
 
     with evaluating(stage.model):
-        return columns(whole, stage.config, said, world)
+        return columns(whole, stage.config, lambda packed: world.through(partial(said, packed)), world)
 
 
 def scored(whole: Packed, stage: Stage, world: World = ALONE) -> Packed:
@@ -91,7 +92,7 @@ def scored(whole: Packed, stage: Stage, world: World = ALONE) -> Packed:
 
 def say_mismatch(packs: Sequence[AnyPack]) -> None:
     """How far the sampler was from the policy that trains, from packs that have been through `backward`."""
-    batches = [packed.batch for packed in packs if packed.batch.rollout_logp is not None]
+    batches = [p.batch for p in packs if p.batch.rollout_logp is not None and len(p.batch.kept)]
     if batches:
         sampler = torch.cat([batch.rollout_logp[batch.kept] for batch in batches])
         say(mismatch(sampler, torch.cat([batch.old_logp[batch.kept] for batch in batches])).sentence)
@@ -107,26 +108,36 @@ def backward(
 
     Packs without old_logp were sampled by this very policy: their old_logp is what it says now.
     """
-    in_packs = sum(packed.num_tokens for packed in packs)
-    total, seen, scored = 0.0, {}, []
-    for packed in packs:
+    if not packs:  # on no process
+        return [], {"loss": 0.0}
+    own = torch.tensor([[packed.num_tokens, len(packed.batch.kept)] for packed in packs]).sum(0)
+    read, reached = world.summed(own).tolist()
+    seen, scored = {}, []
+    for packed in world.turns(packs):
         with autocast(config):
-            hidden, balance, of_router = world.through(partial(hidden_and_balance, model, packed, in_packs, config))
-            loss, stats = fused_loss(
-                objective.loss,
-                hidden,
-                Head.of(model),
-                packed.batch,
-                temperature=config.temperature,
-                outputs=("entropy",),
-                return_stats=True,
-            )
+            work = partial(_losses, model, packed, objective, read / world.size, config)
+            loss, balance, stats, of_router = world.through(work)
         (loss + balance).backward()
         batch = packed.batch if packed.batch.old_logp is not None else replace(packed.batch, old_logp=stats.logp)
         scored.append(replace(packed, batch=batch))
-        total = total + loss.detach()
-        seen = metrics.joined(seen, objective.seen(stats, batch), of_router)
-    if packs:
-        skipped = tokens - sum(len(packed.batch.kept) for packed in packs)
-        seen = metrics.joined(seen, metrics.unclipped(skipped, the_device()))
-    return scored, {"loss": float(total)} | metrics.floats(seen)
+        of_step = {"loss": metrics.total(loss / world.size)}
+        seen = metrics.joined(seen, of_step, objective.seen(stats, batch), of_router)
+    skipped = metrics.unclipped(tokens - reached, the_device())
+    return scored, metrics.floats(metrics.joined(metrics.over_ranks(seen), skipped))
+
+
+def _losses(
+    model: Any, packed: AnyPack, objective: Objective, tokens: float, config: Sampled
+) -> tuple[Tensor, Tensor | float, Stats, dict[str, Part]]:
+    """What a pack adds to a step whose packs have so many tokens: its loss, and that of a router."""
+    hidden, balance, of_router = hidden_and_balance(model, packed, tokens, config)
+    loss, stats = fused_loss(
+        objective.loss,
+        hidden,
+        Head.of(model),
+        packed.batch,
+        temperature=config.temperature,
+        outputs=("entropy",),
+        return_stats=True,
+    )
+    return loss, balance, stats, of_router

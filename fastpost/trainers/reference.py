@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,8 +19,9 @@ from fastpost.shared_prompt import AnyPack
 from fastpost.trainers.build import build
 from fastpost.trainers.config import Training
 from fastpost.trainers.given import Given
-from fastpost.trainers.loop import autocast, the_device
+from fastpost.trainers.loop import autocast
 from fastpost.trainers.start import Start
+from fastpost.trainers.world import ALONE, World
 
 P = TypeVar("P", bound=AnyPack)
 
@@ -31,46 +33,57 @@ class Reference:
     role: Role
     config: Training
     weights: dict[str, Tensor] | None = None  # of the policy's adapter at the beginning, where that was not a fresh one
+    world: World = ALONE
 
     @staticmethod
     def of(start: Start, config: Training, given: Given | None = None) -> Reference:
+        world = start.world
         if config.lora_r:
-            return Reference(_constant(start.model, None), config)
+            return Reference(_constant(start.model, None), config, world=world)
         if hasattr(start.model, "peft_config"):
-            return Reference(_constant(start.model, start.model.active_adapter), config, _first_weights(start, config))
-        # On resume the policy has moved on; the reference is still where the run began.
-        begun = start.state.step > 0
-        model = _as_it_was(config, given or {}) if begun else copy.deepcopy(start.model)
-        return Reference.apart(model, config)
+            role = _constant(start.model, start.model.active_adapter)
+            return Reference(role, config, _first_weights(start, config), world)
+        # On resume the policy has moved on, and in pieces it cannot be copied; the reference is where the run began.
+        again = start.state.step > 0 or world.shards
+        model = _as_it_was(config, given or {}, world) if again else copy.deepcopy(start.model)
+        return Reference.apart(model, config, world)
 
     @staticmethod
-    def apart(model: Any, config: Training) -> Reference:
+    def apart(model: Any, config: Training, world: World = ALONE) -> Reference:
         """A model of its own, with the adapter that it has, if any."""
         adapter = model.active_adapter if hasattr(model, "peft_config") else None
-        return Reference(_constant(model.to(the_device()).requires_grad_(False), adapter), config)
+        world = world.around(model.requires_grad_(False))
+        return Reference(_constant(model, adapter), config, world=world)
 
     @torch.no_grad()
     def scored(self, packed: P, temperature: float = 1.0) -> P:
         """The pack with ref_logp."""
         model: Any = self.role.model
         with nullcontext() if self.weights is None else with_weights(model, self.weights), autocast(self.config):
-            hidden, head = self.role.hidden(packed), self.role.head()
-            stats = token_stats(hidden, head, packed.batch.target, temperature=temperature)
-        return replace(packed, batch=replace(packed.batch, ref_logp=stats.logp))
+            logp = self.world.through(partial(self._logp, packed, temperature))
+        return replace(packed, batch=replace(packed.batch, ref_logp=logp))
+
+    def _logp(self, packed: AnyPack, temperature: float) -> Tensor:
+        hidden, head = self.role.hidden(packed), self.role.head()
+        return token_stats(hidden, head, packed.batch.target, temperature=temperature).logp
 
 
 def _constant(model: Any, adapter: str | None) -> Role:
     return Role("reference", Switch.of(model), adapter, trained=False)
 
 
-def _as_it_was(config: Training, given: Given) -> Any:
+def _as_it_was(config: Training, given: Given, world: World) -> Any:
     """A model that is given is as it was: what resumes is a model of its own, from the checkpoint."""
     model = given.get("model")
+    if model is not None and world.shards:
+        raise ValueError("the reference of a model that is given and then sharded would be lost: give model as a path")
     return build(config)[0] if model is None else model
 
 
 def _first_weights(start: Start, config: Training) -> dict[str, Tensor]:
     """Those of the policy's adapter before the first step."""
+    if start.world.shards:
+        raise ValueError("the reference of an adapter that trains on cannot be had under FSDP2: merge it, give lora_r")
     from peft import get_peft_model_state_dict, load_peft_weights
 
     if config.model:

@@ -51,7 +51,21 @@ def roll_out(
     task: Task, prompts: Sequence[Prompt], num_generations: int = 1, step: int = 0, keys: Sequence[int] | None = None
 ) -> Rollouts:
     """num_generations completions of each prompt, and what the reward functions think of them. Samples of a prompt
-    depend on the seed of the task and on the prompt's key alone; None: its place among these."""
+    depend on the seed of the task and on the prompt's key alone; None: its place among these. Every process samples and
+    scores some of them, and has all of them in the end."""
+    world, keys = task.world, range(len(prompts)) if keys is None else keys
+    own, own_keys = world.slice(prompts), world.slice(keys)
+    with world.whole():
+        mine = [_rolled_out(task, own, num_generations, step, own_keys)] if own else []
+    parts = world.gathered(mine)
+    seconds = {name: max(part.seconds[name] for part in parts) for name in parts[0].seconds}
+    return replace(joined(parts), seconds=seconds)
+
+
+def _rolled_out(
+    task: Task, prompts: Sequence[Prompt], num_generations: int, step: int, keys: Sequence[int]
+) -> Rollouts:
+    """Those of this process."""
     began = time.perf_counter()
     with task.precision:
         completions = task.sampler([prompt.input_ids for prompt in prompts], task.sampling, num_generations, keys)

@@ -43,7 +43,7 @@ class Stage:
         rows = read_data(config, given, verb)
         begun = start(config, given, build_parts)
         data = {name: sampled_prompts(name, part, begun.tokenizer, config) for name, part in rows.items()}
-        task = Task.of(config, rewards, begun.model, begun.tokenizer)
+        task = Task.of(config, rewards, begun.model, begun.tokenizer, begun.world)
         reference = Reference.of(begun, config, given) if refers else None
         shared = isinstance(config, Clipped) and shares_prompts(begun.model, config)
         return Stage(verb, config, begun, data, task, reference, shared)

@@ -16,6 +16,7 @@ from fastpost.trainers.config import Sampled
 from fastpost.trainers.given import GivenRewards
 from fastpost.trainers.log import say
 from fastpost.trainers.loop import autocast
+from fastpost.trainers.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,13 @@ class Task:
     weights: Sequence[float] | None  # None: 1 each
     sampling: Sampling
     precision: AbstractContextManager = field(default_factory=nullcontext)  # of generation
+    world: World = ALONE
 
     def seeded(self, seed: int) -> Task:
         return replace(self, sampling=replace(self.sampling, seed=seed))
 
     @staticmethod
-    def of(config: Sampled, rewards: Sequence[Reward], model: Any, tokenizer: Any) -> Task:
+    def of(config: Sampled, rewards: Sequence[Reward], model: Any, tokenizer: Any, world: World = ALONE) -> Task:
         sampling = Sampling(
             config.temperature,
             config.top_p,
@@ -45,7 +47,7 @@ class Task:
         )
         sampler = Generate(model, tokenizer, config.generation_batch_size)
         weights = config.reward_weights and config.reward_weights[: len(rewards)]
-        return Task(sampler, tokenizer, rewards, weights, sampling, autocast(config))
+        return Task(sampler, tokenizer, rewards, weights, sampling, autocast(config), world)
 
 
 def rewards_of(config: Sampled, given: GivenRewards) -> list[Reward]:
