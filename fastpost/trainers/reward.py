@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any, Unpack
 
 import torch
+from torch import Tensor
 
 from fastpost import losses, metrics
 from fastpost.data import Pair, reward_examples
@@ -60,25 +61,33 @@ def _pairs(name: str, rows: Any, tokenizer: Any, model: Any, config: Reward) -> 
 
 def backward(model: Any, window: Sequence[Pair], config: Reward, world: World = ALONE) -> dict[str, float]:
     """Adds the gradient of the mean loss over all pairs of the window, and of a router's; returns means."""
-    tokens = tokens_of(window)
-    whole = Window(tokens, 2 * len(window), world.size)
+    lengths = lengths_of(window)
+    whole = Window(sum(lengths), 2 * len(window), world.size)
     seen = {}
-    for rows in world.share(bins(lengths_of(window), config, unit=2)):
-        pairs = [window[i // 2] for i in rows[::2]]
-        packed = _packed(pairs).to(the_device())
-        batch = packed.batch
+    for rows in world.turns(world.share(bins(lengths, config, unit=2), lengths, unit=2)):
+        packed = _packed([window[i // 2] for i in rows[::2]]).to(the_device())
+        weight = sequence_mean(packed.batch, whole, "pair") * bool(rows)  # a placeholder has no place
         with autocast(config):
-            hidden, balance, of_router = world.through(partial(hidden_and_balance, model, packed, tokens, config))
-        ends = (batch.lengths.cumsum(0) - 1).to(hidden.device)
-        score = scores(own_scalar(model, "model"), hidden[0, ends])  # (S,)
-        each = losses.bradley_terry(score, batch, center_rewards_coefficient=config.center_rewards_coefficient)
-        loss = (sequence_mean(batch, whole, "pair") * each).sum()
+            work = partial(_losses, model, packed, weight, sum(lengths) / world.size, config)
+            loss, balance, score, of_router = world.through(work)
         if torch.is_grad_enabled():
             (loss + balance).backward()
-        score, lengths = score[: len(rows)], batch.lengths[: len(rows)].to(score.device)  # a placeholder has no place
-        shown = metrics.reward(score) | metrics.length_bias(score, lengths)
+        score, of_rows = score[: len(rows)], packed.batch.lengths[: len(rows)].to(score.device)
+        shown = metrics.reward(score) | metrics.length_bias(score, of_rows)
         seen = metrics.joined(seen, {"loss": metrics.total(loss / world.size)}, shown, of_router)
     return metrics.floats(metrics.over_ranks(seen))
+
+
+def _losses(
+    model: Any, packed: Packed, weight: Tensor, tokens: float, config: Reward
+) -> tuple[Tensor, Tensor | float, Tensor, dict[str, metrics.Part]]:
+    """What a pack adds to a step of so many tokens: its loss, and that of a router; and its scores, (S,)."""
+    hidden, balance, of_router = hidden_and_balance(model, packed, tokens, config)
+    with torch.autocast(hidden.device.type, enabled=False):
+        ends = (packed.batch.lengths.cumsum(0) - 1).to(hidden.device)
+        score = scores(own_scalar(model, "model"), hidden[0, ends])
+        each = losses.bradley_terry(score, packed.batch, center_rewards_coefficient=config.center_rewards_coefficient)
+        return (weight * each).sum(), balance, score, of_router
 
 
 def _packed(pairs: Sequence[Pair]) -> Packed:

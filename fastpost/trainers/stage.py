@@ -45,7 +45,8 @@ class Stage:
         data = {name: sampled_prompts(name, part, begun.tokenizer, config) for name, part in rows.items()}
         task = Task.of(config, rewards, begun.model, begun.tokenizer, begun.world)
         reference = Reference.of(begun, config, given) if refers else None
-        shared = isinstance(config, Clipped) and shares_prompts(begun.model, config)
+        with begun.world.whole():
+            shared = isinstance(config, Clipped) and shares_prompts(begun.model, config)
         return Stage(verb, config, begun, data, task, reference, shared)
 
     def run(self) -> Run:
