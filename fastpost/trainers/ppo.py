@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, Unpack
 
@@ -37,7 +38,8 @@ from fastpost.trainers.ppo_roles import cast, roles_of
 from fastpost.trainers.rollouts import Rollouts, first_group, greedy, judged, rollout_metrics, shaped_rewards
 from fastpost.trainers.run import Run
 from fastpost.trainers.stage import Stage
-from fastpost.types import IGNORE, Batch
+from fastpost.trainers.world import ALONE, World
+from fastpost.types import IGNORE, Batch, Stats
 
 JUDGE = "reward_model"  # its name among the rewards
 
@@ -47,11 +49,13 @@ def ppo(config: Ppo, **given: Unpack[GivenRewards]) -> Any:
     value/ there."""
     stage, objective = Stage.of("ppo", config, given, build_parts=cast), of_ppo(config)
     roles = roles_of(stage)
+    if config.value_warmup_rounds and stage.begun.world.size > 1:
+        raise ValueError("value_warmup_rounds wants one process: in several the policy learns from the first round on")
     with stage.run() as run:
         run.kept.setdefault("kl_coef", config.kl_coef)
         for _ in run.steps():
             rollouts = score(next_rollouts(run, stage), roles, config)
-            whole = known(episodes(rollouts, config), roles, config)
+            whole = known(episodes(rollouts, config), roles, config, run.world)
             whole, facts = advised(whole, rollouts, run.kept["kl_coef"], config)
             learn(run, whole, roles, objective, facts | rollout_metrics(rollouts, config.num_generations), rollouts)
             if config.target_kl is not None:
@@ -81,7 +85,7 @@ def score(rollouts: Rollouts, roles: Roles, config: Ppo) -> Rollouts:
     return judged(rollouts, JUDGE, found, weight, time.perf_counter() - began)
 
 
-def known(whole: Packed, roles: Roles, config: Ppo) -> Packed:
+def known(whole: Packed, roles: Roles, config: Ppo, world: World = ALONE) -> Packed:
     """With old_logp, ref_logp and old_value of every token. Where value and policy share a pass, so here."""
     policy, value = roles.policy, roles.value
 
@@ -97,7 +101,7 @@ def known(whole: Packed, roles: Roles, config: Ppo) -> Packed:
         return [old_logp, ref_logp, values]
 
     with evaluating(policy.model), evaluating(value.model):
-        old_logp, ref_logp, values = columns(whole, config, said)
+        old_logp, ref_logp, values = columns(whole, config, lambda packed: world.through(partial(said, packed)), world)
     return with_known(whole, old_logp=old_logp, ref_logp=ref_logp, old_value=values)
 
 
@@ -137,7 +141,7 @@ def learn(
         for rows in minibatches(shuffled.tolist(), config.num_mini_batches):
             began = time.perf_counter()
             packs = weighted(microbatches(whole, rows, config, run.world), objective, window_of(whole, rows, run.world))
-            values = backward(packs, roles, objective, config, value_alone=value_alone)
+            values = backward(packs, roles, objective, config, run.world, value_alone=value_alone)
             values |= {"step_time/update": time.perf_counter() - began}
             tokens = int(whole.batch.lengths[torch.as_tensor(rows)].sum())
             run.update(facts | values, tokens)
@@ -150,15 +154,25 @@ def minibatches(rows: Sequence[int], count: int) -> list[list[int]]:
 
 
 def backward(
-    packs: Sequence[AnyPack], roles: Roles, objective: Objective, config: Ppo, *, value_alone: bool = False
+    packs: Sequence[AnyPack],
+    roles: Roles,
+    objective: Objective,
+    config: Ppo,
+    world: World = ALONE,
+    *,
+    value_alone: bool = False,
 ) -> dict[str, float]:
     """Adds the gradient of a minibatch, to the policy and to the value, or to that alone; means for the log.
 
-    Where the two have passes of their own, that of the policy is over, and its memory free, when the value's begins.
+    Where the two have passes of their own, that of the policy is over, and its memory free, when the value's begins;
+    but not with several processes, whose engines want one backward pass.
     """
-    policy, value = roles.policy, roles.value
-    shared, total, seen = value.shares_pass(policy), 0.0, {}
-    for packed in packs:
+    policy, value, seen = roles.policy, roles.value, {}
+    shared = value.shares_pass(policy)
+    early = not shared and not value_alone and world.size == 1
+    clip = {"cliprange": config.cliprange, "cliprange_value": config.cliprange_value}
+
+    def both(packed: AnyPack) -> tuple[Tensor, Tensor, Stats, Tensor]:
         with autocast(config):
             hidden = policy.hidden(packed)
             loss, stats = fused_loss(
@@ -170,16 +184,18 @@ def backward(
                 outputs=("entropy",),
                 return_stats=True,
             )
-        if not shared and not value_alone:
+        if early:
             loss.backward()
         with autocast(config):
             numbers = value.scores(hidden.detach() if value_alone else hidden) if shared else value(packed)
-        of_value = config.vf_coef * of_values(numbers, packed.batch, config)
-        (of_value + loss if shared and not value_alone else of_value).backward()
-        total = total + (loss + of_value).detach()
-        clip = {"cliprange": config.cliprange, "cliprange_value": config.cliprange_value}
-        seen = metrics.joined(seen, metrics.ppo_update(stats, packed.batch, numbers.detach(), **clip))
-    return {"loss": float(total)} | metrics.floats(metrics.over_ranks(seen))
+        return loss, config.vf_coef * of_values(numbers, packed.batch, config), stats, numbers.detach()
+
+    for packed in world.turns(packs):
+        loss, of_value, stats, numbers = world.through(partial(both, packed))
+        (of_value if early or value_alone else of_value + loss).backward()
+        of_step = {"loss": metrics.total((loss + of_value) / world.size)}
+        seen = metrics.joined(seen, of_step, metrics.ppo_update(stats, packed.batch, numbers, **clip))
+    return metrics.floats(metrics.over_ranks(seen))
 
 
 def of_values(numbers: Tensor, batch: Batch, config: Ppo) -> Tensor:  # (T,) -> ()

@@ -53,7 +53,9 @@ def cast(config: Any, given: Given, found: Path | None) -> PpoParts:
     times = 1.0 if config.value_learning_rate is None else config.value_learning_rate / config.learning_rate
     parameters = [*trained["policy"], *of_value]
     faster = dict.fromkeys(of_value, times)
-    return PpoParts(model, tokenizer, parameters, partial(save, roles), faster, roles=roles)
+    beside = [roles.value.model] if roles.value.model is not roles.policy.model else []
+    beside += [] if roles.value.scalar is None else [roles.value.scalar]
+    return PpoParts(model, tokenizer, parameters, partial(save, roles), faster, tuple(beside), roles=roles)
 
 
 def save(roles: Roles, directory: Path) -> None:
