@@ -1,5 +1,6 @@
 """The trunk over a pack: each sequence as if it were alone, in values and gradients, or a refusal that says why."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -15,14 +16,9 @@ from fastpost.models import attention
 from fastpost.models.probe import check_packing
 from fastpost.models.trunk import hidden_states, positions
 from fastpost.packing import Example, pack
+from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
 LENGTHS = [7, 1, 23, 6, 12, 1, 2]
-FP32 = 2e-6  # transformers' norms and rotations round to fp32 even in a float64 model
-
-
-def distance(ours, truth):
-    """Relative, in the Frobenius norm."""
-    return ((ours - truth).norm() / truth.norm()).item()
 
 
 def examples(lengths=LENGTHS, seed=0):
@@ -62,13 +58,17 @@ def alone(model, rows):
 )
 def test_packed_is_each_alone(family, changes, how):
     attention.register()
-    model, rows = tiny.model(family, **changes).double(), examples()
-    truth = alone(model, rows)
-    true_gradients = gradients(model, truth)
+    model, rows = tiny.model(family, **changes), examples()
+    wide = copy.deepcopy(model).double()
+    with decoders.Doubles():
+        truth = alone(wide, rows)
+        true_gradients = gradients(wide, truth)
+    theirs = alone(model, rows)
+    their_gradients = gradients(model, theirs)
     model.set_attn_implementation(how)
-    hidden = hidden_states(model, pack(rows))
-    assert distance(hidden, truth) < FP32
-    assert distance(gradients(model, hidden), true_gradients) < FP32
+    ours = hidden_states(model, pack(rows))
+    assert_close_to_truth(ours, theirs, truth)
+    assert_gradient_close_to_truth(gradients(model, ours), their_gradients, true_gradients)
 
 
 def test_gradient_checkpointing_changes_nothing():
