@@ -13,12 +13,14 @@ from transformers import AutoModelForSequenceClassification
 
 import fastpost as fp
 import tiny
+from decoders import Doubles
 from fastpost.models.roles import Copied, Roles, Shared
 from fastpost.models.trunk import hidden_states
 from fastpost.packing import Example, pack
 from fastpost.rollout import Sampling, generate
 from fastpost.shared_prompt import share_prompts
 from role_models import ENDS, PACKED, ROWS, base, checkpointed, four_bits, learnt, lora, ppo, same, write_reward
+from rules import assert_close_to_truth
 
 
 def alone(model, role):
@@ -282,17 +284,23 @@ def test_a_role_reads_a_shared_prompt_as_it_reads_a_repeated_one(family, tmp_pat
     rows = [[*ROWS[0], *rest] for rest in (ROWS[3], [12], ROWS[0])]
     plain = pack([Example(row, [i >= 7 for i in range(len(row))]) for row in rows])
     shared = share_prompts(plain, 3)
-    close = torch.testing.assert_close
-    for role in roles.by_name.values():
-        close(role.hidden(shared), role.hidden(plain)[plain.batch.kept])
-    close(roles.value(shared), roles.value(plain)[plain.batch.kept])
-    close(roles.reward.at_ends(shared), roles.reward.at_ends(plain))
-    if family == "qwen3_moe":
-        ours, theirs = (roles.policy.hidden_and_router_loss(packed) for packed in (shared, plain))
-        close(ours[0], roles.policy.hidden(shared), rtol=0, atol=0)
-        close(ours[1], theirs[1])
-        constant = roles.reference.hidden_and_router_loss(plain)
-        assert ours[1].requires_grad and not constant[1].requires_grad and not torch.equal(constant[1], theirs[1])
+
+    def numbers(packed, rows):
+        hidden = {name: role.hidden(packed)[rows] for name, role in roles.by_name.items()}
+        found = hidden | {"values": roles.value(packed)[rows], "ends": roles.reward.at_ends(packed)}
+        if family == "qwen3_moe":
+            same_hidden, found["router loss"] = roles.policy.hidden_and_router_loss(packed)
+            assert torch.equal(same_hidden[rows], hidden["policy"]) and found["router loss"].requires_grad
+            constant = roles.reference.hidden_and_router_loss(packed)[1]
+            assert not constant.requires_grad and not torch.equal(constant, found["router loss"])
+        return found
+
+    ours, theirs = numbers(shared, slice(None)), numbers(plain, plain.batch.kept)
+    model.double()
+    with Doubles():
+        truth = numbers(plain, plain.batch.kept)
+    for name in truth:
+        assert_close_to_truth(ours[name], theirs[name], truth[name], name)
 
 
 def test_scores_are_fp32_under_autocast_and_wide_in_a_wide_model():
