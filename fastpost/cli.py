@@ -32,6 +32,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "cpo": (configs.Cpo, "fastpost.trainers.reference_free:cpo"),
     "simpo": (configs.Simpo, "fastpost.trainers.reference_free:simpo"),
     "orpo": (configs.Orpo, "fastpost.trainers.reference_free:orpo"),
+    "kto": (configs.Kto, "fastpost.trainers.kto:kto"),
     "grpo": (configs.Grpo, "fastpost.trainers.grpo:grpo"),
     "rloo": (configs.Rloo, "fastpost.trainers.rloo:rloo"),
     "ppo": (configs.Ppo, "fastpost.trainers.ppo:ppo"),

@@ -17,16 +17,15 @@ import torch
 from fastpost import Batch, Loss, Stats, loss, losses, metrics
 from fastpost.losses.mixed import mixed
 from fastpost.losses.preference import chosen_nll
-from fastpost.models.loading import load_model
 from fastpost.packing import Packed
 from fastpost.trainers.checkpoint import check_output_dir
 from fastpost.trainers.config import Dpo
 from fastpost.trainers.given import GivenReference, read_data
 from fastpost.trainers.loop import without_dropout
 from fastpost.trainers.pairs import Objective, backward, evaluate, read_pairs, tokens_of, with_reference
-from fastpost.trainers.reference import Reference
+from fastpost.trainers.reference import reference_of
 from fastpost.trainers.run import Run
-from fastpost.trainers.start import Start, start
+from fastpost.trainers.start import start
 
 TRLS = {"sigmoid": "dpo", "exo_pair": "exo", "nca_pair": "nca", "bco_pair": "bco", "sppo_hard": "sppo"}
 CHOSEN_NLL = loss(unit="pair")(chosen_nll)  # `sft` among losses of pairs
@@ -44,7 +43,7 @@ def dpo(config: Dpo, **given: Unpack[GivenReference]) -> Any:
     if config.disable_dropout:
         without_dropout(model)
     data = {name: read_pairs(name, part, begun.tokenizer, model, config) for name, part in rows.items()}
-    reference = indifferent if config.reference_free else _reference(begun, config, given).scored
+    reference = indifferent if config.reference_free else reference_of(begun, config, given).scored
     with Run("dpo", config, begun, len(data["train"])) as run:
         if config.precompute_ref_log_probs:
             data = {name: with_reference(pairs, reference, config, run.world) for name, pairs in data.items()}
@@ -88,20 +87,3 @@ def indifferent(packed: Packed) -> Packed:
     """With a ref_logp that prefers nothing."""
     none = torch.zeros(packed.num_tokens, device=packed.input_ids.device)
     return replace(packed, batch=replace(packed.batch, ref_logp=none))
-
-
-def _reference(begun: Start, config: Dpo, given: GivenReference) -> Reference:
-    other = given.get("ref_model")
-    if other is not None:
-        return Reference.apart(other, config, begun.world)
-    if config.ref_model is None:
-        return Reference.of(begun, config, given)
-    other, tokenizer = load_model(
-        config.ref_model,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if tokenizer.get_vocab() != begun.tokenizer.get_vocab():
-        raise ValueError(f"ref_model {config.ref_model!r} has another vocabulary than the model")
-    return Reference.apart(other, config, begun.world)

@@ -21,7 +21,7 @@ from fastpost.data import Pair, preference_examples
 from fastpost.models.trunk import positions
 from fastpost.packing import Packed, pack, placeholder
 from fastpost.trainers.balance import hidden_and_balance
-from fastpost.trainers.config import Pairs
+from fastpost.trainers.config import Pairs, Training
 from fastpost.trainers.log import say
 from fastpost.trainers.loop import autocast, bins, check_lengths, evaluating, the_device
 from fastpost.trainers.world import ALONE, World
@@ -65,7 +65,7 @@ def backward(
         weight = sequence_mean(packed.batch, whole, objective.loss.unit)
         packed = replace(packed, batch=replace(packed.batch, weight=weight))
         with autocast(config):
-            work = partial(_losses, model, packed, objective, sum(lengths) / world.size, config)
+            work = partial(losses_of, model, packed, objective.loss, sum(lengths) / world.size, config, SHOWN)
             loss, balance, stats, of_router = world.through(work)
         if torch.is_grad_enabled():
             (loss + balance).backward()
@@ -74,12 +74,12 @@ def backward(
     return metrics.floats(metrics.over_ranks(seen))
 
 
-def _losses(
-    model: Any, packed: Packed, objective: Objective, tokens: float, config: Pairs
+def losses_of(
+    model: Any, packed: Packed, loss_function: Loss, tokens: float, config: Training, shown: Sequence[str]
 ) -> tuple[Tensor, Tensor | float, Stats, dict[str, metrics.Part]]:
-    """What a pack adds to a step of so many tokens: its loss, and that of a router."""
+    """What a pack adds to a step of so many tokens: its loss, and that of a router; with the statistics to be shown."""
     hidden, balance, of_router = hidden_and_balance(model, packed, tokens, config)
-    loss, stats = fused_loss(objective.loss, hidden, Head.of(model), packed.batch, outputs=SHOWN, return_stats=True)
+    loss, stats = fused_loss(loss_function, hidden, Head.of(model), packed.batch, outputs=shown, return_stats=True)
     return loss, balance, stats, of_router
 
 

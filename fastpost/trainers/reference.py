@@ -13,12 +13,13 @@ from torch import Tensor
 
 from fastpost import token_stats
 from fastpost.models.adapters import with_weights
+from fastpost.models.loading import load_model
 from fastpost.models.role import Role
 from fastpost.models.switch import Switch
 from fastpost.shared_prompt import AnyPack
 from fastpost.trainers.build import build
-from fastpost.trainers.config import Training
-from fastpost.trainers.given import Given
+from fastpost.trainers.config import Dpo, Kto, Training
+from fastpost.trainers.given import Given, GivenReference
 from fastpost.trainers.loop import autocast
 from fastpost.trainers.start import Start
 from fastpost.trainers.world import ALONE, World
@@ -51,21 +52,47 @@ class Reference:
     @staticmethod
     def apart(model: Any, config: Training, world: World = ALONE) -> Reference:
         """A model of its own, with the adapter that it has, if any."""
-        adapter = model.active_adapter if hasattr(model, "peft_config") else None
         world = world.around(model.requires_grad_(False))
+        return Reference.now(model, config, world)
+
+    @staticmethod
+    def now(model: Any, config: Training, world: World = ALONE) -> Reference:
+        """The model as it is, even if it trains on."""
+        adapter = model.active_adapter if hasattr(model, "peft_config") else None
         return Reference(_constant(model, adapter), config, world=world)
 
-    @torch.no_grad()
     def scored(self, packed: P, temperature: float = 1.0) -> P:
         """The pack with ref_logp."""
+        return replace(packed, batch=replace(packed.batch, ref_logp=self.logp(packed, temperature)))
+
+    @torch.no_grad()
+    def logp(self, packed: AnyPack, temperature: float = 1.0) -> Tensor:  # (T,)
+        """Of the pack's targets."""
         model: Any = self.role.model
         with nullcontext() if self.weights is None else with_weights(model, self.weights), autocast(self.config):
-            logp = self.world.through(partial(self._logp, packed, temperature))
-        return replace(packed, batch=replace(packed.batch, ref_logp=logp))
+            return self.world.through(partial(self._logp, packed, temperature))
 
     def _logp(self, packed: AnyPack, temperature: float) -> Tensor:
         hidden, head = self.role.hidden(packed), self.role.head()
         return token_stats(hidden, head, packed.batch.target, temperature=temperature).logp
+
+
+def reference_of(start: Start, config: Dpo | Kto, given: GivenReference) -> Reference:
+    """The one that is given or named, or the model as it was."""
+    other = given.get("ref_model")
+    if other is not None:
+        return Reference.apart(other, config, start.world)
+    if config.ref_model is None:
+        return Reference.of(start, config, given)
+    other, tokenizer = load_model(
+        config.ref_model,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if tokenizer.get_vocab() != start.tokenizer.get_vocab():
+        raise ValueError(f"ref_model {config.ref_model!r} has another vocabulary than the model")
+    return Reference.apart(other, config, start.world)
 
 
 def _constant(model: Any, adapter: str | None) -> Role:

@@ -11,7 +11,7 @@ from typing import Any, Unpack
 from fastpost import losses, metrics
 from fastpost.data import Verb
 from fastpost.trainers.checkpoint import check_output_dir
-from fastpost.trainers.config import Cpo, Orpo, Pairs, Simpo
+from fastpost.trainers.config import Cpo, Orpo, Simpo
 from fastpost.trainers.given import Given, read_data
 from fastpost.trainers.loop import without_dropout
 from fastpost.trainers.pairs import Objective, backward, evaluate, read_pairs, tokens_of
@@ -21,29 +21,33 @@ from fastpost.trainers.start import start
 
 def cpo(config: Cpo, **given: Unpack[Given]) -> Any:
     """Trains config.model on the pairs of config.dataset and leaves the result in config.output_dir; returns it."""
-    loss = losses.cpo.bind(beta=config.beta, label_smoothing=config.label_smoothing, cpo_alpha=config.cpo_alpha)
-    return _train("cpo", config, given, Objective(loss, partial(metrics.preference, beta=config.beta)))
+    return _train("cpo", config, given)
 
 
 def simpo(config: Simpo, **given: Unpack[Given]) -> Any:
-    """As `cpo`; rewards are those of a token."""
-    loss = losses.simpo.bind(
-        beta=config.beta,
-        simpo_gamma=config.simpo_gamma,
-        label_smoothing=config.label_smoothing,
-        cpo_alpha=config.cpo_alpha,
-    )
-    return _train("simpo", config, given, Objective(loss, partial(metrics.preference, beta=config.beta, average=True)))
+    """As `cpo`, with another loss."""
+    return _train("simpo", config, given)
 
 
 def orpo(config: Orpo, **given: Unpack[Given]) -> Any:
-    """As `simpo`."""
-    shown = partial(metrics.preference, beta=config.beta, average=True)
-    return _train("orpo", config, given, Objective(losses.orpo.bind(beta=config.beta), shown))
+    """As `cpo`, with another loss."""
+    return _train("orpo", config, given)
 
 
-def _train(verb: Verb, config: Pairs, given: Given, objective: Objective) -> Any:
+def objective_of(config: Cpo | Simpo | Orpo) -> Objective:
+    """The loss with its knobs. The rewards that are shown are what it compares: of a token, but for CPO."""
+    shown = partial(metrics.preference, beta=config.beta, average=not isinstance(config, Cpo))
+    if isinstance(config, Orpo):
+        return Objective(losses.orpo.bind(beta=config.beta), shown)
+    knobs = {"beta": config.beta, "label_smoothing": config.label_smoothing, "cpo_alpha": config.cpo_alpha}
+    if isinstance(config, Cpo):
+        return Objective(losses.cpo.bind(**knobs), shown)
+    return Objective(losses.simpo.bind(**knobs, simpo_gamma=config.simpo_gamma), shown)
+
+
+def _train(verb: Verb, config: Cpo | Simpo | Orpo, given: Given) -> Any:
     check_output_dir(config)
+    objective = objective_of(config)
     rows = read_data(config, given, verb)
     begun = start(config, given)
     model = begun.model

@@ -5,7 +5,7 @@ keys and `--help` from them. A config that exists has been checked.
 """
 
 from fastpost.trainers.config.policy import Clipped, Grpo, Ppo, Reinforce, Rloo, Sampled
-from fastpost.trainers.config.preference import Cpo, Dpo, Orpo, Pairs, Reward, Simpo
+from fastpost.trainers.config.preference import Cpo, Dpo, Kto, Orpo, Pairs, Preference, Reward, Simpo
 from fastpost.trainers.config.supervised import Sft
 from fastpost.trainers.config.tools import Demo, Merge
 from fastpost.trainers.config.training import DATA, GROUPS, LOSS, MODEL, PLAN, ROLLOUT, RUN, STEPS, Training
@@ -24,10 +24,12 @@ __all__ = [
     "Demo",
     "Dpo",
     "Grpo",
+    "Kto",
     "Merge",
     "Orpo",
     "Pairs",
     "Ppo",
+    "Preference",
     "Reinforce",
     "Reward",
     "Rloo",

@@ -16,13 +16,19 @@ PairLoss = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pairs(Training):
-    """What every verb of pairs is told."""
+class Preference(Training):
+    """What every verb of preferences is told."""
 
     max_length: int | None = option(1024, DATA, "tokens of a prompt and its answer; cut at the end", above=1)
     learning_rate: float = option(1e-6, STEPS, "peak of the schedule", least=0)
-    per_device_train_batch_size: int = option(8, STEPS, "pairs of a microbatch", above=0)
     disable_dropout: bool = option(True, STEPS, "the model's own is off; adapters have what lora_dropout says")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(Preference):
+    """What every verb of pairs is told."""
+
+    per_device_train_batch_size: int = option(8, STEPS, "pairs of a microbatch", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +95,25 @@ class Orpo(Pairs):
     """ORPO: likelihood of the chosen answer and the odds against the other, without a reference. arXiv:2403.07691"""
 
     beta: float = option(0.1, LOSS, "weight of the odds ratio, the paper's lambda", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kto(Preference):
+    """KTO: answers that are desirable or not, without pairs, against the model as it was. arXiv:2402.01306"""
+
+    ref_model: str | None = option(None, MODEL, "directory of another reference; default: the model as it was")
+    loss_type: Literal["kto", "apo_zero_unpaired"] = option("kto", LOSS, "apo_zero_unpaired has no KL estimate")
+    beta: float = option(0.1, LOSS, "how near the policy is kept to the reference", above=0)
+    desirable_weight: float = option(1.0, LOSS, "of desirable answers", least=0)
+    undesirable_weight: float = option(1.0, LOSS, "of undesirable ones", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_type == "kto" and self.rows_per_step == 1:
+            raise ValueError(
+                "loss_type kto compares a row with another one of its step, which has 1: make "
+                "per_device_train_batch_size or gradient_accumulation_steps 2 or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
