@@ -108,13 +108,12 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied():
 
 
 def test_a_line_is_the_mean_of_its_steps_and_json_has_no_nan(tmp_path: Path):
-    lines = log.Log(tmp_path, "sft", 0, 4, num_tokens=10)
+    lines = log.Log(tmp_path, 0, num_tokens=10)
     lines.add({"loss": 1.0, "kl": 4.0}, tokens=5)
     lines.add({"loss": 3.0, "reward": math.nan}, tokens=7)
     lines.write(2, 0.5)
     lines.add({"loss": 9.0}, tokens=1)
     lines.write(3, 0.75)
-    lines.close()
     first, second = log.read_lines(tmp_path / "metrics.jsonl")
     assert (first["loss"], first["kl"], first["reward"], first["num_tokens"]) == (2.0, 4.0, None, 22)
     assert (second["loss"], second["step"], "kl" in second) == (9.0, 3, False)

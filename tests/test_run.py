@@ -122,3 +122,16 @@ def test_a_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "stopped")] == ["checkpoint-3"]
     sft(config_of(files, tmp_path / "stopped", save_steps=0, resume_from_checkpoint="latest"))
     assert weights(tmp_path / "stopped") == weights(tmp_path / "straight")
+
+
+def test_a_run_says_what_it_was_and_reports_where_it_is_told_to(files: Path, tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    out = tmp_path / "out"
+    sft(config_of(files, out, report_to="tensorboard", save_steps=0, logging_steps=2))
+    facts = json.loads((out / "run.json").read_text())
+    assert (facts["verb"], facts["config"]["max_steps"], facts["total_steps"]) == ("sft", 4, 4)
+    assert {"torch", "transformers"} <= facts["versions"].keys() and facts["seconds"] > 0
+    assert list(out.glob("runs/**/events.out.tfevents*"))
+    with pytest.raises(ValueError, match=r"report_to must be of none, all, .*got 'tensorbored'"):
+        sft(config_of(files, tmp_path / "other", report_to="tensorbored"))
+    assert not (tmp_path / "other").exists()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # Fields that may differ on resume without a word: they do not change what is computed in a step.
 FREE = {"output_dir", "resume_from_checkpoint", "eval_dataset", "metric_for_best_model", "greater_is_better"}
 FREE |= {"logging_steps", "eval_steps", "save_steps", "save_total_limit"}
+FREE |= {"report_to", "project", "run_name", "push_to_hub", "hub_model_id", "hub_private_repo"}
 STATE, OPTIMIZER, HASHES = "state.json", "optimizer.safetensors", "files.json"
 
 

@@ -1,4 +1,4 @@
-"""What a run says while it runs: lines of metrics.jsonl, each a mean over some steps, and a bar on a terminal."""
+"""What a run says while it runs: lines of metrics.jsonl, each a mean over some steps."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastpost.trainers.loop import peak_memory_mb
 
-SHOWN = ("loss", "reward", "mean_token_accuracy", "completions/mean_length")
+if TYPE_CHECKING:
+    from fastpost.trainers.audience import Audience
 
 
 def say(text: str) -> None:
@@ -25,14 +26,14 @@ def say(text: str) -> None:
 class Log:
     """Means of what the steps add, written to metrics.jsonl by `write`; one that is not `heard` writes nothing."""
 
-    def __init__(self, directory: Path, verb: str, start: int, total: int, num_tokens: int, heard: bool = True):
-        from tqdm import tqdm
-
+    def __init__(
+        self, directory: Path, start: int, num_tokens: int, audience: Audience | None = None, heard: bool = True
+    ):
         self.path, self.heard = directory / "metrics.jsonl", heard
         for path in (self.path, directory / "completions.jsonl") if heard else ():
             keep_until(path, start)
         self.num_tokens = self._written = num_tokens
-        self._bar = tqdm(total=total, initial=start, desc=verb, unit="step", disable=None if heard else True)
+        self._audience = audience
         self._since = time.perf_counter()
         self._values: dict[str, list[float]] = {}
 
@@ -40,8 +41,8 @@ class Log:
         """One step's values, and how many tokens the model read in it."""
         self.num_tokens += tokens
         self.note(values)
-        self._bar.update()
-        self._bar.set_postfix({n.split("/")[-1]: f"{values[n]:.3g}" for n in SHOWN if n in values}, refresh=False)
+        if self._audience is not None:
+            self._audience.step(values)
 
     def note(self, values: Mapping[str, float]) -> None:
         """Values for the next line that are no step's own."""
@@ -58,10 +59,9 @@ class Log:
         line["peak_memory_mb"] = round(peak_memory_mb(), 1)
         if self.heard:
             append(self.path, [line])
+        if self._audience is not None:
+            self._audience.line(line, step)
         self._since, self._written, self._values = now, self.num_tokens, {}
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 def _mean(values: list[float]) -> float | None:
@@ -86,6 +86,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def written_until(directory: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that a run which goes on after `step` has behind it."""
+    return [line for line in read_lines(directory / "metrics.jsonl") if line["step"] <= step]
 
 
 def keep_until(path: Path, step: int) -> None:

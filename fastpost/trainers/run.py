@@ -24,9 +24,10 @@ from typing import Any, Self
 
 from fastpost.models.saving import written_aside
 from fastpost.trainers import checkpoint
+from fastpost.trainers.audience import Audience
 from fastpost.trainers.checkpoint import State
 from fastpost.trainers.config import Training
-from fastpost.trainers.log import Log, append, say
+from fastpost.trainers.log import Log, append, read_lines, say, written_until
 from fastpost.trainers.loop import apply_gradients, due, learning_rate, order, rows_to_see, seed_step
 from fastpost.trainers.plots import plot_metrics
 from fastpost.trainers.start import Start
@@ -34,7 +35,8 @@ from fastpost.trainers.start import Start
 
 class Run:
     """A run from `start` to its last step. `rows` is how many there are, `each` how many a round takes in a process,
-    and a round is `iterations` optimizer steps, between which nothing is saved."""
+    and a round is `iterations` optimizer steps, between which nothing is saved. `data`: of each split, what became of
+    its rows."""
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class Run:
         *,
         each: int | None = None,
         iterations: int = 1,
+        data: Mapping[str, Any] | None = None,
     ):
         self.config, self.start, self.world = config, start, start.world
         self.rows, self.each, self.iterations = rows, (each or config.rows_per_step) * self.world.size, iterations
@@ -58,9 +61,12 @@ class Run:
         self._round = self.step  # where the round at hand began
         self._evaluated: dict[str, float] = {}
         self._asked_to_stop = False
+        self.audience = None
         if self.world.first:
             checkpoint.set_later_aside(self.output, self.step)
-        self.log = Log(self.output, verb, self.step, self.total, start.state.num_tokens, self.world.first)
+            behind = written_until(self.output, self.step)
+            self.audience = Audience(verb, config, self.total, self.step, behind, data or {})
+        self.log = Log(self.output, self.step, start.state.num_tokens, self.audience, self.world.first)
 
     # ---- the loop ----
 
@@ -72,7 +78,8 @@ class Run:
     def __exit__(self, *raised: object) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._before)
-        self.log.close()
+        if self.audience is not None:
+            self.audience.close()
 
     def steps(self) -> Iterator[int]:
         """The first step of every round that is left. What is due after a round is done when the next one is asked
@@ -126,18 +133,21 @@ class Run:
 
     def show(self, samples: Iterable[Mapping[str, Any]]) -> None:
         """Lines of completions.jsonl, where the log has one, too."""
-        if self.logs and self.world.first:
-            append(self.output / "completions.jsonl", samples)
+        if self.logs and self.audience is not None:
+            lines = list(samples)
+            append(self.output / "completions.jsonl", lines)
+            self.audience.sample(lines[0])
 
     def finish(self) -> Any:
         """Writes the model and the curves; the model, for who wants to go on with it."""
         with self.world.on_host():
-            if self.world.first:
+            if self.audience is not None:
                 with written_aside(self.output) as aside:
                     self.start.save_model(aside)
                 plot_metrics(self.output)
+                address = self.audience.finish(read_lines(self.output / "metrics.jsonl")[-1])
+                say(f"saved {self.config.output_dir}" + (f", and {address}" if address else ""))
         self.world.wait()
-        say(f"saved {self.config.output_dir}")
         return self.start.model
 
     # ---- after a round ----

@@ -98,6 +98,16 @@ class Training:
         None, RUN, "an eval_ metric: where it is best so far a checkpoint is written, and kept"
     )
     greater_is_better: bool | None = option(None, RUN, "of that metric; default: unless its name ends in loss")
+    report_to: tuple[str, ...] = option(
+        ("none",),
+        RUN,
+        "trackers by accelerate's names, tensorboard, wandb, trackio, ...; all: those installed",
+    )
+    project: str = option("fastpost", RUN, "of the trackers that have projects")
+    run_name: str | None = option(None, RUN, "in the trackers; default: the last name of output_dir")
+    push_to_hub: bool = option(False, RUN, "upload the model, with a card, when the run is over")
+    hub_model_id: str | None = option(None, RUN, "owner/name there; default: the last name of output_dir")
+    hub_private_repo: bool | None = option(None, RUN, "default: as the account has it")
     resume_from_checkpoint: str | None = option(
         None,
         RUN,
