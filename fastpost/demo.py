@@ -1,11 +1,9 @@
 """`fastpost demo`: a random model of 0.2 million parameters learns to add, by the verbs that a user calls.
 
-The task is word problems over two two-digit numbers. A demonstration works digit by digit, units first, with the carry:
-    Mia has 48 coins and gets 12 more. How many coins does Mia have?
-    8+2=10, 4+1+1=06. Answer: 60
-A few demonstrations teach the procedure and leave holes in the addition table. GRPO is then given many problems with
-nothing but their answers, and fills the holes. The control spends GRPO's time on more SFT on the same demonstrations.
-Every accuracy is greedy, on held-out problems whose numbers occur in no demonstration and no prompt.
+The task is that of `fastpost.sums`. A few demonstrations teach the procedure and leave holes in the addition table.
+GRPO is then given many problems with nothing but their answers, and fills the holes. The control spends GRPO's time on
+more SFT on the same demonstrations. Every accuracy is greedy, on held-out problems whose numbers occur in no
+demonstration and no prompt.
 """
 
 from __future__ import annotations
@@ -13,11 +11,9 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,6 +23,7 @@ from fastpost.models.loading import load_model
 from fastpost.rewards import load_reward
 from fastpost.rollout import Sampling
 from fastpost.rollout.sampler import Generate
+from fastpost.sums import LONGEST, problem, terms, write_model
 from fastpost.trainers.config import Demo, Grpo, Sft
 from fastpost.trainers.grpo import grpo
 from fastpost.trainers.log import append, read_lines, say
@@ -35,17 +32,9 @@ from fastpost.trainers.rollouts import greedy_reward
 from fastpost.trainers.sft import sft
 from fastpost.trainers.task import Task
 
-PEOPLE = ("Mia", "Tom", "Ana", "Ben", "Eva", "Leo", "Zoe", "Max")
-THINGS = ("apples", "coins", "books", "cards", "stamps", "shells")
-STORIES = (
-    "{who} has {a} {what} and gets {b} more. How many {what} does {who} have?\n",
-    "There are {a} {what} in a box and {b} in a bag. How many {what} are there?\n",
-    "{who} counts {a} {what}, then {b} others. How many {what} in all?\n",
-)
 DEMONSTRATIONS, PROMPTS, VALIDATION, TEST = 250, 2000, 200, 300  # problems of each file
-HELD_OUT = 25  # of the 90 two-digit numbers, kept for validation and test
 ROUND, RISE, PATIENCE = 100, 0.02, 2  # SFT steps between validations; it stops after so many without such a rise
-GRPO_STEPS, LONGEST = 120, 26  # a worked sum has at most 24 tokens
+GRPO_STEPS = 120
 REWARD = "number_match"
 
 
@@ -81,28 +70,10 @@ def _run_dir(config: Demo) -> Path:
 # ---- the task ----
 
 
-def worked(a: int, b: int) -> str:
-    """The sum, digit by digit from the units, each step with its carry."""
-    steps, carry = [], 0
-    for place, (x, y) in enumerate(zip(f"{a:02d}"[::-1], f"{b:02d}"[::-1], strict=True)):
-        total = int(x) + int(y) + carry
-        steps.append(f"{x}+{y}{f'+{carry}' if place else ''}={total:02d}")
-        carry = total // 10
-    return f"{', '.join(steps)}. Answer: {a + b}"
-
-
-def problem(a: int, b: int, draw: random.Random) -> dict[str, str]:
-    story = draw.choice(STORIES).format(a=a, b=b, who=draw.choice(PEOPLE), what=draw.choice(THINGS))
-    return {"prompt": story, "completion": worked(a, b), "answer": str(a + b)}
-
-
 def problems(seed: int) -> dict[str, list[dict[str, str]]]:
     """The rows of every file. No pair of numbers occurs twice, and training and held-out files share no number."""
     draw = random.Random(seed)
-    numbers = draw.sample(range(10, 100), 90)
-    held, seen = numbers[:HELD_OUT], numbers[HELD_OUT:]
-    train = draw.sample([(a, b) for a in seen for b in seen], DEMONSTRATIONS + PROMPTS)
-    test = draw.sample([(a, b) for a in held for b in held], VALIDATION + TEST)
+    train, test = terms(draw, DEMONSTRATIONS + PROMPTS, VALIDATION + TEST)
     pairs = {
         "demonstrations": train[:DEMONSTRATIONS],
         "prompts": train[DEMONSTRATIONS:],
@@ -116,44 +87,10 @@ def problems(seed: int) -> dict[str, list[dict[str, str]]]:
 
 def write_task(run: Path, seed: int) -> None:
     """base/, a random model with its tokenizer, and a JSONL file for each set of problems."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     rows = problems(seed)
     for name, some in rows.items():
         append(run / f"{name}.jsonl", some)
-    tokenizer = make_tokenizer([row["prompt"] + row["completion"] for row in rows["demonstrations"]])
-    torch.manual_seed(seed)
-    shape = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    Qwen3ForCausalLM(shape).save_pretrained(run / "base")
-    tokenizer.save_pretrained(run / "base")
-
-
-def make_tokenizer(texts: Iterable[str]) -> Any:
-    """Byte-level BPE in which a digit is always a token of its own."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(Regex(r"\d| ?[A-Za-z]+|[^A-Za-z\d]"), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    write_model(run / "base", [row["prompt"] + row["completion"] for row in rows["demonstrations"]], seed)
 
 
 # ---- the stages ----

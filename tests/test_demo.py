@@ -39,27 +39,9 @@ def test_every_demonstration_is_right_and_every_prompt_is_without_one():
     assert all(row.keys() == {"prompt", "answer"} for row in rows["prompts"])
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "text"), [(48, 12, "8+2=10, 4+1+1=06. Answer: 60"), (97, 94, "7+4=11, 9+9+1=19. Answer: 191")]
-)
-def test_the_working_carries(a: int, b: int, text: str):
-    assert demo.worked(a, b) == text
-
-
 def test_the_seed_makes_the_task():
     assert demo.problems(3) == demo.problems(3)
     assert demo.problems(3)["test"] != demo.problems(4)["test"]
-
-
-def test_digits_are_single_tokens_and_text_survives():
-    rows = demo.problems(0)["demonstrations"]
-    tokenizer = demo.make_tokenizer([row["prompt"] + row["completion"] for row in rows])
-    text = rows[0]["prompt"] + rows[0]["completion"]
-    ids = tokenizer(text).input_ids
-    assert tokenizer.decode(ids) == text
-    assert all(
-        len(NUMBER.findall(token)[0]) == 1 for token in tokenizer.convert_ids_to_tokens(ids) if NUMBER.search(token)
-    )
 
 
 def test_a_run_ends_with_a_table_and_a_line_of_json(
