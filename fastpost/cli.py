@@ -240,3 +240,7 @@ def wrapped(flag: str, width: int) -> list[str]:
 
 def first_line(cls: type) -> str:
     return (cls.__doc__ or "").strip().splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Runs of every verb, a row each, small enough for two processes on a CPU: what they read, and how they are begun."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import tiny
+from fastpost.trainers.config import Dpo, Grpo, Ppo, Reinforce, Reward, Rloo, Sft
+from fastpost.trainers.dpo import dpo
+from fastpost.trainers.grpo import grpo
+from fastpost.trainers.ppo import ppo
+from fastpost.trainers.reinforce import reinforce
+from fastpost.trainers.reward import reward
+from fastpost.trainers.rloo import rloo
+from fastpost.trainers.sft import sft
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ENGINES = {"ddp": {}, "fsdp2": FSDP2}
+LORA = {"lora_r": 4, "init_lora_weights": "gaussian"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A verb and what its config says of it."""
+
+    verb: Callable[..., Any]
+    config: type
+    data: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any] = field(default_factory=dict)
+    model: str = "model"
+
+
+def capitals(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Prompts with an a or a b have no variance."""
+    pairs = zip(prompts, completions, strict=True)
+    return [0.0 if {*"ab"} & {*p} else sum("A" <= x <= "Z" for x in text) / 6 for p, text in pairs]
+
+
+def nothing(completions: list[str], **columns: Any) -> list[float]:
+    return [0.5] * len(completions)
+
+
+SAMPLED = {"num_generations": 3, "max_completion_length": 6, "learning_rate": 1e-2, "max_steps": 3}
+# A window of 12 rows of 20, then one of 8, which is 3 packs for 2 processes.
+ONE_EPOCH = {"num_train_epochs": 1.0, "max_steps": -1}
+CAPITALS = {"reward_funcs": capitals}
+
+CASES = {
+    "sft": Case(sft, Sft, "sums", ONE_EPOCH | {"eval_dataset": "sums"}),
+    "sft, repacked": Case(sft, Sft, "sums", ONE_EPOCH | {"max_tokens_per_batch": 24, "gradient_checkpointing": True}),
+    "sft, LoRA": Case(sft, Sft, "sums", ONE_EPOCH | LORA),
+    "dpo": Case(dpo, Dpo, "pairs", ONE_EPOCH),
+    "dpo, LoRA": Case(dpo, Dpo, "pairs", ONE_EPOCH | LORA | {"precompute_ref_log_probs": True}),
+    "reward, LoRA": Case(reward, Reward, "pairs", ONE_EPOCH | LORA, model="judge"),
+    "grpo": Case(grpo, Grpo, "prompts", SAMPLED | {"eval_dataset": "prompts"}, CAPITALS),
+    "grpo, prompts repeated": Case(grpo, Grpo, "prompts", SAMPLED | {"share_prompts": False}, CAPITALS),
+    "grpo, KL, LoRA": Case(
+        grpo, Grpo, "prompts", SAMPLED | LORA | {"beta": 0.1, "num_iterations": 2, "max_steps": 4}, CAPITALS
+    ),
+    "grpo, no variance": Case(grpo, Grpo, "prompts", SAMPLED | {"max_steps": 1}, {"reward_funcs": nothing}),
+    "rloo, LoRA": Case(rloo, Rloo, "prompts", SAMPLED | LORA, CAPITALS),
+    "reinforce, LoRA": Case(reinforce, Reinforce, "prompts", SAMPLED | LORA, CAPITALS),
+    "ppo, LoRA": Case(ppo, Ppo, "prompts", SAMPLED | LORA | {"num_generations": 1, "max_steps": 4}, CAPITALS),
+}
+
+
+def write(folder: Path) -> None:
+    """A model directory and the files."""
+    made = tiny.model("qwen3", tie_word_embeddings=True)
+    made.save_pretrained(folder / "model")
+    AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1).save_pretrained(folder / "judge")
+    for name in ("model", "judge"):
+        tiny.tokenizer().save_pretrained(folder / name)
+    sums = [(f"{a}+{b}=", str(a + b) * (1 + a)) for a in range(5) for b in range(4)]
+    rows = {
+        "sums": [{"prompt": p, "completion": c} for p, c in sums],
+        "pairs": [{"prompt": p, "chosen": c, "rejected": "x" * (1 + i % 4)} for i, (p, c) in enumerate(sums)],
+        "prompts": [{"prompt": f"{x} " * (1 + i % 3)} for i, x in enumerate("abcdefgh")],
+    }
+    for name, each in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+
+
+def run(folder: Path, name: str, out: Path, processes: int, *, exact: bool = False, **changes: Any) -> None:
+    """A case in a world of so many processes, of 12 rows a step in all; `exact`: in float64."""
+    case = CASES[name]
+    fields = {
+        "model": folder / case.model,
+        "dataset": folder / f"{case.data}.jsonl",
+        "output_dir": out,
+        "learning_rate": 3e-3,
+        "adam_epsilon": 1e-3,  # a step is then a smooth function of the gradient
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 4 // processes,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_steps": 0,
+    }
+    fields |= case.changes | changes
+    if "eval_dataset" in fields:
+        fields["eval_dataset"] = folder / f"{fields['eval_dataset']}.jsonl"
+    given = dict(case.given)
+    if exact:
+        kind = AutoModelForCausalLM if case.model == "model" else AutoModelForSequenceClassification
+        model = kind.from_pretrained(folder / case.model, dtype=torch.float64)
+        given |= {"model": model, "processing_class": tiny.tokenizer()}
+        fields["model"] = ""
+    case.verb(case.config(**fields), **given)
+
+
+def runs_of_rank(rank: int, folder: Path, engine: str, jobs: list[tuple[str, Path, dict[str, Any]]]) -> None:
+    """What one of two processes does: these jobs under this engine."""
+    os.environ |= {"RANK": str(rank)} | ENGINES[engine]
+    for name, out, changes in jobs:
+        torch.manual_seed(0)
+        run(folder, name, out, 2, **changes)
