@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +22,9 @@ from fastpost.models.loading import attend_packed
 from fastpost.packing.subsets import with_known
 from fastpost.rewards import Scores
 from fastpost.rollout import Completion
+from fastpost.rollout.sampler import Generate
 from fastpost.trainers import grpo as grpo_module
-from fastpost.trainers import policy
+from fastpost.trainers import policy, task
 from fastpost.trainers.config import Grpo, Reinforce, Rloo
 from fastpost.trainers.episodes import episodes, packs_of
 from fastpost.trainers.grpo import grpo
@@ -269,3 +272,31 @@ def test_the_sampler_and_the_trainer_are_compared_at_the_first_step(run, capsys:
     assert "the sampler's log-probabilities differ from the trainer's by" in said
     run("rloo", "other", max_steps=1)
     assert "the sampler's log-probabilities differ" in capsys.readouterr().err
+
+
+def test_what_a_sampler_would_not_give_again_is_replayed(
+    run: Callable[..., list[dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    thrown = []
+
+    @dataclass(frozen=True)
+    class Dice(Generate):
+        """Other completions at every call."""
+
+        @property
+        def reproducible(self) -> bool:
+            return False
+
+        def __call__(self, prompt_ids, sampling, num_generations=1, keys=None):
+            thrown.append(1)
+            return super().__call__(prompt_ids, replace(sampling, seed=len(thrown)), num_generations, keys)
+
+    monkeypatch.setattr(task, "sampler_for", lambda backend, model, tokenizer, *_: Dice(model, tokenizer))
+    run("grpo", "out", save_total_limit=2)
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")  # as if it had been killed before
+    assert len(thrown) == 4
+    run("grpo", "out", save_total_limit=2, resume_from_checkpoint="latest")
+    assert len(thrown) == 4
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    assert sorted(path.name for path in (tmp_path / "out" / "rollouts").iterdir()) == ["step-2.json", "step-3.json"]

@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import threading
+import time
 
 import pytest
 
@@ -200,3 +202,27 @@ def test_think_format():
     good = ["<think>a\nb</think>c", "\n<think></think>"]
     bad = ["c", "<think>a", "a<think>b</think>", "<think>a<think>b</think>", "<think>a</think>b</think>"]
     assert think_format(good + bad) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_a_function_that_hangs_is_named_after_its_time():
+    def slow(completions: list[str], **_) -> list[float]:
+        threading.Event().wait(30)
+        return [0.0] * len(completions)
+
+    async def late(completions: list[str], **_) -> list[float]:
+        await asyncio.sleep(30)
+        return [0.0] * len(completions)
+
+    for function in (slow, late):
+        began = time.perf_counter()
+        with pytest.raises(ValueError, match=rf"'{function.__name__}' took more than 0\.2 seconds for 1 samples"):
+            score([Reward(function.__name__, function)], None, ["p"], ["c"], [[1]], {}, timeout=0.2)
+        assert time.perf_counter() - began < 10
+
+
+def test_a_function_that_fails_within_its_time_is_blamed_as_ever():
+    def broken(completions: list[str], **_) -> list[float]:
+        raise KeyError("answer")
+
+    with pytest.raises(ValueError, match=r"'broken' raised KeyError: 'answer', for sample 0"):
+        score([Reward("broken", broken)], None, ["p"], ["c"], [[1]], {}, timeout=5.0)

@@ -10,9 +10,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Awaitable, Mapping, Sequence
+import queue
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,17 +107,59 @@ def _arguments(reward: Reward, samples: _Samples, offered: Mapping[str, Any]) ->
     return {p.name: everything[p.name] for p in parameters if p.name in everything}
 
 
-def _returned(functions: Sequence[Reward], samples: _Samples, offered: Mapping[str, Any]) -> list[Any]:
+class _Late(Exception):
+    """It hangs."""
+
+
+def _within(seconds: float | None, call: Callable[[], Any]) -> Any:
+    """What the call gives, if it gives it in time. One that hangs is left behind in a thread that ends with us."""
+    if seconds is None:
+        return call()
+    done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((call(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        value, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise _Late from None
+    if error is not None:
+        raise error
+    return value
+
+
+def _late(names: Sequence[str], seconds: float | None, samples: _Samples) -> ValueError:
+    return ValueError(
+        f"reward function {' or '.join(map(repr, names))} took more than {seconds:g} seconds for "
+        f"{len(samples.prompts)} samples, the first of them {samples.show(0)}: raise reward_timeout, or see what it "
+        "waits for"
+    )
+
+
+def _returned(
+    functions: Sequence[Reward], samples: _Samples, offered: Mapping[str, Any], timeout: float | None
+) -> list[Any]:
     """What each function gives; the async ones are awaited together."""
     values: list[Any] = []
     for reward in functions:
-        arguments = _arguments(reward, samples, offered)
+        call = partial(reward.function, **_arguments(reward, samples, offered))
         try:
-            values.append(reward.function(**arguments))
+            values.append(_within(timeout, call))
+        except _Late:
+            raise _late([reward.name], timeout, samples) from None
         except Exception as error:
             raise _blamed(reward, error, samples, offered) from error
     waiting = [i for i, value in enumerate(values) if inspect.isawaitable(value)]
-    for i, value in zip(waiting, _awaited([values[i] for i in waiting]), strict=True):
+    try:
+        awaited = _within(timeout, partial(_awaited, [values[i] for i in waiting]))
+    except _Late:
+        raise _late([functions[i].name for i in waiting], timeout, samples) from None
+    for i, value in zip(waiting, awaited, strict=True):
         if isinstance(value, BaseException):
             raise _blamed(functions[i], value, samples, offered) from value
         values[i] = value
@@ -183,8 +228,10 @@ def score(
     columns: Mapping[str, Sequence[Any]],
     *,
     step: int = 0,
+    timeout: float | None = None,
 ) -> Scores:
-    """Rewards of S samples: the sum of weight * reward over the functions that apply; weights None: all 1."""
+    """Rewards of S samples: the sum of weight * reward over the functions that apply; weights None: all 1. `timeout`:
+    seconds that a function may take; None: as long as it likes."""
     weights = [1.0] * len(functions) if weights is None else weights
     _check(functions, weights, len(prompts), completions, completion_ids, columns)
     samples = _Samples(prompts, completions, completion_ids, columns)
@@ -195,7 +242,7 @@ def score(
         "log_metric": lambda name, value: logged.setdefault(name, []).append(float(value)),
         "log_extra": lambda name, values: extra.__setitem__(name, list(values)),
     }
-    returned = _returned(functions, samples, offered)
+    returned = _returned(functions, samples, offered, timeout)
     by_function = {
         reward.name: _numbers(reward, values, samples) for reward, values in zip(functions, returned, strict=True)
     }

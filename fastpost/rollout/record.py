@@ -91,12 +91,13 @@ def prune(where: Where, step: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def sampled(sampler: Sampler, asked: Asked, where: Where, step: int) -> list[Completion]:
-    """The completions of a step: sampled, or, where sampling would not repeat them, as they were recorded."""
-    kept = not sampler.reproducible
-    found = read(where, step, asked) if kept else None
+def sampled(sampler: Sampler, asked: Asked, where: Where | None, step: int) -> list[Completion]:
+    """The completions of a step: sampled, or, where sampling would not repeat them, as they were recorded. where None:
+    nothing is recorded."""
+    records = None if sampler.reproducible else where
+    found = None if records is None else read(records, step, asked)
     if found is None:
         found = sampler(asked.prompt_ids, asked.sampling, asked.num_generations, asked.keys)
-        if kept:
-            write(where, step, asked, found)
+        if records is not None:
+            write(records, step, asked, found)
     return found

@@ -99,6 +99,11 @@ def plain(config: Training) -> dict[str, Any]:
     return json.loads(json.dumps(fields))
 
 
+def fingerprint(config: Training) -> str:
+    """The same for runs whose steps compute the same."""
+    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()
+
+
 # ---- finding ----
 
 
@@ -106,6 +111,11 @@ def checkpoints(output: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=_step_of)
+
+
+def oldest(output: Path) -> int:
+    """The step of the first checkpoint; 0 where there is none."""
+    return min(map(_step_of, checkpoints(output)), default=0)
 
 
 def find(config: Training) -> Path | None:

@@ -40,6 +40,7 @@ def next_rollouts(run: Run, stage: Stage, count: int | None = None) -> Rollouts:
     first, rows, asked = run.taken, run.take(count), stage.data["train"]
     keys = range(first, first + len(rows))
     task = stage.task.seeded(seed_of(stage.config.seed, run.step))
+    task.sampler.update(stage.model)
     return roll_out(task, [asked[i] for i in rows], stage.config.num_generations, run.step, keys)
 
 

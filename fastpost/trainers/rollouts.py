@@ -17,6 +17,7 @@ from fastpost.advantages import missing_eos_penalty, soft_overlong_punishment
 from fastpost.data import Prompt
 from fastpost.rewards import Scores, score
 from fastpost.rollout import Completion
+from fastpost.rollout.record import Asked, sampled
 from fastpost.trainers.config import Sampled
 from fastpost.trainers.log import say
 from fastpost.trainers.task import Task
@@ -68,7 +69,8 @@ def _rolled_out(
     """Those of this process."""
     began = time.perf_counter()
     with task.precision:
-        completions = task.sampler([prompt.input_ids for prompt in prompts], task.sampling, num_generations, keys)
+        asked = Asked([p.input_ids for p in prompts], keys, task.sampling, num_generations, task.run)
+        completions = sampled(task.sampler, asked, task.where, step)
     generated = time.perf_counter()
     repeated = [prompt for prompt in prompts for _ in range(num_generations)]
     token_ids = [completion.ids for completion in completions]
@@ -76,9 +78,10 @@ def _rolled_out(
     answers = [_answer(prompt, text) for prompt, text in zip(repeated, texts, strict=True)]
     names = sorted({name for prompt in prompts for name in prompt.columns})
     columns = {name: [prompt.columns.get(name) for prompt in repeated] for name in names}
-    asked = [prompt.prompt for prompt in repeated]
+    questions = [prompt.prompt for prompt in repeated]
     if task.rewards:
-        scores = score(task.rewards, task.weights, asked, answers, token_ids, columns, step=step)
+        given = (task.rewards, task.weights, questions, answers, token_ids, columns)
+        scores = score(*given, step=step, timeout=task.timeout)
     else:
         scores = Scores(torch.zeros(len(texts)), {}, {})  # a reward model will judge
     if unscored := int(scores.rewards.isnan().sum()):
@@ -129,7 +132,7 @@ def _answer(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
 
 def greedy(task: Task, prompts: Sequence[Prompt]) -> Rollouts:
     """The likeliest completions, one a prompt."""
-    return roll_out(replace(task, sampling=replace(task.sampling, temperature=0.0)), prompts)
+    return roll_out(replace(task, sampling=replace(task.sampling, temperature=0.0), where=None), prompts)
 
 
 def greedy_reward(task: Task, prompts: Sequence[Prompt]) -> float:

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any, Self
 
 from fastpost.models.saving import written_aside
+from fastpost.rollout.record import Where, prune
 from fastpost.trainers import checkpoint
 from fastpost.trainers.audience import Audience
 from fastpost.trainers.checkpoint import State
@@ -161,6 +162,7 @@ class Run:
         if better or self._asked_to_stop or due(self._round, self.step, self.config.save_steps):
             state = State(self.step, self.taken, self.log.num_tokens, self.kept, self._best)
             checkpoint.save(self.config, self.start, state)
+            prune(Where(self.output), checkpoint.oldest(self.output))
         if self._asked_to_stop:
             say(f"stopped by SIGTERM after step {self.step}: go on with --resume_from_checkpoint latest")
             raise SystemExit(128 + signal.SIGTERM)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from fastpost.data import Prompt, prompts
 from fastpost.files import Rows
+from fastpost.models.adapters import base_of, is_adapter
 from fastpost.rewards import Reward, given_reward, load_reward
 from fastpost.rollout import Sampling
-from fastpost.rollout.sampler import Generate, Sampler
+from fastpost.rollout.backends import sampler_for
+from fastpost.rollout.record import Where
+from fastpost.rollout.sampler import Sampler
+from fastpost.trainers.checkpoint import fingerprint
 from fastpost.trainers.config import Sampled
 from fastpost.trainers.given import GivenRewards
 from fastpost.trainers.log import say
@@ -30,6 +35,9 @@ class Task:
     sampling: Sampling
     precision: AbstractContextManager = field(default_factory=nullcontext)  # of generation
     world: World = ALONE
+    timeout: float | None = None  # seconds that a reward function may take
+    where: Where | None = None  # what a sampler would not give again is recorded here
+    run: str = ""  # of what else decides what is sampled
 
     def seeded(self, seed: int) -> Task:
         return replace(self, sampling=replace(self.sampling, seed=seed))
@@ -45,9 +53,22 @@ class Task:
             repetition_penalty=config.repetition_penalty,
             stop=config.stop,
         )
-        sampler = Generate(model, tokenizer, config.generation_batch_size)
+        name = base_of(config.model) if is_adapter(config.model) else config.model
+        sampler = sampler_for(config.backend, model, tokenizer, name, sampling, say, config.generation_batch_size)
         weights = config.reward_weights and config.reward_weights[: len(rewards)]
-        return Task(sampler, tokenizer, rewards, weights, sampling, autocast(config), world)
+        where = Where(Path(config.output_dir), world.rank)
+        return Task(
+            sampler,
+            tokenizer,
+            rewards,
+            weights,
+            sampling,
+            autocast(config),
+            world,
+            config.reward_timeout,
+            where,
+            fingerprint(config),
+        )
 
 
 def rewards_of(config: Sampled, given: GivenRewards) -> list[Reward]:

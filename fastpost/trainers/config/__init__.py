@@ -4,8 +4,9 @@ A field's metadata are its group, its one line of help with the unit, and its do
 keys and `--help` from them. A config that exists has been checked.
 """
 
-from fastpost.trainers.config.policy import Clipped, Grpo, Ppo, Reinforce, Rloo, Sampled
+from fastpost.trainers.config.policy import Clipped, Grpo, Ppo, Reinforce, Rloo
 from fastpost.trainers.config.preference import Cpo, Dpo, Kto, Orpo, Pairs, Preference, Reward, Simpo
+from fastpost.trainers.config.sampled import Sampled
 from fastpost.trainers.config.supervised import Sft
 from fastpost.trainers.config.tools import Demo, Merge
 from fastpost.trainers.config.training import DATA, GROUPS, LOSS, MODEL, PLAN, ROLLOUT, RUN, STEPS, Training

@@ -8,9 +8,9 @@ from typing import Literal
 from fastpost.models.adapters import is_adapter
 from fastpost.trainers.options import REQUIRED, option, read_fields
 
-MODEL, DATA, ROLLOUT = "Model", "Data", "Rollouts and rewards"
+MODEL, DATA, ROLLOUT, ENGINE = "Model", "Data", "Rollouts and rewards", "Sampler"
 LOSS, STEPS, RUN, PLAN = "Loss", "Optimisation", "Run", "Plan"
-GROUPS = (PLAN, MODEL, DATA, ROLLOUT, LOSS, STEPS, RUN)
+GROUPS = (PLAN, MODEL, DATA, ROLLOUT, ENGINE, LOSS, STEPS, RUN)
 
 
 @dataclass(frozen=True, kw_only=True)
