@@ -233,3 +233,12 @@ def test_a_config_reads_what_python_yaml_and_flags_write():
     read = Grpo(model=Path("m"), dataset="d", output_dir="o", reward="f", reward_weights=["2"], learning_rate="1e-4")
     assert (read.model, read.reward, read.reward_weights, read.learning_rate) == ("m", ("f",), (2.0,), 1e-4)
     assert json.loads(json.dumps(checkpoint.plain(read)))["reward"] == ["f"]
+
+
+def test_what_a_killed_process_had_begun_to_write_goes(tmp_path: Path):
+    out = tmp_path / "out"
+    for name in ("out/.checkpoint-3.4242", "out/.rollouts.17", ".out.99", "out/checkpoint-2", ".other.99", "out/.git"):
+        (tmp_path / name).mkdir(parents=True)
+    checkpoint.clear(out)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"out", "out/checkpoint-2", ".other.99", "out/.git"}

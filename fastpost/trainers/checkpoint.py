@@ -187,6 +187,15 @@ def check_output_dir(config: Training) -> None:
         )
 
 
+def clear(output: Path) -> None:
+    """Removes what a killed process had begun to write: in the directory of the run, and of it, beside it."""
+    begun = [(output, r"checkpoint-\d+|rollouts"), (output.absolute().parent, re.escape(output.name))]
+    for directory, names in begun:
+        for path in directory.glob(".*") if directory.is_dir() else ():
+            if path.is_dir() and re.fullmatch(rf"\.({names})\.\d+", path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+
 def set_later_aside(output: Path, step: int) -> None:
     """Renames the checkpoints after `step`: a run resumed there goes another way, and has the later numbers itself.
 

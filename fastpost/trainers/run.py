@@ -64,6 +64,7 @@ class Run:
         self._asked_to_stop = False
         self.audience = None
         if self.world.first:
+            checkpoint.clear(self.output)
             checkpoint.set_later_aside(self.output, self.step)
             behind = written_until(self.output, self.step)
             self.audience = Audience(verb, config, self.total, self.step, behind, data or {})

@@ -1,0 +1,99 @@
+"""kill -9 at random moments: what is left resumes, and ends with the bits of the run that nobody killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import tiny
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
+PAIRS = {"dataset": "pairs.jsonl"}
+SAMPLED = {"dataset": "prompts.jsonl", "reward": "rewards.py:capitals", "max_completion_length": 6}
+# verb -> its own fields
+VERBS: dict[str, dict[str, object]] = {
+    "sft": {"dataset": "sums.jsonl"},
+    "dpo": PAIRS,
+    "kto": PAIRS,
+    "reward": PAIRS,
+    "grpo": SAMPLED | {"num_generations": 2},
+    "rloo": SAMPLED,
+    "ppo": SAMPLED | {"lora_r": 2, "num_ppo_epochs": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("files")
+    tiny.model("qwen3").save_pretrained(directory / "model")
+    tiny.tokenizer().save_pretrained(directory / "model")
+    sums = [(f"{a}+{b}=", a + b) for a in range(5) for b in range(4)]
+    rows = {
+        "sums": [{"prompt": asked, "completion": str(c)} for asked, c in sums],
+        "pairs": [{"prompt": asked, "chosen": str(c), "rejected": str(c + 1)} for asked, c in sums],
+        "prompts": [{"prompt": asked} for asked, _ in sums],
+    }
+    for name, each in rows.items():
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+    (directory / "rewards.py").write_text(
+        "def capitals(completions, **columns):\n    return [sum('A' <= x <= 'Z' for x in t) / 6 for t in completions]\n"
+    )
+    return directory
+
+
+def command(verb: str, out: str) -> list[str]:
+    fields = {"model": "model", "output_dir": out, "max_steps": 12, "save_steps": 1, "save_total_limit": 2}
+    fields |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
+    fields |= VERBS[verb] | {"resume_from_checkpoint": "latest"}
+    flags = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "fastpost.cli", verb, *flags]
+
+
+def begun(verb: str, files: Path, out: str) -> subprocess.Popen:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.Popen(command(verb, out), cwd=files, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen) -> None:
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    found = {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*.safetensors")}
+    return {name: data for name, data in found.items() if not name.startswith("checkpoint")}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_killed_run_resumes_to_the_same_bits(verb: str, files: Path):
+    straight = begun(verb, files, f"{verb}-straight")
+    ended(straight)
+    draw, out = random.Random(verb), files / f"{verb}-killed"
+    for _ in range(2):
+        process = begun(verb, files, out.name)
+        # from its first line on there is something to lose
+        lines = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
+        wanted, until = lines + draw.randint(1, 3), time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < until:
+            if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= wanted:
+                break
+            time.sleep(0.01)
+        time.sleep(draw.random() * 0.05)  # somewhere in a step, in a save, or between them
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    ended(begun(verb, files, out.name))
+    assert weights(out) == weights(files / f"{verb}-straight")
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 13))
