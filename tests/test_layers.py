@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "compaction": ("checks",),
     "door": ("types", "quantised", "problem", "lowrank", "checks", "compaction"),
     "head": ("types", "equation", "gemm", "schedules", "eager", "door"),
+    "likeliest": ("types", "gemm", "rows", "sweep", "door"),
     "functional": ("types", "gemm", "losses", "head"),
     "": ("types", "equation", "losses", "advantages", "weights", "metrics", "packing", "head", "functional"),
     "files": ("types",),
@@ -64,7 +65,7 @@ MAY_IMPORT = {
     "watching": (),
     "trainers": (
         "knobs",
-        *("", "types", "losses", "advantages", "weights", "metrics", "packing", "shared_prompt", "head"),
+        *("", "types", "losses", "advantages", "weights", "metrics", "packing", "shared_prompt", "head", "likeliest"),
         *("files", "data", "models", "integrations", "rollout", "rewards", "watching"),
     ),
     "doctor.columns": ("types", "files", "data"),
