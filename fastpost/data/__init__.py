@@ -8,12 +8,14 @@ preference  pairs whose tokens are compared: dpo, orpo, simpo, cpo
 reward      pairs whose ends are scored
 unpaired    completions with a label: kto
 prompts     what is generated from
+distill     what a teacher is asked about: any of these
 counts      what was cut, dropped or odd
 """
 
 from fastpost.data.chat import Messages
 from fastpost.data.columns import FORMATS, Verb, check_columns, format_of
 from fastpost.data.counts import Counts
+from fastpost.data.distill import distill_examples, prompt_of
 from fastpost.data.pairs import Pair, split_pair
 from fastpost.data.preference import preference_examples
 from fastpost.data.prompts import Prompt, prompt_examples, prompts
@@ -30,10 +32,12 @@ __all__ = [
     "Unpaired",
     "Verb",
     "check_columns",
+    "distill_examples",
     "format_of",
     "joined",
     "preference_examples",
     "prompt_examples",
+    "prompt_of",
     "prompts",
     "reward_examples",
     "sft_examples",

@@ -9,6 +9,7 @@ from typing import Any
 from fastpost.data import (
     Counts,
     Verb,
+    distill_examples,
     format_of,
     joined,
     preference_examples,
@@ -91,6 +92,14 @@ def _prompted(source: Source) -> tuple[list[Unit], Counts]:
     return [{"": _plain(one.input_ids)} for one in found], counts
 
 
+def _taught(source: Source) -> tuple[list[Unit], Counts]:
+    config = source.config
+    found, counts = distill_examples(
+        source.rows, source.tokenizer, config.max_length, config.max_prompt_length, **source.limits
+    )
+    return [{"": example} for example in found], counts
+
+
 def _plain(ids: list[int]) -> Example:
     """A sequence whose tokens have no loss of their own."""
     return Example(ids, [False] * len(ids))
@@ -101,6 +110,8 @@ Reader = Callable[[Source], tuple[list[Unit], Counts]]
 
 def reader_of(rows: Rows, verb: Verb) -> Reader:
     """How a verb reads rows that have one of its formats."""
+    if verb == "distill" and format_of(rows, verb) == ("messages",):
+        return _taught
     if verb in ("sft", "distill"):
         return _imitated if format_of(rows, verb) in IMITATED else _prompted
     readers: dict[Verb, Reader] = {"reward": _scored, "kto": _labelled}
