@@ -37,6 +37,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "rloo": (configs.Rloo, "fastpost.trainers.rloo:rloo"),
     "ppo": (configs.Ppo, "fastpost.trainers.ppo:ppo"),
     "reinforce": (configs.Reinforce, "fastpost.trainers.reinforce:reinforce"),
+    "distill": (configs.Distill, "fastpost.trainers.distill:distill"),
     "merge": (configs.Merge, "fastpost.trainers.merge:merge"),
     "demo": (configs.Demo, "fastpost.demo:demo"),
     "report": (Report, "fastpost.report.command:report"),

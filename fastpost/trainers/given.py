@@ -28,6 +28,12 @@ class GivenReference(Given, total=False):
     ref_model: Any  # a causal LM; default: the model as it was
 
 
+class GivenTeacher(Given, total=False):
+    """Those of a verb that learns from a teacher."""
+
+    teacher_model: Any  # a causal LM of the same vocabulary, with or without an adapter
+
+
 class GivenRewards(Given, total=False):
     """Those of a verb whose policy samples."""
 

@@ -4,6 +4,7 @@ A field's metadata are its group, its one line of help with the unit, and its do
 keys and `--help` from them. A config that exists has been checked.
 """
 
+from fastpost.trainers.config.distill import Distill
 from fastpost.trainers.config.policy import Clipped, Grpo, Ppo, Reinforce, Rloo
 from fastpost.trainers.config.preference import Cpo, Dpo, Kto, Orpo, Pairs, Preference, Reward, Simpo
 from fastpost.trainers.config.sampled import Sampled
@@ -23,6 +24,7 @@ __all__ = [
     "Clipped",
     "Cpo",
     "Demo",
+    "Distill",
     "Dpo",
     "Grpo",
     "Kto",
