@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from fastpost.planning.config import Planned, PlannedGrpo, PlannedPpo
-from fastpost.planning.fit import gpus_needed, surveyed
+from fastpost.planning.fit import gpus_needed
+from fastpost.planning.plans import surveyed
 from fastpost.planning.report import GB
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "memory.md"
-RESULTS = ROOT / "benchmarks" / "results" / "planned" / "cpu-2026-11-21.jsonl"
+RESULTS = ROOT / "benchmarks" / "results" / "planned" / "cpu-2026-11-22.jsonl"
 GPU = 80
 SHAPES: dict[str, dict[str, int]] = {
     "8B": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336},
@@ -52,9 +53,9 @@ def write_config(name: str, directory: Path) -> Path:
 
 def row(name: str, what: str, kind: type[Planned], fields: dict[str, Any], directory: Path) -> str:
     survey = surveyed(kind(model=str(directory), **STEP, **ROWS, **fields))
-    peak, rests = survey.peak(survey.demand.tokens), sum(survey.resting.values())
     needed = gpus_needed(survey, round(GPU * GB))
-    return f"| {what}, {name} | {rests / GB:.0f} GB | {peak.total / GB:.0f} GB | {needed or 'none will do'} |"
+    sizes = f"{survey.rests / GB:.0f} GB | {survey.peak.total / GB:.0f} GB"
+    return f"| {what}, {name} | {sizes} | {needed or 'none will do'} |"
 
 
 def headline(names: tuple[str, ...] = tuple(SHAPES)) -> Iterator[str]:

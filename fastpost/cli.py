@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,16 @@ def main(argv: list[str] | None = None) -> int:
         if verb is None:
             if words and words[0] not in HELP:
                 raise ValueError(f"the verb comes first, got {words[0]!r}; verbs: {', '.join(VERBS)}")
-            print(overview())
+            print(overview(VERBS), flush=True)
+            return 0
+        if verb not in VERBS and verbs_of(verb):
+            print(overview(verbs_of(verb)), flush=True)
             return 0
         if verb not in VERBS:
             raise ValueError(f"unknown verb {verb!r}{nearest(verb, list(VERBS))}; verbs: {', '.join(VERBS)}")
         cls, path = VERBS[verb]
         if any(word in HELP for word in words[1:]):
-            print(help_of(verb, cls))
+            print(help_of(verb, cls), flush=True)
             return 0
         config = read_config(cls, words[1:])
         module, function = path.split(":")
@@ -87,6 +91,9 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    except BrokenPipeError:  # whoever read has gone, as `head` does; nor is there anybody for the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -94,10 +101,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def of_two_words(words: list[str]) -> list[str]:
-    """A verb that has two words, as one; of its first word alone there is no help but that of all verbs."""
-    if len(words) < 2 or not any(verb.startswith(f"{words[0]} ") for verb in VERBS):
+    """A verb that has two words, as one."""
+    if len(words) < 2 or words[1] in HELP or not verbs_of(words[0]):
         return words
-    return words[1:] if words[1] in HELP else [" ".join(words[:2]), *words[2:]]
+    return [" ".join(words[:2]), *words[2:]]
+
+
+def verbs_of(word: str) -> dict[str, tuple[type, str]]:
+    """Those that begin with this word and have another."""
+    return {verb: entry for verb, entry in VERBS.items() if verb.startswith(f"{word} ")}
 
 
 def said_by_us(error: BaseException) -> bool:
@@ -196,9 +208,9 @@ def check_name(cls: type, name: str, what: str, shown: str) -> None:
 # ---- help ----
 
 
-def overview() -> str:
-    """What `fastpost --help` says."""
-    verbs = "\n".join(f"  {verb:<11} {first_line(cls)}" for verb, (cls, _) in VERBS.items())
+def overview(entries: Mapping[str, tuple[type, str]]) -> str:
+    """What `fastpost --help` says of all verbs, or of those that begin with one word."""
+    verbs = "\n".join(f"  {verb:<11} {first_line(cls)}" for verb, (cls, _) in entries.items())
     usage = "usage: fastpost VERB --config run.yaml [--field value ...]"
     return f"{usage}\n\n{verbs}\n\nfastpost VERB --help lists the fields."
 

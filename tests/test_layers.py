@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "sums": (),
     "demo": ("", "types", "files", "data", "models", "rollout", "rewards", "trainers", "sums"),
     "report": ("watching", "trainers"),
-    "planning": ("quantised", "sweep", "eager", "models", "trainers"),
+    "planning": ("types", "quantised", "sweep", "eager", "models", "rollout", "trainers"),
     "cli": ("", "types", "data", "models", "rewards", "trainers", "report", "planning", "doctor", "demo"),
 }
 # Doors that lead up, opened when called and not on import: (module, what it imports).

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fastpost.models.attention import NAME
 from fastpost.trainers.config import DATA, LOSS, MODEL, PLAN, ROLLOUT, RUN, STEPS, Grpo, Sft, Training
 from fastpost.trainers.options import REQUIRED, option
 
@@ -24,13 +25,25 @@ class Planned(Training):
     json: bool = option(False, PLAN, "print JSON in place of a table")
     device: Literal["cuda", "cpu"] = option("cuda", PLAN, "of the run")
     model: str = option(REQUIRED, MODEL, "directory of a Hugging Face causal LM, its config.json alone, or an adapter")
+    use_liger_kernel: bool = option(False, MODEL, UNREAD)
     dataset: str = option("", DATA, UNREAD)
     output_dir: str = option("", RUN, UNREAD)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        how = self.attn_implementation
+        if how is not None and how != NAME and "flash" not in how:
+            raise ValueError(
+                f"attn_implementation {how!r} holds a number for each pair of a pack's tokens, which a plan does not "
+                f"count: leave it out, or make it {NAME!r} or one of flash attention"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedSft(Planned, Sft):
     """The memory of supervised fine-tuning, part by part, and what fits on a GPU."""
+
+    max_length: int = option(1024, DATA, "tokens of a row", above=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +51,13 @@ class PlannedGrpo(Planned, Grpo):
     """The memory of group-relative policy optimisation, part by part, and what fits on a GPU."""
 
     reward: tuple[str, ...] = option((UNREAD,), ROLLOUT, UNREAD)
-    max_prompt_length: int | None = option(512, DATA, "tokens of a prompt", above=0)
+    max_prompt_length: int = option(512, DATA, "tokens of a prompt", above=0)
     rollout_engine: bool = option(False, ROLLOUT, "an engine of its own samples, with a 16-bit copy of the weights")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedPairs(Planned):
-    max_length: int | None = option(1024, DATA, "tokens of a prompt and one of its answers", above=1)
+    max_length: int = option(1024, DATA, "tokens of a prompt and one of its answers", above=1)
     per_device_train_batch_size: int = option(8, STEPS, "pairs of a microbatch", above=0)
 
 

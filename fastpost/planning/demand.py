@@ -1,20 +1,21 @@
-"""From a verb and its fields to what they ask of memory: the shape of a microbatch, the roles, the rollouts."""
+"""From a verb and its fields to what they ask of memory: the shape of a microbatch, the roles, the rollouts.
+
+Sequences are taken to be as long as they may be, and all alike.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import functools
+from dataclasses import dataclass, replace
 
-from fastpost.planning.config import Planned, PlannedDpo, PlannedGrpo, PlannedPairs, PlannedPpo, PlannedReward
+from fastpost.planning.config import Planned, PlannedGrpo, PlannedPairs, PlannedPpo, PlannedReward, PlannedSft
 
 
 @dataclass(frozen=True)
 class Rollout:
     """Completions that are decoded together."""
 
-    completions: int
-    prompt: int  # tokens
-    completion: int
+    together: int  # at most
     engine: bool  # whether another program samples, from weights of its own
 
 
@@ -34,11 +35,11 @@ class Demand:
     """What a run asks of memory, whatever it trains."""
 
     rows: int  # sequences of a microbatch
+    step_rows: int  # sequences of an optimizer step
     length: int  # tokens of each
-    unit: int  # tokens that the loss must see together
-    accumulates: bool  # whether a step has several microbatches
-    roles: Roles
-    scored: float = 1.0  # of the tokens, the share that the head sees
+    scored: int  # of them, those that the head sees: a completion's
+    each: int = 1  # sequences that the loss must see together: 2 are a pair
+    roles: Roles = Roles()
     scalar: bool = False  # whether the policy's head is scalar
     rollout: Rollout | None = None
 
@@ -46,41 +47,77 @@ class Demand:
     def tokens(self) -> int:
         return self.rows * self.length
 
+    @property
+    def prompt(self) -> int:
+        return self.length - self.scored
 
+    @property
+    def unit(self) -> int:
+        """Tokens that the loss must see together."""
+        return self.each * self.length if self.each > 1 else 1
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step has several microbatches."""
+        return self.rows < self.step_rows
+
+    @property
+    def completions(self) -> int:
+        return min(self.rollout.together, self.step_rows) if self.rollout is not None else 0
+
+    def of_rows(self, rows: int) -> Demand:
+        """As many microbatches of so many sequences each."""
+        return replace(self, rows=rows, step_rows=rows * -(-self.step_rows // self.rows))
+
+    def of_length(self, length: int) -> Demand:
+        """Of sequences of so many tokens, a prompt and a completion in the same proportion; a microbatch is one of
+        them, or a pair. As many are sampled."""
+        scored = -(-length * self.scored // self.length)
+        step_rows = self.step_rows if self.rollout is not None else self.of_rows(self.each).step_rows
+        return replace(self, rows=self.each, step_rows=step_rows, length=length, scored=scored)
+
+
+@functools.singledispatch
 def demand_of(config: Planned) -> Demand:
-    """Of a run with these fields. Sequences are as long as they may be, and all alike."""
-    fields: Any = config
-    paired = isinstance(config, PlannedPairs)
-    sampled = isinstance(config, PlannedGrpo | PlannedPpo)
-    length = fields.max_prompt_length + fields.max_completion_length if sampled else fields.max_length or 1024
-    rows = config.per_device_train_batch_size * (2 if paired else 1)
+    """Of a run with these fields."""
+    raise AssertionError(type(config))
+
+
+@demand_of.register
+def _(config: PlannedSft) -> Demand:
+    length = config.max_length
+    return Demand(*_rows(config, length), length, scored=length)
+
+
+@demand_of.register
+def _(config: PlannedPairs) -> Demand:
+    length, judged = config.max_length, isinstance(config, PlannedReward)
+    roles = Roles() if judged else Roles(reference=True, passes=True)
+    return Demand(*_rows(config, length, each=2), length, scored=length, each=2, roles=roles, scalar=judged)
+
+
+@demand_of.register
+def _(config: PlannedGrpo) -> Demand:
+    return _sampled(config, Roles(reference=config.beta > 0, passes=config.beta > 0))
+
+
+@demand_of.register
+def _(config: PlannedPpo) -> Demand:
+    apart = config.roles == "separate" or not config.trains_adapter
+    on_base = 2 if apart else 3  # apart, the reward is merged into its own model
+    return _sampled(config, Roles(2, on_base, config.beta > 0, 2 if apart else 0, passes=True))
+
+
+def _sampled(config: PlannedGrpo | PlannedPpo, roles: Roles) -> Demand:
+    scored, rollout = config.max_completion_length, Rollout(config.generation_batch_size, config.rollout_engine)
+    length = config.max_prompt_length + scored
+    return Demand(*_rows(config, length), length, scored, roles=roles, rollout=rollout)
+
+
+def _rows(config: Planned, length: int, each: int = 1) -> tuple[int, int]:
+    """Sequences of a microbatch, and of a step."""
+    step_rows, rows = config.rows_per_step * each, config.per_device_train_batch_size * each
     if config.max_tokens_per_batch is not None:
-        rows = max(2 if paired else 1, config.max_tokens_per_batch // length)
-    return Demand(
-        rows,
-        length,
-        unit=2 * length if paired else 1,
-        accumulates=config.gradient_accumulation_steps > 1,
-        roles=_roles(config),
-        scored=fields.max_completion_length / length if sampled else 1.0,
-        scalar=isinstance(config, PlannedReward),
-        rollout=_rollout(fields) if sampled else None,
-    )
-
-
-def _roles(config: Planned) -> Roles:
-    if isinstance(config, PlannedPpo):
-        apart = config.roles == "separate" or not config.trains_adapter
-        on_base = 2 if apart else 3  # apart, the reward is merged into its own model
-        return Roles(2, on_base, bool(config.beta), 2 if apart else 0, passes=True)
-    reference = isinstance(config, PlannedDpo) or (isinstance(config, PlannedGrpo) and config.beta > 0)
-    return Roles(reference=reference, passes=reference)
-
-
-def _rollout(fields: Any) -> Rollout:
-    return Rollout(
-        min(fields.generation_batch_size, fields.rows_per_step),
-        fields.max_prompt_length,
-        fields.max_completion_length,
-        fields.rollout_engine,
-    )
+        units = max(1, config.max_tokens_per_batch // (length * each))
+        rows = min(step_rows, units * each)
+    return rows, step_rows

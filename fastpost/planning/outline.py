@@ -6,28 +6,27 @@ quantised is acted out (`quantised.quantise`). Nothing is read but the config, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastpost.models.adapters import base_of, is_adapter
+from fastpost.models.loading import DTYPES, recompute_activations
 from fastpost.models.lora import with_lora
 from fastpost.models.memory import tile_mlps
 from fastpost.models.trunk import causal_lm, positions
 from fastpost.planning.attention import register
 from fastpost.planning.quantised import FourBits, quantise
 from fastpost.planning.states import four_bit_bytes
-from fastpost.trainers.build import adapter_of
+from fastpost.trainers.build import adapter_of, dtype_of, widen
 from fastpost.trainers.config import Training
+from fastpost.trainers.loop import trainable
 
 Kind = Literal["cpu", "cuda"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +56,18 @@ class Outline:
     def positions(self) -> int | None:
         return positions(self.model)
 
-    def trained(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+    def trained(self, *, words: bool = True) -> list[nn.Parameter]:
+        """What a loss reaches, so that it has a gradient and moments: no vision tower, and the head if there is a loss
+        of words."""
+        reached = {
+            *self.lm.get_decoder().parameters(),
+            *(self.lm.get_output_embeddings().parameters() if words else ()),
+        }
+        return [p for p in trainable(self.model) if p in reached]
 
     def adapters(self) -> int:
-        """Bytes of what trains beside a frozen base."""
-        return sum(p.numel() * p.itemsize for p in self.trained()) if self.config.trains_adapter else 0
+        """Bytes of what may train beside a frozen base."""
+        return bytes_of(trainable(self.model)) if self.config.trains_adapter else 0
 
     def parameters(self) -> int:
         """How many numbers the model itself has, each once, adapters left out."""
@@ -76,49 +81,62 @@ class Outline:
         """Of the words that a scalar head has no use for; none where they are the embedding's, too."""
         head, embedding = self.lm.get_output_embeddings(), self.lm.get_input_embeddings()
         weight = getattr(head, "base_layer", head).weight
-        return 0 if weight is embedding.weight else weight.numel() * weight.itemsize
+        return 0 if weight is embedding.weight else bytes_of([weight])
 
     def stored(self) -> tuple[int, int]:
         """Bytes of the model itself, and of what dequantises it."""
         fours = {id(m.weight): m.weight for m in self.lm.modules() if isinstance(m, FourBits)}
         packed, state = four_bit_bytes((w.numel() for w in fours.values()), nested=self.config.use_bnb_nested_quant)
-        rest = [x for x in (*self._base(), *self.lm.buffers()) if id(x) not in fours]
-        return packed + sum(x.numel() * x.itemsize for x in rest), state
+        return packed + bytes_of(x for x in (*self._base(), *self.lm.buffers()) if id(x) not in fours), state
 
     def _base(self) -> Iterator[nn.Parameter]:
         frozen_base = self.config.trains_adapter
         return (p for p in self.model.parameters() if not (frozen_base and p.requires_grad))
 
 
-def outline(config: Training, kind: Kind, *, scalar: bool = False) -> Outline:
-    """The model of config.model (a directory, its config.json, an adapter on it) as a run of this config has it; with a
-    scalar head in the place of its own, if it is to judge."""
-    from transformers import AutoModelForCausalLM
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.itemsize for x in tensors)
 
-    path = base_of(config.model) if is_adapter(config.model) else config.model
-    frozen = config.trains_adapter and kind == "cuda"
-    dtype = DTYPES[("bfloat16" if frozen else "float32") if config.dtype == "auto" else config.dtype]
-    architecture = _architecture(path, config)
+
+def outline(config: Training, kind: Kind, architecture: Any, *, scalar: bool = False) -> Outline:
+    """The model of this transformers config as a run has it; with a scalar head in the place of its own, if it is to
+    judge."""
     with torch.device("meta"):
-        try:
-            model: Any = AutoModelForCausalLM.from_config(
-                architecture, dtype=dtype, trust_remote_code=config.trust_remote_code
-            )
-        except Exception as error:  # of many kinds, a family's own
-            raise ValueError(f"model {path!r} cannot be made from its config: {error}") from error
-        if model.config._attn_implementation == "sdpa" or model._supports_attention_backend:
-            model.set_attn_implementation(register(kind))
+        model = _made(config, kind, architecture)
         if scalar:
-            width = model.get_input_embeddings().weight.shape[1]
-            model.set_output_embeddings(nn.Linear(width, 1, bias=False, dtype=dtype))
+            embedding = model.get_input_embeddings().weight
+            model.set_output_embeddings(nn.Linear(embedding.shape[1], 1, bias=False, dtype=embedding.dtype))
         if config.load_in_4bit:
             quantise(model)
         if config.trains_adapter:
             model = with_lora(model, _lora(config))
     made = Outline(model.train(), FakeTensorMode(), kind, config)
-    _as_built(made)
-    _fake(made.model, made.mode)
+    if config.trains_adapter and made.bf16:
+        widen(trainable(model))
+    if config.gradient_checkpointing:
+        recompute_activations(made.lm)
+    if config.tiled_mlp:
+        tile_mlps(model, config.tiled_mlp)
+    _fake(model, made.mode)
     return made
+
+
+def _made(config: Training, kind: Kind, architecture: Any) -> Any:
+    """The causal LM on the meta device, with attention that is acted out where packed attention would be."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = DTYPES[dtype_of(config, kind)]
+    if hasattr(architecture, "quantization_config"):
+        del architecture.quantization_config  # load_in_4bit says what is planned
+    try:
+        model: Any = AutoModelForCausalLM.from_config(
+            architecture, dtype=dtype, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:  # of many kinds, a family's own
+        raise ValueError(f"model {config.model!r} cannot be made from its config: {error}") from error
+    if model.config._attn_implementation == "sdpa" or model._supports_attention_backend:
+        model.set_attn_implementation(register(kind))
+    return model
 
 
 def _fake(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -135,40 +153,6 @@ def _fake(model: nn.Module, mode: FakeTensorMode) -> None:
         for module in model.modules():
             for name, x in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 setattr(module, name, faked(x))
-
-
-def _as_built(made: Outline) -> None:
-    """What `fastpost.trainers.build` does to a model besides."""
-    config = made.config
-    if config.trains_adapter and made.bf16:
-        for parameter in made.trained():
-            parameter.data = parameter.data.float()
-    if config.gradient_checkpointing:
-        enable = getattr(made.lm, "activation_checkpointing_enable", None) or made.lm.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    if config.tiled_mlp:
-        tile_mlps(made.model, config.tiled_mlp)
-
-
-def _architecture(path: str, config: Training) -> Any:
-    from transformers import AutoConfig
-
-    source = Path(path).expanduser()
-    if source.is_dir() and not (source / "config.json").is_file():
-        raise ValueError(f"model {path!r} has no config.json: it is not a Hugging Face model directory")
-    if not source.exists() and (source.suffix == ".json" or source.is_absolute() or path.startswith((".", "~"))):
-        raise ValueError(f"model {path!r} is neither a directory nor a config.json")
-    try:
-        found: Any = AutoConfig.from_pretrained(
-            str(source) if source.exists() else path,
-            trust_remote_code=config.trust_remote_code,
-            local_files_only=source.exists(),
-        )
-    except Exception as error:  # of many kinds
-        raise ValueError(f"model {path!r} has no config that transformers reads: {error}") from error
-    if hasattr(found, "quantization_config"):
-        del found.quantization_config  # load_in_4bit says what is planned
-    return found
 
 
 def _lora(config: Training) -> Any:

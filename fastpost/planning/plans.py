@@ -1,30 +1,30 @@
 """A plan: what is there all the time, and what each moment of a step puts beside it.
 
-  rollout    the prompts are read, then completions decoded beside their cache
+  rollout    the prompts are read, then completions decoded beside their cache; not where an engine of its own samples
   reference  the roles that run without a gradient
   training   forward, head and backward over a microbatch, at the greediest instant
   step       all gradients, and what the optimizer needs besides
 
-The peak is that of the greediest moment, and the parts are those of that moment, so they add up.
+The peak is that of the greediest moment; the parts of a moment add up.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from fastpost.planning.demand import Demand
-from fastpost.planning.head import way
-from fastpost.planning.outline import Outline
-from fastpost.planning.passes import cached_bytes, forward_pass, training_pass
+from torch import nn
+
+from fastpost.planning.acted import Acted
+from fastpost.planning.config import Planned
+from fastpost.planning.demand import Demand, demand_of
+from fastpost.planning.head import Way, way
+from fastpost.planning.outline import bytes_of, outline
+from fastpost.planning.source import architecture, as_stored
 from fastpost.planning.states import adamw_bytes, adamw_scratch
-from fastpost.planning.timeline import Growth, Timeline
 
 HALF = 2  # bytes of a number in 16 bits
-STEP = 64  # tokens to which the largest microbatch is rounded down
-MOST = 1 << 18  # steps; more is not looked for
 PARTS = (
     *("weights", "quantisation state", "adapters", "other models", "rollout engine", "optimizer"),
     *("gradients", "activations", "head", "KV cache", "scratch"),
@@ -43,22 +43,20 @@ class Moment:
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """A model and a run, and how what they hold grows with the tokens of a microbatch."""
+    """A model and what a run asks of it."""
 
-    made: Outline
+    acted: Acted
+    config: Planned
     demand: Demand
-    training: Growth
-    forward: Growth | None  # None: no role runs without a gradient, and nothing is sampled
-    cached: int | None  # bytes of a token in the cache of a rollout
 
-    @functools.cached_property
-    def trained_bytes(self) -> int:
-        return sum(p.numel() * p.itemsize for p in self.made.trained())
+    def of(self, demand: Demand) -> Survey:
+        """The same run with microbatches of another shape."""
+        return Survey(self.acted, self.config, demand)
 
     @functools.cached_property
     def resting(self) -> dict[str, int]:
         """What is there all the time."""
-        made, roles, rollout = self.made, self.demand.roles, self.demand.rollout
+        made, roles, rollout = self.acted.made, self.demand.roles, self.demand.rollout
         weights, state = made.stored()
         parts = {
             "weights": weights,
@@ -66,13 +64,23 @@ class Survey:
             "adapters": made.adapters() * roles.adapters,
             "other models": self._other_models(weights + state),
             "rollout engine": HALF * made.parameters() if rollout is not None and rollout.engine else 0,
-            "optimizer": adamw_bytes(made.trained(), made.config.optim) * roles.trained,
+            "optimizer": sum(adamw_bytes(trained, self.config.optim) for trained in self._trained()),
         }
         return {name: size for name, size in parts.items() if size}
 
+    @property
+    def rests(self) -> int:
+        """Bytes of all that."""
+        return sum(self.resting.values())
+
+    def _trained(self) -> list[list[nn.Parameter]]:
+        """The parameters that have gradients: the policy's, and those of a value, which has no use for words."""
+        made = self.acted.made
+        return [made.trained(words=role == 0) for role in range(self.demand.roles.trained)]
+
     def _other_models(self, own: int) -> int:
         """A reference where the policy is no adapter; and what judges, without a head of words."""
-        made, roles = self.made, self.demand.roles
+        made, roles = self.acted.made, self.demand.roles
         copies = int(roles.reference and (roles.judges > 0 or not made.config.trains_adapter))
         if not roles.judges:
             return own * copies  # as it was before training, in its dtype
@@ -82,69 +90,74 @@ class Survey:
         words = made.head_bytes() / own
         return round(copies * frozen + (1 - words) * (value + frozen * (roles.judges - 1)))
 
-    def moments(self, tokens: int) -> Iterator[Moment]:
-        """Those of a step whose microbatches have so many tokens."""
-        roles, all_gradients = self.demand.roles, self.trained_bytes * self.demand.roles.trained
-        yield from self._rollout()
-        if roles.passes and self.forward is not None:
-            instant = self.forward.most(tokens, self._workspace(tokens, trains=False))
-            yield self._moment("reference", {"activations": instant.live, "head": instant.head})
-        instant = self.training.most(tokens, self._workspace(tokens, trains=True))
-        gradients = instant.gradients + all_gradients - self.trained_bytes
-        activations = instant.live - instant.gradients
-        yield self._moment("training", {"gradients": gradients, "activations": activations, "head": instant.head})
-        scratch = adamw_scratch(self.made.trained(), self.made.config.optim, self.made.kind)
-        yield self._moment("step", {"gradients": all_gradients, "scratch": scratch})
+    @functools.cached_property
+    def moments(self) -> list[Moment]:
+        return [*self._rollout(), *self._reference(), *self._training()]
+
+    @property
+    def peak(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the peak, without the moment that cannot be it: a pass without a gradient holds less than one with."""
+        counted = self._way(trains=False).workspace > self._way(trains=True).workspace
+        moments = *self._rollout(), *self._training(), *(self._reference() if counted else ())
+        return max(moment.total for moment in moments)
 
     def _rollout(self) -> Iterator[Moment]:
-        rollout = self.demand.rollout
-        if rollout is None or self.forward is None or self.cached is None:
+        demand, acted, n = self.demand, self.acted, self.demand.completions
+        if demand.rollout is None or demand.rollout.engine:
             return
-        asked, n = rollout.completions * rollout.prompt, rollout.completions
-        cache = {"KV cache": self.cached * asked}
-        yield self._moment("rollout: prompts", cache | {"activations": self.forward.most(asked).live})
-        logits = 2 * 4 * n * self.made.vocabulary  # fp32, and their probabilities
-        cache = {"KV cache": self.cached * n * (rollout.prompt + rollout.completion)}
-        yield self._moment("rollout: completions", cache | {"activations": logits})
+        asked, said = acted.prompts(n, demand.prompt), acted.decoding(n, demand.length)
+        for name, timeline, length in (("prompts", asked, demand.prompt), ("completions", said, demand.length)):
+            cache, live = acted.cached(n, length), timeline.greediest().live
+            yield self._moment(f"rollout: {name}", {"KV cache": cache, "activations": max(0, live - cache)})
+
+    def _reference(self) -> Iterator[Moment]:
+        demand = self.demand
+        if demand.roles.passes:
+            instant = self.acted.forward(demand.rows, demand.length).greediest(self._way(trains=False).workspace)
+            yield self._moment("reference", {"activations": instant.live, "head": instant.head})
+
+    def _training(self) -> Iterator[Moment]:
+        demand, acted = self.demand, self.acted
+        policy, *others = (bytes_of(trained) for trained in self._trained())
+        head = self._way(trains=True)
+        timeline = acted.training(demand.rows, demand.length, head.schedule, scalar=demand.scalar)
+        if demand.accumulates:
+            timeline = timeline.after_another(policy)
+        instant = timeline.greediest(head.workspace)
+        parts = {"activations": instant.live - instant.gradients, "head": instant.head}
+        yield self._moment("training", {"gradients": instant.gradients + sum(others), **parts})
+        scratch = adamw_scratch(acted.made.trained(), self.config.optim, acted.made.kind)
+        yield self._moment("step", {"gradients": policy + sum(others), "scratch": scratch})
 
     def _moment(self, name: str, parts: Mapping[str, int]) -> Moment:
         return Moment(name, {name: size for name, size in (self.resting | dict(parts)).items() if size})
 
-    def _workspace(self, tokens: int, *, trains: bool) -> int:
-        rows = math.ceil(tokens * self.demand.scored)
-        return 0 if self.demand.scalar else way(self.made, rows, self.demand.unit, trains=trains).workspace
-
-    def peak(self, tokens: int) -> Moment:
-        return max(self.moments(tokens), key=lambda moment: moment.total)
-
-    def largest(self, capacity: int) -> int:
-        """The most tokens of a microbatch that fit in so many bytes; 0: none do."""
-        fits: Callable[[int], bool] = lambda steps: self.peak(steps * STEP).total <= capacity  # noqa: E731
-        if not fits(1):
-            return 0
-        low, high = 1, 2
-        while fits(high) and high < MOST:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low * STEP
+    def _way(self, *, trains: bool) -> Way:
+        demand = self.demand
+        if demand.scalar:
+            return Way("frozen", 0)
+        return way(self.acted.made, demand.rows * demand.scored, demand.unit, trains=trains)
 
 
-def survey(made: Outline, demand: Demand) -> Survey:
-    """Of a model in a run, whose passes are acted out when they are asked for."""
-    scalar, accumulates = demand.scalar, demand.accumulates
-    schedule = (
-        "frozen" if scalar else way(made, math.ceil(demand.tokens * demand.scored), demand.unit, trains=True).schedule
-    )
+def surveyed(config: Planned) -> Survey:
+    """The model and the run of a config."""
+    found = architecture(config)
+    config = as_stored(config, found)
+    demand = demand_of(config)
+    made = outline(config, config.device, found, scalar=demand.scalar)
+    known = made.positions
+    if known is not None and demand.length > known:
+        raise ValueError(
+            f"sequences of {demand.length} tokens (max_length, or max_prompt_length and max_completion_length "
+            f"together) do not fit into the {known} positions of {type(made.lm).__name__} (max_position_embeddings)"
+        )
+    return Survey(Acted(made), config, demand)
 
-    def training(times: int) -> Timeline:
-        rows = times * demand.rows
-        return training_pass(made, rows, demand.length, schedule=schedule, accumulates=accumulates, scalar=scalar)
 
-    forward = cached = None
-    if demand.roles.passes or demand.rollout is not None:
-        forward = Growth(demand.tokens, lambda times: forward_pass(made, times * demand.rows, demand.length))
-    if demand.rollout is not None:
-        cached = cached_bytes(made)
-    return Survey(made, demand, Growth(demand.tokens, training), forward, cached)
+def without_kept_casts(one: Survey) -> Survey:
+    """Where autocast's copies of weights go with their layer."""
+    return replace(one, acted=Acted(replace(one.acted.made, keeps_casts=False)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fastpost.models.loading import attend_packed, load_model, prepare_model
 from fastpost.models.lora import beside_tied, lora_config
@@ -115,9 +116,9 @@ def _given(model: Any, given: Given, config: Training, kind: Kind) -> tuple[Any,
     return kind.prepare(config, model), tokenizer
 
 
-def dtype_of(config: Training) -> str:
-    """Of the weights, as the config has it or by its default."""
-    frozen_on_gpu = config.trains_adapter and the_device().type == "cuda"
+def dtype_of(config: Training, device: str | None = None) -> str:
+    """Of the weights, as the config has it or by its default; on a kind of device, by default the one that is here."""
+    frozen_on_gpu = config.trains_adapter and (device or the_device().type) == "cuda"
     return ("bfloat16" if frozen_on_gpu else "float32") if config.dtype == "auto" else config.dtype
 
 
@@ -125,12 +126,17 @@ def _widen(model: Any, config: Training) -> None:
     """What trains beside adapters, to fp32, as peft has these: products are in bfloat16 all the same, by autocast."""
     narrow = [parameter for parameter in trainable(model) if parameter.dtype in (torch.bfloat16, torch.float16)]
     if wants_bf16(config):
-        for parameter in narrow:
-            parameter.data = parameter.data.float()
+        widen(narrow)
     elif narrow:
         kind = str(narrow[0].dtype).removeprefix("torch.")
         lost = f"{len(narrow)} of the trained tensors in {kind}, which rounds small steps away"
         say(f"{lost}: give bf16 as well, or dtype float32")
+
+
+def widen(parameters: Iterable[nn.Parameter]) -> None:
+    """To fp32, in place."""
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
 
 
 def four_bits(config: Training) -> BitsAndBytesConfig:
