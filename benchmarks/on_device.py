@@ -6,14 +6,17 @@ ever there unquantised. Embedding, head and norms stay in bfloat16, as QLoRA (ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fastpost.models import attention
 from fastpost.models.qlora import keep_differentiable
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 SPREAD = 2.0  # standard deviation of the logits, about that of a model which has learnt
 
@@ -37,25 +40,31 @@ SHAPES = {
 }
 
 
-def four_bit_model(shape: Shape, device: torch.device) -> Any:
-    """Ready to be trained through adapters: packed attention, checkpointed layers. No token ends a text."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+def config_of(shape: Shape) -> LlamaConfig:
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
-        num_hidden_layers=0,
+        num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=8192,
         bos_token_id=None,
         eos_token_id=None,
+        architectures=["LlamaForCausalLM"],
     )
+
+
+def four_bit_model(shape: Shape, device: torch.device) -> Any:
+    """Ready to be trained through adapters: packed attention, checkpointed layers. No token ends a text."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
     with device:
         model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=attention.register()
+            config_of(replace(shape, layers=0)), dtype=torch.bfloat16, attn_implementation=attention.register()
         )
         nn.init.normal_(model.lm_head.weight, std=SPREAD * shape.hidden**-0.5)
         for i in range(shape.layers):

@@ -2,8 +2,9 @@
 
 The base has the shape of a model of 8B and random weights (on_device.py); on it are the policy's, the value's and the
 reward's adapters, and with all of them off it is the reference. Layers are checkpointed, sequences packed. The phases
-are those of ppo.py. For each: seconds, the bytes that were held before it, and their peak. On a GPU these are of
-torch's allocator; on a CPU of live tensors, by the events of torch's allocator, the recording of which takes time.
+are those of ppo.py. For each: seconds, the bytes that were held before it, and their peak, beside that of its plan
+(`fastpost plan ppo`). On a GPU bytes are of torch's allocator; on a CPU of live tensors, by the events of torch's
+allocator, the recording of which takes time.
 
 A run is wrong, and shows no number, if the policy's first log-probabilities are not the reference's to the bit, if the
 reference's have moved in the end, if something that trains has not, or if a loss is not finite.
@@ -21,6 +22,7 @@ import itertools
 import json
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,11 +34,14 @@ from typing import Any, TypeVar
 import torch
 from contest import RESULTS
 from harness import Machine, machine
-from on_device import SHAPES, Shape, four_bit_model
+from on_device import SHAPES, Shape, config_of, four_bit_model
 from ppo import Step, Work, adamw_8bit, four_roles, logp_of, prompts_of, step
 from roles import live_bytes, most_allocated, quiet
 
 from fastpost.models.roles import Roles
+from fastpost.planning.command import quietly
+from fastpost.planning.config import PlannedPpo
+from fastpost.planning.plans import surveyed
 
 NEEDED = ("transformers", "peft", "bitsandbytes")
 TINY = Work(prompts=4, prompt_tokens=12, completion_tokens=6, minibatch_tokens=32, lora_r=4, learning_rate=1e-3)
@@ -50,6 +55,7 @@ class Phase:
     seconds: float
     held_bytes: int  # before
     peak_bytes: int
+    planned_bytes: int | None = None  # of its peak; None: there is no plan of it
 
 
 def metered(phases: list[Phase], device: torch.device, at: int | None, name: str, run: Callable[[], Result]) -> Result:
@@ -118,8 +124,9 @@ def measured(shape: Shape, work: Work, steps: int, device: torch.device) -> dict
     }
     if wrong:
         return facts
-    peak = max(phase.peak_bytes for phase in phases if phase.step is not None)
-    return facts | {"peak_bytes": peak, "phases": [asdict(phase) for phase in phases]}
+    peak, plans = max(phase.peak_bytes for phase in phases if phase.step is not None), planned(shape, work, device)
+    beside = [asdict(replace(phase, planned_bytes=plans.get(phase.name))) for phase in phases]
+    return facts | {"peak_bytes": peak, "planned_bytes": max(plans.values()), "phases": beside}
 
 
 def growing() -> Iterator[tuple[str, Shape]]:
@@ -146,6 +153,33 @@ def fitting(
         torch.cuda.empty_cache()
 
 
+def planned(shape: Shape, work: Work, device: torch.device) -> dict[str, int]:
+    """The peak of each phase by its plan, which knows the longest prompt alone, and packs as full as they may be."""
+    with tempfile.TemporaryDirectory() as folder, quietly():
+        config_of(shape).save_pretrained(folder)
+        survey = surveyed(
+            PlannedPpo(
+                model=folder,
+                device=device.type,  # type: ignore[arg-type]  # cpu or cuda
+                dtype="bfloat16",
+                bf16=True,
+                lora_r=work.lora_r,
+                load_in_4bit=True,
+                optim="adamw_8bit",
+                max_prompt_length=work.prompt_tokens,
+                max_completion_length=work.completion_tokens,
+                per_device_train_batch_size=work.prompts,
+                max_tokens_per_batch=work.minibatch_tokens,
+                generation_batch_size=work.prompts,
+            )
+        )
+        of_moments = {moment.name: moment.total for moment in survey.moments}
+    rollout = max(of_moments["rollout: prompts"], of_moments["rollout: completions"])
+    passes = dict.fromkeys(("reward", "logp", "values"), of_moments["reference"])
+    found = {**passes, "updates": max(of_moments["training"], of_moments["step"])}
+    return found if work.completions == "given" else found | {"rollout": rollout}
+
+
 # ---- the program ----
 
 
@@ -158,10 +192,11 @@ def table(name: str, line: dict[str, Any]) -> str:
     seconds = sum(phase["seconds"] for phase in shown if phase["step"] == last)
     tokens = f"{line['tokens']} tokens in {line['packs']} packs, {line['completion_tokens']} of them of completions"
     rows = [f"{name}: {tokens}; a step {seconds:.2f} s, peak {line['peak_bytes'] / 1e6:.1f} MB"]
-    rows.append(f"{'phase':<12}{'seconds':>10}{'held before, MB':>18}{'peak, MB':>12}")
+    rows.append(f"{'phase':<12}{'seconds':>10}{'held before, MB':>18}{'peak, MB':>12}{'planned, MB':>14}")
     for phase in shown:
-        held, peak = phase["held_bytes"] / 1e6, phase["peak_bytes"] / 1e6
-        rows.append(f"{phase['name']:<12}{phase['seconds']:>10.2f}{held:>18.1f}{peak:>12.1f}")
+        held, peak, plan = phase["held_bytes"] / 1e6, phase["peak_bytes"] / 1e6, phase["planned_bytes"]
+        by_plan = "" if plan is None else f"{plan / 1e6:.1f}"
+        rows.append(f"{phase['name']:<12}{phase['seconds']:>10.2f}{held:>18.1f}{peak:>12.1f}{by_plan:>14}".rstrip())
     return "\n".join(rows)
 
 

@@ -40,7 +40,13 @@ def test_every_phase_of_every_step_is_measured(tmp_path, capsys):
     assert all(phase["peak_bytes"] >= phase["held_bytes"] > 0 < phase["seconds"] for phase in line["phases"][1:])
     assert line["peak_bytes"] == max(phase["peak_bytes"] for phase in line["phases"][2:])
     assert line["completion_tokens"] == 4 * 6 and line["tokens"] == 4 * 6 + (12 + 10 + 8 + 6) and line["packs"] == 2
+    plans = {phase["name"]: phase["planned_bytes"] for phase in line["phases"]}
+    assert {name for name, plan in plans.items() if plan is None} == {"base", "roles", "advantages"}
+    assert line["planned_bytes"] == max(plan for plan in plans.values() if plan is not None)
+    for phase in line["phases"][-len(PHASES) :]:  # packs are not as full as they may be
+        assert phase["planned_bytes"] is None or phase["planned_bytes"] >= 0.9 * phase["held_bytes"]
     printed = capsys.readouterr().out
+    assert "planned, MB" in printed
     assert "60 tokens in 2 packs, 24 of them of completions" in printed and "held before, MB" in printed
 
 
