@@ -104,7 +104,7 @@ def test_two_processes_train_as_one(both: Path, folder: Path, name: str):
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resume_in_two_processes_has_the_bits_of_the_straight_run(both: Path, name: str):
     straight, resumed = both / f"{name}, straight", both / f"{name}, resumed"
-    assert lines(resumed) == lines(straight)[2:]
+    assert lines(resumed) == [line for line in lines(straight) if line["step"] > 2]
     for name, x in weights(straight).items():
         assert torch.equal(weights(resumed)[name], x), name
 
