@@ -27,6 +27,7 @@ VERBS: dict[str, dict[str, object]] = {
     "dpo": PAIRS,
     "kto": PAIRS,
     "reward": PAIRS,
+    "distill": {"dataset": "sums.jsonl", "teacher_model": "teacher", "lmbda": 0.5, "max_completion_length": 6},
     "grpo": SAMPLED | {"num_generations": 2},
     "rloo": SAMPLED,
     "ppo": SAMPLED | {"lora_r": 2, "num_ppo_epochs": 1},
@@ -36,8 +37,9 @@ VERBS: dict[str, dict[str, object]] = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("files")
-    tiny.model("qwen3").save_pretrained(directory / "model")
-    tiny.tokenizer().save_pretrained(directory / "model")
+    for seed, name in enumerate(("model", "teacher")):
+        tiny.model("qwen3", seed=seed).save_pretrained(directory / name)
+        tiny.tokenizer().save_pretrained(directory / name)
     sums = [(f"{a}+{b}=", a + b) for a in range(5) for b in range(4)]
     rows = {
         "sums": [{"prompt": asked, "completion": str(c)} for asked, c in sums],

@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import tiny
-from fastpost.trainers.config import Dpo, Grpo, Ppo, Reinforce, Reward, Rloo, Sft
+from fastpost.trainers.config import Distill, Dpo, Grpo, Ppo, Reinforce, Reward, Rloo, Sft
+from fastpost.trainers.distill import distill
 from fastpost.trainers.dpo import dpo
 from fastpost.trainers.grpo import grpo
 from fastpost.trainers.ppo import ppo
@@ -53,6 +54,8 @@ SAMPLED = {"num_generations": 3, "max_completion_length": 6, "learning_rate": 1e
 # A window of 12 rows of 20, then one of 8, which is 3 packs for 2 processes.
 ONE_EPOCH = {"num_train_epochs": 1.0, "max_steps": -1}
 CAPITALS = {"reward_funcs": capitals}
+TAUGHT = {"teacher_model": "teacher"}
+BY_BOTH = {"lmbda": 0.5, "max_completion_length": 6, "seed": 1}  # a step on own answers, then one on the data's
 
 CASES = {
     "sft": Case(sft, Sft, "sums", ONE_EPOCH | {"eval_dataset": "sums"}),
@@ -60,6 +63,10 @@ CASES = {
     "sft, LoRA": Case(sft, Sft, "sums", ONE_EPOCH | LORA),
     "dpo": Case(dpo, Dpo, "pairs", ONE_EPOCH),
     "dpo, LoRA": Case(dpo, Dpo, "pairs", ONE_EPOCH | LORA | {"precompute_ref_log_probs": True}),
+    "distill": Case(distill, Distill, "sums", ONE_EPOCH | TAUGHT | {"eval_dataset": "sums"} | BY_BOTH),
+    "distill, cached": Case(
+        distill, Distill, "sums", ONE_EPOCH | {"lmbda": 0.0, "teacher_cache": "cache", "teacher_top_k": 8} | TAUGHT
+    ),
     "reward, LoRA": Case(reward, Reward, "pairs", ONE_EPOCH | LORA, model="judge"),
     "grpo": Case(grpo, Grpo, "prompts", SAMPLED | {"eval_dataset": "prompts"}, CAPITALS),
     "grpo, prompts repeated": Case(grpo, Grpo, "prompts", SAMPLED | {"share_prompts": False}, CAPITALS),
@@ -78,7 +85,8 @@ def write(folder: Path) -> None:
     made = tiny.model("qwen3", tie_word_embeddings=True)
     made.save_pretrained(folder / "model")
     AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1).save_pretrained(folder / "judge")
-    for name in ("model", "judge"):
+    tiny.model("qwen3", seed=1).save_pretrained(folder / "teacher")
+    for name in ("model", "judge", "teacher"):
         tiny.tokenizer().save_pretrained(folder / name)
     sums = [(f"{a}+{b}=", str(a + b) * (1 + a)) for a in range(5) for b in range(4)]
     rows = {
@@ -108,12 +116,15 @@ def run(folder: Path, name: str, out: Path, processes: int, *, exact: bool = Fal
     fields |= case.changes | changes
     if "eval_dataset" in fields:
         fields["eval_dataset"] = folder / f"{fields['eval_dataset']}.jsonl"
+    fields |= {name: folder / fields[name] for name in ("teacher_model", "teacher_cache") if name in fields}
     given = dict(case.given)
     if exact:
         kind = AutoModelForCausalLM if case.model == "model" else AutoModelForSequenceClassification
         model = kind.from_pretrained(folder / case.model, dtype=torch.float64)
         given |= {"model": model, "processing_class": tiny.tokenizer()}
         fields["model"] = ""
+        if "teacher_model" in fields and "teacher_cache" not in fields:
+            given["teacher_model"] = kind.from_pretrained(fields["teacher_model"], dtype=torch.float64)
     case.verb(case.config(**fields), **given)
 
 
