@@ -211,6 +211,8 @@ def test_metrics_and_samples_are_those_of_the_rollouts():
     assert values["rewards/f/mean"] == values["reward"]
     assert (values["completions/min_length"], values["completions/max_length"]) == (1, 6)
     assert values["completions/clipped_ratio"] == pytest.approx(1 / 6)
+    alone = rollout_metrics(rollouts_of(), 1)
+    assert alone["reward_std"] == pytest.approx(stdev(REWARDS)) and "frac_reward_zero_std" not in alone
     samples = list(first_group(rollouts_of(), 3, step=7))
     assert [sample["reward"] for sample in samples] == pytest.approx([1.0, 0.0, 0.2])
     assert samples[1] == {"step": 7, "prompt": "p", "completion": "text 1", "reward": 0.0, "rewards/f": 0.0}

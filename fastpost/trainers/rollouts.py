@@ -169,12 +169,14 @@ def shaped_rewards(rollouts: Rollouts, config: Sampled) -> Tensor:  # (S,); NaN:
 
 def rollout_metrics(rollouts: Rollouts, num_generations: int) -> dict[str, float]:
     """Rewards, lengths and times, by TRL's names. All completions count here, those without an advantage too."""
-    groups = rollouts.scores.rewards.view(-1, num_generations)
-    values = {
+    rewards, alone = rollouts.scores.rewards, num_generations == 1
+    groups = rewards.view(-1, num_generations)
+    values: dict[str, Tensor | float] = {
         "reward": groups.nanmean(),
-        "reward_std": torch.stack([_std(group) for group in groups]).nanmean(),
-        "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean(),
+        "reward_std": _std(rewards) if alone else torch.stack([_std(group) for group in groups]).nanmean(),
     }
+    if not alone:  # a completion alone has no group to differ from
+        values["frac_reward_zero_std"] = (groups == groups[:, :1]).all(1).float().mean()
     values |= metrics.floats(metrics.completions(rollouts.lengths, rollouts.finished))
     for name, each in rollouts.scores.by_function.items():
         values |= {f"rewards/{name}/mean": each.nanmean(), f"rewards/{name}/std": _std(each)}
