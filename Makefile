@@ -1,19 +1,28 @@
 # Each target sets up what it needs: a fresh clone wants Python >= 3.11, git and make, and a second run installs nothing.
 #   make demo ARGS="--seed 1"      make test PYTHON=python3.13      make gpu ARGS="head sweep"      make bench BENCH=sweep
+#   make recipe NAME=sft-dpo       make learn ARGS="grpo ppo --seeds 3"
 # PYTHON makes .venv; `make gpu` runs in it directly where it has torch with a GPU.
 
 PYTHON ?= python3
 ARGS ?=
 BENCH ?= head families
+NAME ?= sft-grpo
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Two workers of one thread each: most tests are many small ops, which a second thread does not help.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-all gpu lint bench readme clean
+.PHONY: demo recipe learn test test-all gpu lint bench readme clean
 
 demo: .venv/.train
 	$(BIN)/fastpost demo $(ARGS)
+
+recipe: .venv/.train
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh recipes/run.sh $(NAME) $(ARGS)
+
+# Every method on a tiny model, three seeds: minutes a run, and an error where one does not learn.
+learn: .venv/.train
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/learn.py $(ARGS)
 
 test: .venv/.dev
 	$(BIN)/ruff check --quiet
@@ -49,6 +58,7 @@ readme: .venv/.dev
 	$(BIN)/python benchmarks/tables.py $(MEASURED)
 	$(BIN)/python benchmarks/end_to_end_table.py benchmarks/results/end_to_end/*.jsonl
 	$(BIN)/python docs/memory_table.py
+	$(BIN)/python benchmarks/learn_report.py benchmarks/results/learn/*.jsonl
 
 clean:
 	rm -rf build dist *.egg-info fastpost/_native*.so .pytest_cache .ruff_cache

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from fastpost import sums
+from fastpost.data import check_columns
 from fastpost.rewards.builtin import number_match
 
 NUMBER = re.compile(r"\d+")
@@ -45,6 +46,27 @@ def test_a_mistaken_sum_is_wrong_in_one_step_and_in_its_answer():
     for text in texts:
         steps = [step.split("=") for step in re.split(r", |\. ", text)[:-1]]
         assert sum(sum(map(int, left.split("+"))) != int(right) for left, right in steps) == 1
+
+
+def test_every_file_has_its_verbs_columns_and_pairs_differ_in_the_answer():
+    rows = sums.files(0, 10, 40, 20)
+    verbs = {
+        "demonstrations": "sft",
+        "lessons": "sft",
+        "prompts": "grpo",
+        "pairs": "dpo",
+        "answers": "kto",
+        "mixed": "sft",
+    }
+    verbs |= {"held_out": "grpo", "preferences": "reward", "held_out_preferences": "reward"}
+    for name, verb in verbs.items():
+        check_columns(rows[name], verb, name)
+    right = [row["answer"] for row in rows["prompts"]]
+    for side, score in (("chosen", 1.0), ("rejected", 0.0)):
+        assert number_match([row[side] for row in rows["pairs"]], answer=right) == [score] * 40
+    said = number_match([row["completion"] for row in rows["answers"]], answer=right)
+    assert rows.keys() == verbs.keys() and len(rows["mixed"]) == 20
+    assert said == [float(row["label"]) for row in rows["answers"]] and sum(said) == 20
 
 
 def test_digits_are_single_tokens_and_text_survives():

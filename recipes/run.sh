@@ -1,0 +1,12 @@
+#!/bin/sh
+# bash recipes/run.sh NAME [--field value ...]: the stages of a recipe in their order; the flags go to every stage.
+set -eu
+name=$1
+shift
+[ -d runs/sums ] || python recipes/make_data.py runs/sums
+for config in recipes/"$name"/*.yaml; do
+    verb=${config##*-}
+    echo "fastpost ${verb%.yaml} --config $config $*"
+    fastpost "${verb%.yaml}" --config "$config" "$@"
+done
+python recipes/score.py runs/"$name"/*

@@ -1,0 +1,72 @@
+"""Every recipe runs as it stands, and what its files say of a larger model is fields of their verbs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastpost.cli import VERBS, read_config
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes"
+FILES = sorted(RECIPES.glob("*/*.yaml"))
+NAMES = sorted({file.parent.name for file in FILES})
+FIELD = re.compile(r"^# (\w+: .+)$", re.MULTILINE)
+
+
+def verb_of(file: Path) -> str:
+    return file.stem.rpartition("-")[2]
+
+
+def test_the_lectures_pipelines_are_there():
+    stages = {name: [verb_of(file) for file in FILES if file.parent.name == name] for name in NAMES}
+    assert {name: stages[name] for name in ("sft-dpo", "sft-grpo", "sft-reward-ppo")} == {
+        "sft-dpo": ["sft", "dpo"],
+        "sft-grpo": ["sft", "grpo"],
+        "sft-reward-ppo": ["sft", "reward", "ppo"],
+    }
+    assert stages["distill"][-1] == "distill"
+    assert all(f"`{name}`" in (RECIPES / "README.md").read_text() for name in NAMES)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_a_file_is_a_config_and_so_it_is_with_the_fields_of_a_larger_model(file: Path, tmp_path: Path):
+    kind, text = VERBS[verb_of(file)][0], file.read_text()
+    assert read_config(kind, ["--config", str(file)]).output_dir.startswith(f"runs/{file.parent.name}/")
+    larger = FIELD.findall(text)
+    assert any(field.startswith("max_tokens_per_batch") for field in larger)
+    merged = (
+        yaml.safe_load(text) | yaml.safe_load("\n".join(larger)) | {"lora_r": 16}
+    )  # or the adapter of a stage before
+    (tmp_path / "larger.yaml").write_text(yaml.safe_dump(merged))
+    assert read_config(kind, ["--config", str(tmp_path / "larger.yaml")]).load_in_4bit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_one_command(name: str, tmp_path: Path):
+    """Of four steps a stage, elsewhere than in the repository."""
+    shutil.copytree(RECIPES, tmp_path / "recipes")
+    found = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["sh", "recipes/run.sh", name, "--max_steps", "4"],
+        cwd=tmp_path,
+        env=os.environ | found,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    stages = [file for file in FILES if file.parent.name == name]
+    assert [line for line in done.stdout.splitlines() if line.startswith("fastpost ")] == [
+        f"fastpost {verb_of(file)} --config recipes/{name}/{file.name} --max_steps 4" for file in stages
+    ]
+    scored = re.findall(rf"^runs/{name}/(\w+): [\d.]+% right$", done.stdout, re.MULTILINE)
+    judges = sum(verb_of(file) == "reward" for file in stages)
+    assert len(scored) == len(stages) - judges
