@@ -24,8 +24,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fastpost.eager import fits_in_gradient
-from fastpost.sweep import apart
+from fastpost.core.eager import fits_in_gradient
+from fastpost.core.sweep import apart
 
 Schedule = Literal["statistics", "frozen", "kept", "eager", "lazy"]  # kept: eager, of logp alone
 Side = Literal["tile", "rows", "columns"]

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastpost.rows import Shape, TorchRows
+from fastpost.core.rows import Shape, TorchRows
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = tuple(ROOT / "csrc" / name for name in ("fold.cu", "grads.cu"))
@@ -101,7 +101,7 @@ def kind(wants: AbstractSet[str], dense: bool) -> int:
 
 
 class CudaRows:
-    """`fold`, `mixture` and `grads` of fastpost.rows.TorchRows, with its arguments; `others` does what is left."""
+    """`fold`, `mixture` and `grads` of fastpost.core.rows.TorchRows, with its arguments; `others` does what is left."""
 
     def __init__(self, build: Callable[[], Path], others: TorchRows, columns: int = COLUMNS):
         self._build, self._others, self._columns = build, others, columns

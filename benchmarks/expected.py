@@ -8,9 +8,9 @@ import torch
 from cases import JSD_BETA, Case, Inputs
 from counted import Cost, Pass, Schedule, Work, backward_work, cost
 
-from fastpost.door import Door, open_door
-from fastpost.eager import eager_sweep
-from fastpost.sweep import Sweep
+from fastpost.core.door import Door, open_door
+from fastpost.core.eager import eager_sweep
+from fastpost.core.sweep import Sweep
 from fastpost.types import IGNORE, NEEDS_REFERENCE
 
 

@@ -19,7 +19,7 @@ from trial import Trial, verdict
 from truth import BLOCK_ELEMENTS, statistics
 
 import fastpost as fp
-from fastpost import rows as row_math
+from fastpost.core import rows as row_math
 from fastpost.types import OUTPUTS
 
 UNFUSED, FUSED = "products and folds", "tile-fused"

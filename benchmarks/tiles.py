@@ -17,10 +17,10 @@ from measurement import Measurement, Setup
 from torch import Tensor
 from trial import Trial, verdict
 
-from fastpost import rows as row_math
-from fastpost.gemm import Gemm, exact_products
-from fastpost.rows import Shape, TorchRows
-from fastpost.sweep import row_kernels
+from fastpost.core import rows as row_math
+from fastpost.core.gemm import Gemm, exact_products
+from fastpost.core.rows import Shape, TorchRows
+from fastpost.core.sweep import row_kernels
 
 WANTS = frozenset({"entropy"})
 DIVERGENCES = frozenset({"entropy", "reverse_kl"})

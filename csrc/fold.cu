@@ -1,11 +1,11 @@
-// fold of fastpost/rows.py for an NVIDIA GPU: one block a row, whose logits stay in registers from the load to the last
+// fold of fastpost/core/rows.py for an NVIDIA GPU: one block a row, whose logits stay in registers from the load to the last
 // write. A warp sums relative to its own maximum: all that is to be said of a row goes through shared memory once,
 // behind one barrier, and a logit costs one exponential also where the left operand of a product is written, which is
 // e^(z - the warp's maximum) times a factor.
 //
 // A candidate: kernels/triton/rows.py does the same, nothing in the library calls this, and benchmarks/rows.py times
 // the two beside each other. It was compiled for sm_80 and sm_90a, run by emulation (tests/test_cuda_rows.py), and not
-// timed on a GPU. The lines quoted above a stage are those of fastpost/rows.py.
+// timed on a GPU. The lines quoted above a stage are those of fastpost/core/rows.py.
 
 #include "launch.cuh"
 #include "sums.cuh"

@@ -1,10 +1,10 @@
-// grads of fastpost/rows.py for an NVIDIA GPU: dL/dtile, elementwise, one block for a part of a row.
+// grads of fastpost/core/rows.py for an NVIDIA GPU: dL/dtile, elementwise, one block for a part of a row.
 //
 // Compiled with -fmad=false: p c - q c is to be 0 where p is q, and the gradient of a KL lives of that.
 //
 // A candidate: kernels/triton/rows.py does the same, nothing in the library calls this, and benchmarks/rows.py times
 // the two beside each other. It was compiled for sm_80 and sm_90a, run by emulation (tests/test_cuda_rows.py), and not
-// timed on a GPU. The lines quoted above a stage are those of fastpost/rows.py.
+// timed on a GPU. The lines quoted above a stage are those of fastpost/core/rows.py.
 
 #include "launch.cuh"
 #include "sums.cuh"

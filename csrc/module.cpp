@@ -1,4 +1,4 @@
-// What Python sees: fastpost/_native.pyi has the types, fastpost/native.py the use.
+// What Python sees: fastpost/_native.pyi has the types, fastpost/core/native.py the use.
 
 #include <ATen/Parallel.h>
 #include <torch/extension.h>

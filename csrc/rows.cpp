@@ -1,4 +1,4 @@
-// See rows.h; fastpost/rows.py has the formulas.
+// See rows.h; fastpost/core/rows.py has the formulas.
 
 #include "rows.h"
 

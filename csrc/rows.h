@@ -1,4 +1,4 @@
-// fold, mixture and grads of fastpost/rows.py, one row of a block of columns at a time: it is read once from memory and
+// fold, mixture and grads of fastpost/core/rows.py, one row of a block of columns at a time: it is read once from memory and
 // worked on in the first-level cache. Every sum costs less than asking for it, so all are kept, wanted or not.
 #pragma once
 

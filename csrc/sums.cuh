@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr float kNothing = -1e38f;  // a maximum over no column: see fastpost/rows.py
+constexpr float kNothing = -1e38f;  // a maximum over no column: see fastpost/core/rows.py
 constexpr int kLanes = 32;
 
 // The rows of the state that a fold carries, in the order of rows.py; the target's has no sum.

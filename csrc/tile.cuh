@@ -40,7 +40,7 @@ struct Tile {
 
 namespace {
 
-constexpr float kLowest = -1e30f;  // a banned logit: see fastpost/rows.py
+constexpr float kLowest = -1e30f;  // a banned logit: see fastpost/core/rows.py
 constexpr float kAbsent = -3e38f;  // a column that is not there: far below a maximum over none
 constexpr int kEach = 8;           // columns that a thread takes together
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastpost.rows import Shape
+from fastpost.core.rows import Shape
 
 LAYOUT: int
 ISAS: list[str]  # the instruction sets of this CPU with which operands can be multiplied, best first; some want bf16

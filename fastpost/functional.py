@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastpost.gemm import wide
+from fastpost.core.gemm import wide
 from fastpost.head import fused_loss, token_stats
 from fastpost.losses.sft import sft
 from fastpost.types import IGNORE, Batch, Head

@@ -1,10 +1,10 @@
 """The core: a language-model head turned into per-token statistics, without the (tokens, vocabulary) logits.
 
-One G is one product of the head, 2 T D V flop. `fastpost.door` checks a call and drops the rows that are ignored or
-whose coefficient is known to be zero; one of `fastpost.schedules` runs it: statistics alone G, frozen 2 G, eager 3 G
+One G is one product of the head, 2 T D V flop. In `fastpost.core`, `door` checks a call and drops the rows that are
+ignored or whose coefficient is known to be zero; one of `schedules` runs it: statistics alone G, frozen 2 G, eager 3 G
 (2 G with a frozen weight), lazy 4 G (3 G); a reference costs one G_q more where its logits are computed, a LoRA on the
-head (`fastpost.lowrank`) its own thin products. `fastpost.sweep` walks the tiles, and `fastpost.rows` or its Triton and
-C++ twins do all that is done to a logit.
+head (`lowrank`) its own thin products. `sweep` walks the tiles, and `rows` or its Triton and C++ twins do all that is
+done to a logit.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastpost.door import Door, eager_only, open_door
-from fastpost.eager import EagerLoss, Plan, fits
+from fastpost.core.door import Door, eager_only, open_door
+from fastpost.core.eager import EagerLoss, Plan, fits
+from fastpost.core.gemm import wide
+from fastpost.core.schedules import FrozenLogp, LazyStats, statistics
 from fastpost.equation import Loss
-from fastpost.gemm import wide
-from fastpost.schedules import FrozenLogp, LazyStats, statistics
 from fastpost.types import IGNORE, OUTPUTS, Batch, Head, Stats, TopK, nearest
 
 

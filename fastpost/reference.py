@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpost.quantised import Quantised
+from fastpost.core.quantised import Quantised
 from fastpost.types import OUTPUTS, Head, Stats, TopK
 
 

@@ -62,14 +62,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(params=["one tile", "many tiles", "many tiles in torch"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How the head visits the logits, and whether products and row kernels are those of this machine or torch's."""
-    from fastpost.rows import TorchRows
+    from fastpost.core.rows import TorchRows
     from problems import small_tiles
 
     if request.param != "one tile":
         small_tiles(monkeypatch)
     if request.param == "many tiles in torch":
-        monkeypatch.setattr("fastpost.sweep.row_kernels", lambda device, dtype: TorchRows())
-        monkeypatch.setattr("fastpost.gemm.native_products", lambda dtype, device: None)
+        monkeypatch.setattr("fastpost.core.sweep.row_kernels", lambda device, dtype: TorchRows())
+        monkeypatch.setattr("fastpost.core.gemm.native_products", lambda dtype, device: None)
 
 
 @pytest.fixture(scope="module")

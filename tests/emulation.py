@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cuda_rows import SOURCES, CudaRows
 
-from fastpost.rows import TorchRows
+from fastpost.core.rows import TorchRows
 
 HEADERS = Path(__file__).resolve().parent / "emulated"
 # Few threads are quick, and three warps that each take two pieces of a row are all there is to a block.

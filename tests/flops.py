@@ -10,9 +10,9 @@ from unittest.mock import patch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastpost.gemm import Packed
+from fastpost.core.gemm import Packed
 
-Side = tuple[Packed, Tensor, Tensor | None]  # as `fastpost.fused` has it: the second is the block's weight (B, D)
+Side = tuple[Packed, Tensor, Tensor | None]  # as `fastpost.core.fused` has it: the second is the block's weight (B, D)
 
 
 def products(function: Callable[[], Tensor | None]) -> int:
@@ -29,7 +29,7 @@ def native_products() -> Iterator[list[int]]:
     """Flop of each call of the extension that multiplies, meanwhile; none where there is no extension."""
     found: list[int] = []
     try:
-        from fastpost import native
+        from fastpost.core import native
     except ImportError:
         yield found
         return

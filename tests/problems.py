@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fastpost as fp
 from fastpost import reference as plain
-from fastpost.compaction import Rows
-from fastpost.quantised import Quantised, Weight
+from fastpost.core.compaction import Rows
+from fastpost.core.quantised import Quantised, Weight
 from fastpost.types import OUTPUTS, LowRank
 from rules import STATISTIC_SLACK, assert_close_to_truth, assert_gradient_close_to_truth
 
@@ -265,15 +265,15 @@ def assert_measured_loss_exact(
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch, *, columns: int = 64, rows: int = 5) -> None:
     """Tiles so small that a tiny problem has many, of unequal size, and units that do not fit in one."""
-    monkeypatch.setattr("fastpost.sweep.COLUMNS", {"cpu": columns, "cuda": columns})
-    monkeypatch.setattr("fastpost.sweep.MOST_ROWS", rows)
-    monkeypatch.setattr("fastpost.sweep.PANEL", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr("fastpost.core.sweep.COLUMNS", {"cpu": columns, "cuda": columns})
+    monkeypatch.setattr("fastpost.core.sweep.MOST_ROWS", rows)
+    monkeypatch.setattr("fastpost.core.sweep.PANEL", {"cpu": 1, "cuda": 1})
 
 
 def small_workspace(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """So many bytes."""
     for name in ("WORKSPACE", "WORKSPACE_HELD"):
-        monkeypatch.setattr(f"fastpost.sweep.{name}", {"cpu": size, "cuda": size})
+        monkeypatch.setattr(f"fastpost.core.sweep.{name}", {"cpu": size, "cuda": size})
 
 
 def graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +282,7 @@ def graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     def masked(target: Tensor, ignore_index: int, *_: object) -> Rows:
         return Rows(None, mask=target != ignore_index)
 
-    monkeypatch.setattr("fastpost.door.find_rows", masked)
+    monkeypatch.setattr("fastpost.core.door.find_rows", masked)
 
 
 def schedules_of(value: Tensor) -> set[str]:

@@ -1,4 +1,4 @@
-"""Problems for a twin of the row kernels: whole rows of logits, tile by tile, against fastpost/rows.py in float64, with
+"""Problems for a twin of the row kernels: whole rows of logits, tile by tile, against core/rows.py in float64, with
 rows.py in fp32 as the yardstick.
 """
 
@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpost import rows
-from fastpost.rows import Shape, TorchRows
+from fastpost.core import rows
+from fastpost.core.rows import Shape, TorchRows
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
 PLAIN = Shape(bias=None, scale=1.0, softcap=None)

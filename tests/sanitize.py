@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import fastpost as fp
-from fastpost import rows
-from fastpost.rows import Shape, TorchRows
+from fastpost.core import rows
+from fastpost.core.rows import Shape, TorchRows
 from fastpost.types import OUTPUTS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -122,7 +122,7 @@ def steepest(xs: Sequence[int], ys: Sequence[int]) -> float:
 def test_memory_is_flat_but_for_what_has_the_size_of_a_result(name, trained, fused, monkeypatch):
     """In T: the gradient, and U or what it is before it is scaled. In V: dW and what it is summed in; rows held."""
     small_tiles(monkeypatch, columns=COLUMNS, rows=ROWS)
-    monkeypatch.setattr("fastpost.schedules.PASS", {"cpu": ROWS * D})
+    monkeypatch.setattr("fastpost.core.schedules.PASS", {"cpu": ROWS * D})
     case = next(c for c in (*cases.CASES, *families.CASES) if c.name == name)
     function = peers.fastpost_loss if fused else peers.fastpost_stats
 

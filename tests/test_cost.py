@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastpost as fp
 from fastpost import losses
-from fastpost.gemm import native_products
+from fastpost.core.gemm import native_products
 from flops import products
 from loss_problems import distant, entropic
 from problems import adapter, schedules_of, small_tiles, stat

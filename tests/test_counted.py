@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastpost as fp
-from fastpost import rows, sweep
-from fastpost.gemm import Gemm
-from fastpost.rows import TorchRows
+from fastpost.core import rows, sweep
+from fastpost.core.gemm import Gemm
+from fastpost.core.rows import TorchRows
 from fastpost.types import LowRank
 from problems import schedules_of, small_tiles
 
@@ -114,7 +114,7 @@ def watch_rescaling(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
         seen.moves(tile, times=2)
         rescale(tile, *rest)
 
-    monkeypatch.setattr("fastpost.rows.rescale", watched)
+    monkeypatch.setattr("fastpost.core.rows.rescale", watched)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     watched = Seen()
     small_tiles(monkeypatch, columns=B, rows=R)
     watch_rescaling(watched, monkeypatch)
-    monkeypatch.setattr("fastpost.gemm.native_products", lambda dtype, device: None)
+    monkeypatch.setattr("fastpost.core.gemm.native_products", lambda dtype, device: None)
     monkeypatch.setattr(sweep, "Gemm", lambda dtype, device: SeenGemm(watched, dtype, device))
     monkeypatch.setattr(sweep, "row_kernels", lambda device, dtype: SeenRows(watched))
     return watched

@@ -1,4 +1,4 @@
-"""csrc/fold.cu and csrc/grads.cu against fastpost/rows.py in float64: on a CPU by emulation, on a GPU as they are."""
+"""csrc/fold.cu and csrc/grads.cu against core/rows.py in float64: on a CPU by emulation, on a GPU as they are."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from cuda_rows import CudaRows
 from torch import Tensor
 
 import emulation
-from fastpost import rows
-from fastpost.rows import Shape, TorchRows
+from fastpost.core import rows
+from fastpost.core.rows import Shape, TorchRows
 from fastpost.types import NEEDS_REFERENCE
 from row_problems import ALL, BOTH, JSD, OWN, PLAIN, SHAPES, WANTS, V, held_against_truth, walk
 from rules import assert_gradient_close_to_truth

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 import fastpost as fp
-from fastpost import losses, sweep
-from fastpost.quantised import Quantised, weight_of
+from fastpost import losses
+from fastpost.core import sweep
+from fastpost.core.quantised import Quantised, weight_of
 from fastpost.types import Shard
 from loss_problems import fused
 from problems import DIVERGENCES, OWN, Problem, assert_exact, assert_loss_exact, problem, schedules_of

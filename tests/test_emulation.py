@@ -15,8 +15,8 @@ from torch import Tensor
 
 import emulation
 import sanitize
-from fastpost import rows
-from fastpost.rows import Shape
+from fastpost.core import rows
+from fastpost.core.rows import Shape
 from row_problems import BOTH, PLAIN
 
 PROT_NONE = 0

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import fastpost as fp
-from fastpost import rows as row_math
-from fastpost.gemm import exact_products
+from fastpost.core import rows as row_math
+from fastpost.core.gemm import exact_products
+from fastpost.core.rows import TorchRows
 from fastpost.packing import Example, pack
-from fastpost.rows import TorchRows
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
 pytestmark = [

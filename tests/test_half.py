@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import fastpost as fp
-from fastpost import losses, sweep
-from fastpost.gemm import Gemm
+from fastpost import losses
+from fastpost.core import sweep
+from fastpost.core.gemm import Gemm
 from problems import comparisons, gradients, plain_loss, problem
 from rules import assert_gradient_close_to_truth
 

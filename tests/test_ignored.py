@@ -9,7 +9,7 @@ import torch
 
 import fastpost as fp
 from fastpost import losses
-from fastpost.compaction import find_rows
+from fastpost.core.compaction import find_rows
 from loss_problems import CASES, T, fused, packed, positions, setting
 from problems import assert_loss_exact, gradients, graph_capture, schedules_of, small_tiles
 

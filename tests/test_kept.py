@@ -10,8 +10,9 @@ from torch import Tensor
 
 import fastpost as fp
 from catalogue import CASES
-from fastpost import eager, losses
-from fastpost.rows import TorchRows
+from fastpost import losses
+from fastpost.core import eager
+from fastpost.core.rows import TorchRows
 from problems import Problem, assert_loss_exact, problem, schedules_of, small_tiles
 from test_workspace import MB, WORKSPACE, bytes_of, peak
 
@@ -70,8 +71,8 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_it_is_exact(options, in_torch, rows, dtype, kept, monkeypatch):
     if in_torch:
-        monkeypatch.setattr("fastpost.sweep.row_kernels", lambda device, dtype: TorchRows())
-        monkeypatch.setattr("fastpost.gemm.native_products", lambda dtype, device: None)
+        monkeypatch.setattr("fastpost.core.sweep.row_kernels", lambda device, dtype: TorchRows())
+        monkeypatch.setattr("fastpost.core.gemm.native_products", lambda dtype, device: None)
     small_tiles(monkeypatch, columns=64, rows=rows)
     p, batch = setting(dtype, **options)
     total = of(losses.ppo, p, batch)

@@ -1,4 +1,4 @@
-"""Imports point one way: types <- losses, advantages, packing; kernels | rows <- head <- models <- trainers <- cli.
+"""Imports point one way: types <- losses, advantages, packing; kernels | core <- head <- models <- trainers <- cli.
 
 Every import statement of the package is read, those inside functions too, and looked up in MAY_IMPORT. A loss never
 sees the head and the head never sees a loss; nothing below the trainers sees them; the core needs torch alone.
@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A part of the package -> the parts it may import, besides itself. The longest name that fits a module is its part.
 MAY_IMPORT = {
-    "quantised": (),
-    "types": ("quantised",),
+    "core": (),
+    "core.quantised": (),
+    "types": ("core.quantised",),
     "knobs": ("types",),
     "equation": ("types", "knobs"),
     "losses": ("types", "knobs", "equation"),
@@ -30,43 +31,48 @@ MAY_IMPORT = {
     "packing": ("types", "_native"),
     "shared_prompt": ("types", "packing"),
     "kernels": (),
-    "gemm": ("native",),
-    "rows": (),
+    "core.gemm": ("core.native",),
+    "core.rows": (),
     "_native": (),
-    "native": ("_native", "types", "rows"),
-    "topk": ("types", "rows"),
-    "reference": ("types", "quantised"),
-    "shard": ("types", "quantised", "rows"),
-    "problem": ("types", "quantised"),
-    "sweep": ("problem", "gemm", "rows", "topk", "kernels", "native"),
-    "fused": ("types", "gemm", "sweep"),
-    "kept": ("rows", "sweep"),
-    "chunk": ("types", "gemm", "rows", "topk", "sweep", "fused", "kept", "shard"),
-    "once": (),
-    "schedules": ("types", "problem", "quantised", "gemm", "once", "sweep", "shard", "chunk"),
-    "eager": (
-        *("types", "problem", "quantised", "equation", "gemm", "once"),
-        *("sweep", "shard", "kept", "chunk", "schedules"),
+    "core.native": ("_native", "types", "core.rows"),
+    "core.topk": ("types", "core.rows"),
+    "reference": ("types", "core.quantised"),
+    "core.shard": ("types", "core.quantised", "core.rows"),
+    "core.problem": ("types", "core.quantised"),
+    "core.sweep": ("core.problem", "core.gemm", "core.rows", "core.topk", "kernels", "core.native"),
+    "core.fused": ("types", "core.gemm", "core.sweep"),
+    "core.kept": ("core.rows", "core.sweep"),
+    "core.chunk": (
+        *("types", "core.gemm", "core.rows", "core.topk"),
+        *("core.sweep", "core.fused", "core.kept", "core.shard"),
     ),
-    "lowrank": ("types", "gemm", "once", "problem"),
-    "checks": ("types", "quantised"),
-    "compaction": ("checks",),
-    "door": ("types", "quantised", "problem", "lowrank", "checks", "compaction"),
-    "head": ("types", "equation", "gemm", "schedules", "eager", "door"),
-    "likeliest": ("types", "gemm", "rows", "sweep", "door"),
-    "functional": ("types", "gemm", "losses", "head"),
+    "core.once": (),
+    "core.schedules": (
+        *("types", "core.problem", "core.quantised", "core.gemm", "core.once"),
+        *("core.sweep", "core.shard", "core.chunk"),
+    ),
+    "core.eager": (
+        *("types", "core.problem", "core.quantised", "equation", "core.gemm", "core.once"),
+        *("core.sweep", "core.shard", "core.kept", "core.chunk", "core.schedules"),
+    ),
+    "core.lowrank": ("types", "core.gemm", "core.once", "core.problem"),
+    "core.checks": ("types", "core.quantised"),
+    "core.compaction": ("core.checks",),
+    "core.door": ("types", "core.quantised", "core.problem", "core.lowrank", "core.checks", "core.compaction"),
+    "head": ("types", "equation", "core.gemm", "core.schedules", "core.eager", "core.door"),
+    "core.likeliest": ("types", "core.gemm", "core.rows", "core.sweep", "core.door"),
+    "functional": ("types", "core.gemm", "losses", "head"),
     "": ("types", "equation", "losses", "advantages", "weights", "metrics", "packing", "head", "functional"),
     "files": ("types",),
     "data": ("types", "packing", "files"),
-    "models": ("types", "quantised", "packing", "shared_prompt", "head"),
+    "models": ("types", "core.quantised", "packing", "shared_prompt", "head"),
     "rollout": ("types", "packing", "head", "models"),
-    "integrations": ("", "types", "door", "equation", "losses", "head", "models"),
+    "integrations": ("", "types", "core.door", "equation", "losses", "head", "models"),
     "rewards": ("types", "packing", "head", "models", "rollout"),
     "watching": (),
     "trainers": (
-        "knobs",
-        *("", "types", "losses", "advantages", "weights", "metrics", "packing", "shared_prompt", "head", "likeliest"),
-        *("files", "data", "models", "integrations", "rollout", "rewards", "watching"),
+        *("", "knobs", "types", "losses", "advantages", "weights", "metrics", "packing", "shared_prompt", "head"),
+        *("core.likeliest", "files", "data", "models", "integrations", "rollout", "rewards", "watching"),
     ),
     "doctor.columns": ("types", "files", "data"),
     "doctor.checks": ("types", "files", "data", "doctor.columns"),
@@ -74,7 +80,7 @@ MAY_IMPORT = {
     "sums": (),
     "demo": ("", "types", "files", "data", "models", "rollout", "rewards", "trainers", "sums"),
     "report": ("watching", "trainers"),
-    "planning": ("types", "quantised", "sweep", "eager", "models", "rollout", "trainers"),
+    "planning": ("types", "core.quantised", "core.sweep", "core.eager", "models", "rollout", "trainers"),
     "cli": ("", "types", "data", "models", "rewards", "trainers", "report", "planning", "doctor", "demo"),
 }
 # Doors that lead up, opened when called and not on import: (module, what it imports).
@@ -87,7 +93,7 @@ WITH_EXTRAS = {
 }
 OUTSIDE = {part: {"torch"} for part in MAY_IMPORT.keys() - WITH_EXTRAS} | {
     "kernels": {"torch", "triton"},
-    "quantised": {"torch", "bitsandbytes"},  # imported where a weight of it is read
+    "core.quantised": {"torch", "bitsandbytes"},  # imported where a weight of it is read
 }
 
 

@@ -7,7 +7,7 @@ import torch
 
 import fastpost as fp
 from fastpost import reference as plain
-from fastpost.likeliest import likeliest
+from fastpost.core.likeliest import likeliest
 from problems import DTYPES, problem
 from rules import assert_close_to_truth
 

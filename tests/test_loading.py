@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import fastpost as fp
 import tiny
+from fastpost.core.quantised import Quantised
 from fastpost.models import attention
 from fastpost.models.loading import load_model
 from fastpost.models.lora import lora_config
@@ -23,7 +24,6 @@ from fastpost.models.qlora import four_bit_config
 from fastpost.models.saving import save_model, written_aside
 from fastpost.models.trunk import hidden_states
 from fastpost.packing import Example, pack
-from fastpost.quantised import Quantised
 from rules import assert_gradient_close_to_truth
 
 PACKED = pack([Example([5, 6, 7], [False, True, True]), Example([8, 9], [False, True])])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastpost as fp
 from fastpost import reference as plain
+from fastpost.core.gemm import Gemm
 from fastpost.types import LowRank
 from problems import (
     DIVERGENCES,
@@ -117,7 +118,7 @@ def test_blocks_of_hidden_states_are_invisible(monkeypatch):
     p = lora_problem()
     value = ours(p, ["logp"]).logp
     want = value, gradients(value, torch.ones(MANY), p)
-    monkeypatch.setattr("fastpost.lowrank.ROWS", 7)
+    monkeypatch.setattr("fastpost.core.lowrank.ROWS", 7)
     value = ours(p, ["logp"]).logp
     torch.testing.assert_close((value, gradients(value, torch.ones(MANY), p)), want)
 
@@ -219,8 +220,10 @@ def test_the_references_adapter_is_a_constant():
 def test_one_frozen_weight_is_widened_once_for_policy_and_reference(monkeypatch):
     p = lora_problem(torch.bfloat16)
     widened = []
-    operand = fp.sweep.Gemm.operand
-    monkeypatch.setattr("fastpost.sweep.Gemm.operand", lambda s, x, name: widened.append(name) or operand(s, x, name))
+    operand = Gemm.operand
+    monkeypatch.setattr(
+        "fastpost.core.sweep.Gemm.operand", lambda s, x, name: widened.append(name) or operand(s, x, name)
+    )
     for head, names in (
         (replace(p.head, lora=()), {"weight"}),
         (fp.Head(p.head.weight.clone()), {"weight", "weight q"}),

@@ -1,4 +1,4 @@
-"""csrc/rows.cpp against fastpost/rows.py in float64, with rows.py in fp32 as the yardstick; and where it hands over."""
+"""csrc/rows.cpp against core/rows.py in float64, with rows.py in fp32 as the yardstick; and where it hands over."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from functools import partial
 import pytest
 import torch
 
-from fastpost import rows
-from fastpost.rows import Shape, TorchRows
+from fastpost.core import rows
+from fastpost.core.rows import Shape, TorchRows
 from fastpost.types import NEEDS_REFERENCE
 from row_problems import ALL, BOTH, JSD, OWN, PLAIN, SHAPES, WANTS, V, held_against_truth, walk
 
 # (the reason says which: it was not built, or for other sources)
-pytest.importorskip("fastpost.native", exc_type=ImportError)
+pytest.importorskip("fastpost.core.native", exc_type=ImportError)
 
-from fastpost.native import NativeRows
+from fastpost.core.native import NativeRows
 
 START = 64  # of a tile within its vocabulary
 compare = partial(held_against_truth, NativeRows())

@@ -10,9 +10,9 @@ from problems import DIVERGENCES, OWN, assert_exact, assert_loss_exact, problem
 from rules import assert_close_to_truth
 
 # (the reason says which: it was not built, or for other sources)
-pytest.importorskip("fastpost.native", exc_type=ImportError)
+pytest.importorskip("fastpost.core.native", exc_type=ImportError)
 
-from fastpost import native
+from fastpost.core import native
 
 EPS = torch.finfo(torch.float32).eps
 KINDS = [(isa, torch.bfloat16) for isa in native.ISAS]

@@ -15,7 +15,7 @@ import bitsandbytes
 
 import fastpost as fp
 from fastpost import losses
-from fastpost.quantised import Nested, Quantised, weight_of
+from fastpost.core.quantised import Nested, Quantised, weight_of
 from problems import (
     DIVERGENCES,
     OWN,

@@ -16,8 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import fastpost as fp
 import tiny
 from fastpost import losses
+from fastpost.core.quantised import Quantised
 from fastpost.models.probe import check_head
-from fastpost.quantised import Quantised
 from problems import Problem, assert_exact, leaf, ours, theirs
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 from test_quantised import KINDS, MANY, D, dequantised, layer

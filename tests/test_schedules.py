@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastpost as fp
 from fastpost import losses
-from fastpost.sweep import spans
+from fastpost.core.sweep import spans
 from loss_problems import CASES, LENGTHS, T, both, fused, longest_unit, packed, positions, referred, setting
 from problems import OWN as OWN_OUTPUTS
 from problems import assert_loss_exact, gradients, schedules_of, small_tiles, small_workspace, stat

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastpost as fp
-from fastpost.door import open_door
-from fastpost.eager import eager_sweep
+from fastpost.core.door import open_door
+from fastpost.core.eager import eager_sweep
 from fastpost.types import Head, LowRank, Shard
 from loss_problems import CASES, fused, longest_unit, setting
 from problems import (
@@ -150,7 +150,7 @@ def twice() -> list[tuple[Tensor, dict[str, Tensor]]]:
 
 def by_torch(patch: pytest.MonkeyPatch) -> None:
     """A workspace holds as many rows with the native extension as without."""
-    patch.setattr("fastpost.gemm.native_products", lambda dtype, device: None)
+    patch.setattr("fastpost.core.gemm.native_products", lambda dtype, device: None)
 
 
 def moved(call: Callable[[], Tensor], workspace: int = 1 << 20) -> tuple[list[int], list[int]]:
@@ -189,7 +189,7 @@ def eager_rows() -> list[int]:
         small_tiles(patch, columns=64)
         small_workspace(patch, 8_000)
         by_torch(patch)
-        patch.setattr("fastpost.eager._in_place", lambda sweep: False)
+        patch.setattr("fastpost.core.eager._in_place", lambda sweep: False)
         return [eager_sweep(door.problem, door.operands, kept=kept).rows_each for kept in (False, True)]
 
 

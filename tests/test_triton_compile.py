@@ -88,7 +88,7 @@ def test_rows_that_start_anywhere_are_seen_to_be_read_in_pieces(tmp_path):
 
 
 def test_slots_are_those_of_the_torch_kernels():
-    from fastpost import rows as torch_rows
+    from fastpost.core import rows as torch_rows
 
     places = vars(rows) | vars(logits) | vars(sums)
     for name in (n for n in vars(torch_rows) if n.isupper() and not n.endswith("_ROWS") and n != "LAYOUT"):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.utils.generic import ModelOutput
 
-from fastpost.door import eager_only
+from fastpost.core.door import eager_only
 from fastpost.equation import Loss
 from fastpost.head import fused_loss, token_stats
 from fastpost.integrations.routers import router_coefficient, router_loss

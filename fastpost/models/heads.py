@@ -1,5 +1,5 @@
 """From a Hugging Face causal LM to its `Head`: logits = softcap(scale * (hidden @ weight.T + bias)), and its LoRA.
-The weight may be one of bitsandbytes: NF4, FP4 or int8 (`fastpost.quantised`).
+The weight may be one of bitsandbytes: NF4, FP4 or int8 (`fastpost.core.quantised`).
 
 Families write the same thing under many names and in both directions (Granite divides by `logits_scaling`,
 HyperCLOVA-X multiplies by it); the tables below are the only place that knows. Whatever they cannot express is refused
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpost.core.quantised import KINDS, weight_of
 from fastpost.models.sharded import Reader
 from fastpost.models.trunk import causal_lm
-from fastpost.quantised import KINDS, weight_of
 from fastpost.types import Head, LowRank
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM

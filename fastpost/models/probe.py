@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastpost.core.quantised import Quantised, Weight
 from fastpost.models.heads import head_of
 from fastpost.models.trunk import causal_lm, hidden_states
 from fastpost.packing import Example, Packed, pack
-from fastpost.quantised import Quantised, Weight
 from fastpost.shared_prompt import share_prompts
 
 ROWS = 4096  # of a weight that are widened together

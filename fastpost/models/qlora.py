@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fastpost.quantised import KINDS
+from fastpost.core.quantised import KINDS
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig

@@ -1,4 +1,4 @@
-"""The head's share: the workspace that `fastpost.sweep` plans for these shapes, and when its gradients are made.
+"""The head's share: the workspace that `fastpost.core.sweep` plans for these shapes, and when its gradients are made.
 
 The head itself is acted out: its schedule is chosen as `fastpost.head` chooses it, its gradients appear when that makes
 them, and the workspace is the one that a `Sweep` of the same operands allows itself.
@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastpost.eager import eager_sweep
+from fastpost.core.eager import eager_sweep
+from fastpost.core.sweep import Operands, Problem, Sweep
 from fastpost.models.heads import head_of
 from fastpost.planning.outline import Outline
 from fastpost.planning.timeline import Recorder
-from fastpost.sweep import Operands, Problem, Sweep
 
 Schedule = Literal["statistics", "frozen", "eager", "lazy"]
 

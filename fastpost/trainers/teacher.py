@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastpost.likeliest import likeliest
+from fastpost.core.likeliest import likeliest
 from fastpost.models.adapters import base_of, is_adapter
 from fastpost.models.loading import load_model
 from fastpost.models.role import Role

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastpost.quantised import Quantised, Weight
+from fastpost.core.quantised import Quantised, Weight
 from fastpost.types.checks import check_tensor
 from fastpost.types.shard import Shard
 
@@ -46,7 +46,7 @@ def _check_weight(weight: Tensor) -> None:
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(
             f"head.weight must be a floating (V, D) matrix, got {weight.dtype} of shape {tuple(weight.shape)}; a "
-            "layer of bitsandbytes is read by fastpost.quantised.weight_of(layer)"
+            "layer of bitsandbytes is read by fastpost.core.quantised.weight_of(layer)"
         )
 
 
@@ -60,7 +60,7 @@ class Head:
     bias: Tensor | None = None  # (V,)
     softcap: float | None = None  # c, as Gemma 2 caps its logits; None: no cap
     scale: float = 1.0
-    lora: tuple[LowRank, ...] = ()  # exact, and trained through: see fastpost.lowrank
+    lora: tuple[LowRank, ...] = ()  # exact, and trained through: see fastpost.core.lowrank
     shard: Shard | None = None  # None: the whole vocabulary is here
 
     def __post_init__(self):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from fastpost.quantised import Weight
+from fastpost.core.quantised import Weight
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Shard:
     """A vocabulary in pieces (tensor parallel): rank i of `group` holds the next sizes[i] rows of it.
 
     Each rank makes a Head of its own rows, and all make the same calls with the same hidden states, targets and batch;
-    a target counts in the whole vocabulary. See fastpost.shard.
+    a target counts in the whole vocabulary. See fastpost.core.shard.
     """
 
     sizes: tuple[int, ...]

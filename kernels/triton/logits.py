@@ -1,6 +1,6 @@
 """How raw products become logits: shared by the kernels of rows.py and forward.py.
 
-The lines quoted above a stage are those of fastpost/rows.py.
+The lines quoted above a stage are those of fastpost/core/rows.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The row kernels on a GPU: what `fastpost.rows.TorchRows` does, one pass over the tile for each kernel.
+"""The row kernels on a GPU: what `fastpost.core.rows.TorchRows` does, one pass over the tile for each kernel.
 
   fold     one program a row: maxima and sums, then (frozen schedule) e^(z - max) in the operands' dtype
   mixture  one program a row: KL(p || m) and KL(q || m)
@@ -9,7 +9,7 @@ fold keeps its row of the tile in registers from the load to the last write; onl
 again. Nothing is split over the columns of a row: 8192 of them are 32 KB, which one multiprocessor reads from L2 in a
 third of a microsecond, and a second launch, to put parts together, costs several.
 
-Tiles are fp32; every sum is fp32. The lines quoted above a stage are those of fastpost/rows.py.
+Tiles are fp32; every sum is fp32. The lines quoted above a stage are those of fastpost/core/rows.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-# The rows of the coefficients: the same places as in fastpost/rows.py.
+# The rows of the coefficients: the same places as in fastpost/core/rows.py.
 C_TARGET, C_P, C_PLOGP, C_APART_Q, C_Q, C_PSQ, C_ONE, C_APART_M, C_AT_1 = map(tl.constexpr, range(9))
 C_MAX, C_LOG_SUM, C_MAX_Q, C_LOG_SUM_Q, C_MAX_1, C_LOG_SUM_1, C_LOG_SUM_SQ = map(tl.constexpr, range(9, 16))
 
@@ -174,8 +174,8 @@ def _grads_kernel(
 
 
 class TritonRows:
-    """`fold`, `mixture` and `grads` of fastpost.rows.TorchRows, with its arguments. Tiles are fp32 with unit column
-    stride."""
+    """`fold`, `mixture` and `grads` of fastpost.core.rows.TorchRows, with its arguments. Tiles are fp32 with unit
+    column stride."""
 
     def __init__(self, table: Mapping[str, Row] = ROWS):
         self._table = table

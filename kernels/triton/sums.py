@@ -15,7 +15,7 @@ from fastpost.kernels.logits import NOTHING
 import triton
 import triton.language as tl
 
-# The same places as in fastpost/rows.py; a test compares them.
+# The same places as in fastpost/core/rows.py; a test compares them.
 MAX, SUM, TARGET, SUM_Z, SUM_SQ, TOTAL, MAX_Q, SUM_Q, APART_P, APART_Q, MAX_1, SUM_1, P_M, Q_M = map(
     tl.constexpr, range(14)
 )

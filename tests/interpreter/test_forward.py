@@ -10,8 +10,8 @@ import os
 import pytest
 import torch
 
-from fastpost import rows as row_math
-from fastpost.rows import Shape, TorchRows
+from fastpost.core import rows as row_math
+from fastpost.core.rows import Shape, TorchRows
 from rules import assert_close_to_truth
 
 if os.environ.get("TRITON_INTERPRET") != "1":

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import fastpost as fp
-from fastpost import rows as row_math
-from fastpost import sweep
-from fastpost.rows import Shape, TorchRows
+from fastpost.core import rows as row_math
+from fastpost.core import sweep
+from fastpost.core.rows import Shape, TorchRows
 from fastpost.types import OUTPUTS
 from problems import assert_loss_exact
 from problems import problem as head_problem
@@ -30,7 +30,7 @@ STATISTICS = [name for name in OUTPUTS if name != "top1"]
 @pytest.fixture
 def triton_rows(monkeypatch):
     monkeypatch.setattr(sweep, "row_kernels", lambda device, dtype: TritonRows())
-    monkeypatch.setattr("fastpost.gemm.native_products", lambda dtype, device: None)
+    monkeypatch.setattr("fastpost.core.gemm.native_products", lambda dtype, device: None)
 
 
 def problem(T: int, D: int, V: int, seed: int = 0, dtype: torch.dtype = torch.float32):
@@ -68,7 +68,7 @@ def test_every_statistic_is_close_to_truth(monkeypatch, name, T, D, V, softcap):
 
     def by(kernels, dtype):
         monkeypatch.setattr(sweep, "row_kernels", lambda *_: kernels())
-        monkeypatch.setattr("fastpost.gemm.native_products", lambda dtype, device: None)
+        monkeypatch.setattr("fastpost.core.gemm.native_products", lambda dtype, device: None)
         hidden, weight, bias, target, (hidden_q, weight_q), temperature = problem(T, D, V, dtype=dtype)
         q = hidden_q, fp.Head(weight_q, None, softcap, 0.9)
         return run(hidden, fp.Head(weight, bias, softcap, 1.3), target, q, temperature, name)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sanitize
-from fastpost import sweep
+from fastpost.core import sweep
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
@@ -32,7 +32,7 @@ def test_every_kernel_is_launched(monkeypatch):
         module = rows if hasattr(rows, name) else forward
         monkeypatch.setattr(module, name, Launched(getattr(module, name), name, launched))
     monkeypatch.setattr(sweep, "row_kernels", lambda device, dtype: rows.TritonRows())
-    monkeypatch.setattr("fastpost.gemm.native_products", lambda dtype, device: None)
+    monkeypatch.setattr("fastpost.core.gemm.native_products", lambda dtype, device: None)
     tables = dict.fromkeys(("plain", "one", "two", "fp32"), Product(16, 64, 16, 4, 2))
     monkeypatch.setattr(forward, "forward_on", lambda device: forward.TritonForward(tables, True, 3))
     sanitize.launch(torch.device("cpu"))

@@ -22,13 +22,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastpost.chunk import Totals, fold_chunk, grad_chunk
-from fastpost.gemm import exact_products
-from fastpost.once import differentiable_once
-from fastpost.problem import Operands, Problem, put
-from fastpost.quantised import Quantised, Weight
-from fastpost.shard import add_up, target_rows
-from fastpost.sweep import Chunk, Sweep, spans
+from fastpost.core.chunk import Totals, fold_chunk, grad_chunk
+from fastpost.core.gemm import exact_products
+from fastpost.core.once import differentiable_once
+from fastpost.core.problem import Operands, Problem, put
+from fastpost.core.quantised import Quantised, Weight
+from fastpost.core.shard import add_up, target_rows
+from fastpost.core.sweep import Chunk, Sweep, spans
 from fastpost.types import NEEDS_REFERENCE
 
 PASS = {"cpu": 1 << 18, "cuda": 1 << 24}  # numbers that are rescaled or converted together: on a CPU, in cache

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastpost.checks import (
+from fastpost.core.checks import (
     check_hidden,
     check_kept_teacher,
     check_kept_temperatures,
@@ -18,10 +18,10 @@ from fastpost.checks import (
     check_teacher,
     check_temperature,
 )
-from fastpost.compaction import find_rows
-from fastpost.lowrank import low_rank
-from fastpost.problem import Operands, Problem, Reference
-from fastpost.quantised import Quantised, Weight, same
+from fastpost.core.compaction import find_rows
+from fastpost.core.lowrank import low_rank
+from fastpost.core.problem import Operands, Problem, Reference
+from fastpost.core.quantised import Quantised, Weight, same
 from fastpost.types import NEEDS_REFERENCE, OUTPUTS, Head, Stats, TopK
 
 

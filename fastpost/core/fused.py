@@ -10,8 +10,8 @@ from collections.abc import Set as AbstractSet
 
 from torch import Tensor
 
-from fastpost.gemm import Packed
-from fastpost.sweep import Chunk, Columns, Sweep
+from fastpost.core.gemm import Packed
+from fastpost.core.sweep import Chunk, Columns, Sweep
 from fastpost.types import NEEDS_REFERENCE
 
 Side = tuple[Packed, Tensor, Tensor | None]  # the packed hidden states, the block's weight, where its tile is held

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpost import fused, topk
-from fastpost import rows as row_math
-from fastpost.gemm import Packed
-from fastpost.kept import Kept
-from fastpost.rows import C_P, LOWEST, MAX, P_M, Q_M, SUM, TARGET
-from fastpost.shard import add_up, join
-from fastpost.sweep import Chunk, Columns, Sweep
+from fastpost.core import fused, topk
+from fastpost.core import rows as row_math
+from fastpost.core.gemm import Packed
+from fastpost.core.kept import Kept
+from fastpost.core.rows import C_P, LOWEST, MAX, P_M, Q_M, SUM, TARGET
+from fastpost.core.shard import add_up, join
+from fastpost.core.sweep import Chunk, Columns, Sweep
 from fastpost.types import NEEDS_REFERENCE
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpost.quantised import Weight
+from fastpost.core.quantised import Weight
 from fastpost.types import NEEDS_REFERENCE, Shard, TopK
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastpost.native import Panels as Packed
+    from fastpost.core.native import Panels as Packed
 else:
     Packed = object  # (it comes from an extension that may be missing)
 
@@ -50,7 +50,7 @@ def native_products(dtype: torch.dtype, device: torch.device) -> ModuleType | No
     if device.type != "cpu":
         return None
     try:
-        from fastpost import native
+        from fastpost.core import native
     except ImportError:
         return None
     return native if native.isa(dtype) else None

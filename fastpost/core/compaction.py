@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpost.checks import check_range
+from fastpost.core.checks import check_range
 
 
 class Rows(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from fastpost.quantised import Quantised
+from fastpost.core.quantised import Quantised
 from fastpost.types import NEEDS_REFERENCE, OUTPUTS, Head, TopK, nearest
 
 TOO_LIKELY = 1e-2  # by how much a teacher's stored probabilities may exceed one: what bfloat16 rounding makes of them

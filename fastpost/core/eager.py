@@ -2,7 +2,7 @@
 
   held   a chunk's logits stay while the loss is made of its statistics, and become gradients: any statistic
   kept   where logp alone carries a gradient: U as in the frozen schedule, and dW from what U was made of, which stays
-         instead (`fastpost.kept`), if one chunk is all where dW will be. Half the room, and the weight is read once
+         instead (`core.kept`), if one chunk is all where dW will be. Half the room, and the weight is read once
 
 3 G, or 2 G with the weight frozen. The first backward hands the gradients over, so that no second (V, D) tensor is made
 beside them; another one, of a graph that was retained, makes them anew.
@@ -18,16 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpost.chunk import Totals, fold_chunk, grad_chunk, keep_chunk
+from fastpost.core.chunk import Totals, fold_chunk, grad_chunk, keep_chunk
+from fastpost.core.gemm import exact_products
+from fastpost.core.kept import Kept
+from fastpost.core.once import differentiable_once
+from fastpost.core.problem import Operands, Problem, put
+from fastpost.core.quantised import Quantised, Weight
+from fastpost.core.schedules import dlogp_rows, join_parts, scaled, totals_of, zeros
+from fastpost.core.shard import target_rows
+from fastpost.core.sweep import Sweep
 from fastpost.equation import Loss
-from fastpost.gemm import exact_products
-from fastpost.kept import Kept
-from fastpost.once import differentiable_once
-from fastpost.problem import Operands, Problem, put
-from fastpost.quantised import Quantised, Weight
-from fastpost.schedules import dlogp_rows, join_parts, scaled, totals_of, zeros
-from fastpost.shard import target_rows
-from fastpost.sweep import Sweep
 from fastpost.types import OUTPUTS, Batch, Stats
 
 

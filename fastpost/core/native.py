@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastpost import _native
-from fastpost.rows import LAYOUT, Shape, TorchRows
+from fastpost.core.rows import LAYOUT, Shape, TorchRows
 from fastpost.types import NEEDS_REFERENCE
 
 if getattr(_native, "LAYOUT", None) != LAYOUT:

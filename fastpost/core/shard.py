@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastpost.quantised import Weight
-from fastpost.rows import APART_P, APART_Q, MAX, MAX_1, MAX_Q, SUM, SUM_1, SUM_Q, SUM_SQ, SUM_Z, TARGET
+from fastpost.core.quantised import Weight
+from fastpost.core.rows import APART_P, APART_Q, MAX, MAX_1, MAX_Q, SUM, SUM_1, SUM_Q, SUM_SQ, SUM_Z, TARGET
 from fastpost.types import Shard
 
 MAXIMA = (MAX, MAX_Q, MAX_1)

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpost.gemm import exact_products, wide
-from fastpost.once import differentiable_once
-from fastpost.problem import cut, put
+from fastpost.core.gemm import exact_products, wide
+from fastpost.core.once import differentiable_once
+from fastpost.core.problem import cut, put
 from fastpost.types import LowRank
 
 ROWS = 1024  # of the hidden states that are widened together

@@ -1,7 +1,7 @@
 """A way through the logits of (rows, vocabulary) tile by tile, in a workspace whose size depends on neither T nor V.
 
 Rows are cut into chunks; within a chunk the vocabulary is cut into blocks of columns; a tile is one product of the two,
-fp32. `fastpost.chunk` makes statistics or gradients of a chunk. A sweep is streamed (a tile is gone once
+fp32. `fastpost.core.chunk` makes statistics or gradients of a chunk. A sweep is streamed (a tile is gone once
 folded) or held (a chunk's whole rows stay until its gradients are made; fewer rows then fit, but no tile is computed
 twice).
 """
@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpost import rows as row_math
-from fastpost import topk
-from fastpost.gemm import Gemm, Packed, wide
-from fastpost.problem import Operands, Problem, cut
-from fastpost.rows import Shape
+from fastpost.core import rows as row_math
+from fastpost.core import topk
+from fastpost.core.gemm import Gemm, Packed, wide
+from fastpost.core.problem import Operands, Problem, cut
+from fastpost.core.rows import Shape
 
 # Bytes of tiles, blocks and accumulators that a sweep may hold, and the columns of a tile: on a CPU its scratch stays
 # near the caches. Where whole rows of logits are held every chunk reads and packs the head anew: at V 131072 that takes
@@ -55,7 +55,7 @@ def row_kernels(device: torch.device, dtype: torch.dtype):
 
             return TritonRows()
         if device.type == "cpu" and dtype == torch.float32:
-            from fastpost.native import NativeRows
+            from fastpost.core.native import NativeRows
 
             return NativeRows()
     except ImportError:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastpost.door import open_door
-from fastpost.gemm import exact_products
-from fastpost.rows import MAX, SUM, new_state, shaped
-from fastpost.sweep import Chunk, Sweep
+from fastpost.core.door import open_door
+from fastpost.core.gemm import exact_products
+from fastpost.core.rows import MAX, SUM, new_state, shaped
+from fastpost.core.sweep import Chunk, Sweep
 from fastpost.types import IGNORE, Head
 
 

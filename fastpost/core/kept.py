@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastpost import rows as row_math
-from fastpost.sweep import Chunk, Columns, Sweep
+from fastpost.core import rows as row_math
+from fastpost.core.sweep import Chunk, Columns, Sweep
 
 
 @dataclass(frozen=True)
