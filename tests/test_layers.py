@@ -73,6 +73,7 @@ MAY_IMPORT = {
     "trainers": (
         *("", "knobs", "types", "losses", "advantages", "weights", "metrics", "packing", "shared_prompt", "head"),
         *("core.likeliest", "files", "data", "models", "integrations", "rollout", "rewards", "watching"),
+        "doctor.checks",
     ),
     "doctor.columns": ("types", "files", "data"),
     "doctor.checks": ("types", "files", "data", "doctor.columns"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from fastpost.data import Counts
@@ -53,6 +54,14 @@ def count_problems(counts: Counts) -> Problems:
     return Problems(tuple(unsound), tuple(odd))
 
 
+def label_problems(desirable: int, undesirable: int) -> Problems:
+    """KTO pushes desirable completions and undesirable ones apart: it wants both."""
+    if desirable and undesirable:
+        return Problems()
+    kind = "desirable" if desirable else "undesirable"
+    return Problems(unsound=(f"every completion is {kind}: there is nothing to tell it from",))
+
+
 # ---- tokenizers and their templates ----
 
 
@@ -65,14 +74,14 @@ def tokenizer_problems(tokenizer: Any) -> Problems:
     return Problems()
 
 
-def template_problems(conversations: Sequence[Row], tokenizer: Any) -> Problems:
+def template_problems(conversations: Rows, tokenizer: Any) -> Problems:
     """What a chat template does to conversations: rows of `messages`, of a prompt and an answer, or of a prompt."""
-    if not conversations:
+    if not len(conversations):
         return Problems()
     if not getattr(tokenizer, "chat_template", None):
         return Problems(unsound=("the rows are conversations, but the tokenizer has no chat template",))
-    every = -(-len(conversations) // SEEN)
-    turns = [_Turn.of(row, tokenizer) for row in conversations[::every]]
+    some = (conversations[i] for i in range(0, len(conversations), -(-len(conversations) // SEEN)))
+    turns = [_Turn.of(row, tokenizer) for row in some]
     return _turn_problems([turn for turn in turns if turn is not None], tokenizer)
 
 
@@ -162,13 +171,19 @@ class Overlap:
 
 def overlap(train: Rows, held_out: Rows) -> Overlap:
     """Held-out rows, and prompts, that training has word for word: an evaluation on them measures memory."""
-    rows = {key(row): i for i, row in reversed(list(enumerate(train)))}
-    prompts = {key(p): i for i, row in reversed(list(enumerate(train))) if (p := prompt_of(row)) is not None}
-    same_rows = [(i, rows[key(row)]) for i, row in enumerate(held_out) if key(row) in rows]
-    same_prompts = [
-        (i, prompts[key(p)])
-        for i, row in enumerate(held_out)
-        if (p := prompt_of(row)) is not None and key(p) in prompts
-    ]
-    example = next(iter(same_rows + same_prompts), None)
-    return Overlap(len(train), len(held_out), len(same_rows), len(same_prompts), example)
+    asked = [_keys(row) for row in held_out]
+    wanted = set(chain.from_iterable(asked)) - {None}
+    first: dict[str | None, int] = {}  # where training has it
+    for i, row in enumerate(train):
+        for name in _keys(row):
+            if name in wanted:
+                first.setdefault(name, i)
+    rows, prompts = ([(i, first[names[k]]) for i, names in enumerate(asked) if names[k] in first] for k in (0, 1))
+    example = next(iter(rows + prompts), None)
+    return Overlap(len(train), len(held_out), len(rows), len(prompts), example)
+
+
+def _keys(row: Row) -> tuple[str, str | None]:
+    """Of the row, and of what it asks; one is never the other's, since a row is an object."""
+    asked = prompt_of(row)
+    return key(row), None if asked is None else key(asked)

@@ -19,7 +19,7 @@ from fastpost.data import (
     unpaired_examples,
 )
 from fastpost.data.columns import IMITATED
-from fastpost.doctor.checks import Problems, count_problems, template_problems, tokenizer_problems
+from fastpost.doctor.checks import Problems, count_problems, label_problems, template_problems, tokenizer_problems
 from fastpost.doctor.columns import kind_of
 from fastpost.doctor.config import Doctor
 from fastpost.files import Rows
@@ -118,15 +118,6 @@ def reader_of(rows: Rows, verb: Verb) -> Reader:
     return readers.get(verb, _compared if verb in ("dpo", "orpo", "simpo", "cpo") else _prompted)
 
 
-def _label_problems(units: Sequence[Unit]) -> Problems:
-    """KTO pushes desirable completions and undesirable ones apart: it wants both."""
-    desirable = sum("desirable" in unit for unit in units)
-    if 0 < desirable < len(units):
-        return Problems()
-    kind = "desirable" if desirable else "undesirable"
-    return Problems(unsound=(f"every completion is {kind}: there is nothing to tell it from",))
-
-
 def _lengths(reader: Reader, source: Source) -> tuple[int, ...]:
     """Tokens of the longest sequence of each example if nothing were cut; of rows evenly spaced, if there are many."""
     every = -(-len(source.rows) // MEASURED)
@@ -150,7 +141,8 @@ def _read(verbs: tuple[Verb, ...], reader: Reader, source: Source, shared: Probl
         return Reading(verbs, None, Problems(unsound=(str(error),)) + shared)
     problems = count_problems(counts) + shared
     if reader is _labelled:
-        problems += _label_problems(units)
+        desirable = sum("desirable" in unit for unit in units)
+        problems += label_problems(desirable, len(units) - desirable)
     samples = _spread(units, source.config.samples)
     return Reading(verbs, counts, problems, _lengths(reader, source), samples)
 

@@ -26,6 +26,7 @@ from fastpost.rollout import Completion, Sampling, generate
 from fastpost.trainers.balance import hidden_and_balance
 from fastpost.trainers.checkpoint import check_output_dir
 from fastpost.trainers.config import Distill
+from fastpost.trainers.examples import read_examples
 from fastpost.trainers.given import GivenTeacher, read_data
 from fastpost.trainers.lessons import Lesson, answered, laid, read_lessons, remember
 from fastpost.trainers.loop import autocast, bins, evaluating, seed_of, the_device, without_dropout
@@ -47,8 +48,8 @@ def distill(config: Distill, **given: Unpack[GivenTeacher]) -> Any:
     model, teacher = begun.model, begun.parts.teacher if isinstance(begun.parts, TaughtParts) else None
     if config.disable_dropout:
         without_dropout(model)
-    data = {name: read_lessons(name, part, begun, config) for name, part in rows.items()}
-    with Run("distill", config, begun, len(data["train"])) as run:
+    data, facts = read_examples(rows, "distill", begun.tokenizer, partial(read_lessons, begun, config))
+    with Run("distill", config, begun, len(data["train"]), data=facts) as run:
         for _ in run.steps():
             window, shown = next_window(run, data["train"], begun, teacher, config)
             values = backward(model, window, teacher, config, run.world)

@@ -20,6 +20,7 @@ from fastpost.losses.preference import chosen_nll
 from fastpost.packing import Packed
 from fastpost.trainers.checkpoint import check_output_dir
 from fastpost.trainers.config import Dpo
+from fastpost.trainers.examples import read_examples
 from fastpost.trainers.given import GivenReference, read_data
 from fastpost.trainers.loop import without_dropout
 from fastpost.trainers.pairs import Objective, backward, evaluate, read_pairs, tokens_of, with_reference
@@ -42,9 +43,9 @@ def dpo(config: Dpo, **given: Unpack[GivenReference]) -> Any:
     model = begun.model
     if config.disable_dropout:
         without_dropout(model)
-    data = {name: read_pairs(name, part, begun.tokenizer, model, config) for name, part in rows.items()}
+    data, facts = read_examples(rows, "dpo", begun.tokenizer, partial(read_pairs, begun, config))
     reference = indifferent if config.reference_free else reference_of(begun, config, given).scored
-    with Run("dpo", config, begun, len(data["train"])) as run:
+    with Run("dpo", config, begun, len(data["train"]), data=facts) as run:
         if config.precompute_ref_log_probs:
             data = {name: with_reference(pairs, reference, config, run.world) for name, pairs in data.items()}
             reference = indifferent

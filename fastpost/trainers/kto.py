@@ -16,18 +16,21 @@ import torch
 from torch import Tensor
 
 from fastpost import losses, metrics
-from fastpost.data import Unpaired, joined, unpaired_examples
+from fastpost.data import Counts, Unpaired, joined, unpaired_examples
+from fastpost.doctor.checks import label_problems
+from fastpost.files import Rows
 from fastpost.models.trunk import positions
 from fastpost.packing import Example, pack, placeholder
 from fastpost.trainers.checkpoint import check_output_dir
 from fastpost.trainers.config import Kto
+from fastpost.trainers.examples import read_examples, say_problems
 from fastpost.trainers.given import GivenReference, read_data
 from fastpost.trainers.log import say
 from fastpost.trainers.loop import autocast, bins, check_lengths, evaluating, the_device, without_dropout
 from fastpost.trainers.pairs import losses_of
 from fastpost.trainers.reference import Reference, reference_of
 from fastpost.trainers.run import Run
-from fastpost.trainers.start import start
+from fastpost.trainers.start import Start, start
 from fastpost.trainers.world import ALONE, World
 from fastpost.types import IGNORE
 from fastpost.weights import Window, sequence_mean
@@ -45,10 +48,10 @@ def kto(config: Kto, **given: Unpack[GivenReference]) -> Any:
     model = begun.model
     if config.disable_dropout:
         without_dropout(model)
-    data = {name: _unpaired(name, part, begun.tokenizer, model, config) for name, part in rows.items()}
+    data, facts = read_examples(rows, "kto", begun.tokenizer, partial(_unpaired, begun, config))
     _say_balance(data["train"], config)
     reference = reference_of(begun, config, given)
-    with Run("kto", config, begun, len(data["train"])) as run:
+    with Run("kto", config, begun, len(data["train"]), data=facts) as run:
         for _ in run.steps():
             window = [data["train"][i] for i in run.take()]
             tokens = sum(len(each.input_ids) for each in _examples(window))
@@ -58,18 +61,18 @@ def kto(config: Kto, **given: Unpack[GivenReference]) -> Any:
     return run.finish()
 
 
-def _unpaired(name: str, rows: Any, tokenizer: Any, model: Any, config: Kto) -> list[Unpaired]:
-    room = positions(model)
-    found, counts = unpaired_examples(rows, tokenizer, config.max_length, positions=room)
-    say(f"{name}: {counts}")
+def _unpaired(begun: Start, config: Kto, name: str, rows: Rows) -> tuple[list[Unpaired], Counts]:
+    room = positions(begun.model)
+    found, counts = unpaired_examples(rows, begun.tokenizer, config.max_length, positions=room, path=name)
     check_lengths([len(each.input_ids) for each in _examples(found)], room, config)
-    return found
+    return found, counts
 
 
 def _say_balance(rows: Sequence[Unpaired], config: Kto) -> None:
     """Where one label outweighs the other beyond the paper's advice, with the weights that would mend it."""
     desirable = sum(one.label for one in rows)
     other = len(rows) - desirable
+    say_problems("train", label_problems(desirable, other))
     ours, theirs = config.desirable_weight * desirable, config.undesirable_weight * other
     if BALANCED[0] * theirs <= ours <= BALANCED[1] * theirs:
         return

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastpost import Batch, Head, TopK
-from fastpost.data import distill_examples, prompt_of
+from fastpost.data import Counts, distill_examples, prompt_of
 from fastpost.files import Rows
 from fastpost.models.loading import load_tokenizer
 from fastpost.models.trunk import positions
@@ -20,7 +20,6 @@ from fastpost.rollout import Completion
 from fastpost.trainers import teacher_cache as cache
 from fastpost.trainers.config import Distill
 from fastpost.trainers.given import GivenTeacher
-from fastpost.trainers.log import say
 from fastpost.trainers.loop import check_lengths, the_device
 from fastpost.trainers.start import Start
 from fastpost.trainers.teacher import alone, said
@@ -35,18 +34,18 @@ class Lesson:
     known: Callable[[], cache.TopTokens] | None = None  # None: the teacher is there to be asked
 
 
-def read_lessons(name: str, rows: Rows, begun: Start, config: Distill) -> list[Lesson]:
+def read_lessons(begun: Start, config: Distill, name: str, rows: Rows) -> tuple[list[Lesson], Counts]:
     """Those of "train" or "eval", of which each fits in the model and in a pack."""
-    examples, counts = distill_examples(rows, begun.tokenizer, config.max_length, config.max_prompt_length)
-    say(f"{name}: {counts}")
+    limits = config.max_length, config.max_prompt_length
+    examples, counts = distill_examples(rows, begun.tokenizer, *limits, path=name)
     _check_answers(name, examples, config)
     room = positions(begun.model)
     check_lengths([len(example.input_ids) for example in examples], room, config)
     if config.samples:
         _check_room(examples, room, config)
     if config.teacher_cache is None:
-        return [Lesson(example) for example in examples]
-    return _stored(name, examples, begun, config)
+        return [Lesson(example) for example in examples], counts
+    return _stored(name, examples, begun, config), counts
 
 
 def answered(lessons: Sequence[Lesson], completions: Sequence[Completion]) -> list[Lesson]:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from fastpost import Batch, Head, Loss, Stats, fused_loss, metrics
-from fastpost.data import Pair, preference_examples
+from fastpost.data import Counts, Pair, preference_examples
+from fastpost.files import Rows
 from fastpost.models.trunk import positions
 from fastpost.packing import Packed, pack, placeholder
 from fastpost.trainers.balance import hidden_and_balance
 from fastpost.trainers.config import Pairs, Training
-from fastpost.trainers.log import say
 from fastpost.trainers.loop import autocast, bins, check_lengths, evaluating, the_device
+from fastpost.trainers.start import Start
 from fastpost.trainers.world import ALONE, World
 from fastpost.weights import Window, sequence_mean
 
@@ -39,13 +40,12 @@ class Objective:
     reference: Callable[[Packed], Packed] | None = None
 
 
-def read_pairs(name: str, rows: Any, tokenizer: Any, model: Any, config: Pairs) -> list[Pair]:
-    """The pairs of a file, of which each fits in the model and in a pack."""
-    room = positions(model)
-    pairs, counts = preference_examples(rows, tokenizer, config.max_length, positions=room)
-    say(f"{name}: {counts}")
+def read_pairs(begun: Start, config: Pairs, name: str, rows: Rows) -> tuple[list[Pair], Counts]:
+    """The pairs of "train" or "eval", of which each fits in the model and in a pack."""
+    room = positions(begun.model)
+    pairs, counts = preference_examples(rows, begun.tokenizer, config.max_length, positions=room, path=name)
     check_lengths(lengths_of(pairs), room, config, unit=2)
-    return pairs
+    return pairs, counts
 
 
 def tokens_of(pairs: Sequence[Pair]) -> int:

@@ -12,6 +12,7 @@ from fastpost import losses, metrics
 from fastpost.data import Verb
 from fastpost.trainers.checkpoint import check_output_dir
 from fastpost.trainers.config import Cpo, Orpo, Simpo
+from fastpost.trainers.examples import read_examples
 from fastpost.trainers.given import Given, read_data
 from fastpost.trainers.loop import without_dropout
 from fastpost.trainers.pairs import Objective, backward, evaluate, read_pairs, tokens_of
@@ -53,8 +54,8 @@ def _train(verb: Verb, config: Cpo | Simpo | Orpo, given: Given) -> Any:
     model = begun.model
     if config.disable_dropout:
         without_dropout(model)
-    data = {name: read_pairs(name, part, begun.tokenizer, model, config) for name, part in rows.items()}
-    with Run(verb, config, begun, len(data["train"])) as run:
+    data, facts = read_examples(rows, verb, begun.tokenizer, partial(read_pairs, begun, config))
+    with Run(verb, config, begun, len(data["train"]), data=facts) as run:
         for _ in run.steps():
             window = [data["train"][i] for i in run.take()]
             run.update(backward(model, window, objective, config, run.world), tokens_of(window))

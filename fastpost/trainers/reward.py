@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 
 from fastpost import losses, metrics
-from fastpost.data import Pair, reward_examples
+from fastpost.data import Counts, Pair, reward_examples
+from fastpost.files import Rows
 from fastpost.models.scalar import own_scalar, scores
 from fastpost.models.trunk import positions
 from fastpost.packing import Packed, pack, placeholder
 from fastpost.trainers.balance import hidden_and_balance
 from fastpost.trainers.checkpoint import check_output_dir
 from fastpost.trainers.config import Reward
+from fastpost.trainers.examples import read_examples
 from fastpost.trainers.given import Given, read_data
-from fastpost.trainers.log import say
 from fastpost.trainers.loop import autocast, bins, check_lengths, evaluating, the_device, without_dropout
 from fastpost.trainers.pairs import lengths_of, tokens_of
 from fastpost.trainers.run import Run
 from fastpost.trainers.scored import judge
-from fastpost.trainers.start import start
+from fastpost.trainers.start import Start, start
 from fastpost.trainers.world import ALONE, World
 from fastpost.weights import Window, sequence_mean
 
@@ -41,8 +42,8 @@ def reward(config: Reward, **given: Unpack[Given]) -> Any:
     model = begun.model
     if config.disable_dropout:
         without_dropout(model)
-    data = {name: _pairs(name, part, begun.tokenizer, model, config) for name, part in rows.items()}
-    with Run("reward", config, begun, len(data["train"])) as run:
+    data, facts = read_examples(rows, "reward", begun.tokenizer, partial(_pairs, begun, config))
+    with Run("reward", config, begun, len(data["train"]), data=facts) as run:
         for _ in run.steps():
             window = [data["train"][i] for i in run.take()]
             run.update(backward(model, window, config, run.world), tokens_of(window))
@@ -51,12 +52,11 @@ def reward(config: Reward, **given: Unpack[Given]) -> Any:
     return run.finish()
 
 
-def _pairs(name: str, rows: Any, tokenizer: Any, model: Any, config: Reward) -> list[Pair]:
-    room = positions(model)
-    pairs, counts = reward_examples(rows, tokenizer, config.max_length, positions=room)
-    say(f"{name}: {counts}")
+def _pairs(begun: Start, config: Reward, name: str, rows: Rows) -> tuple[list[Pair], Counts]:
+    room = positions(begun.model)
+    pairs, counts = reward_examples(rows, begun.tokenizer, config.max_length, positions=room, path=name)
     check_lengths(lengths_of(pairs), room, config, unit=2)
-    return pairs
+    return pairs, counts
 
 
 def backward(model: Any, window: Sequence[Pair], config: Reward, world: World = ALONE) -> dict[str, float]:

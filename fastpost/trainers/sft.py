@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from fastpost import Head, Stats, fused_loss, losses, metrics
-from fastpost.data import sft_examples
+from fastpost.data import Counts, sft_examples
+from fastpost.files import Rows
 from fastpost.metrics import Part
 from fastpost.models.trunk import positions
 from fastpost.packing import Example, Packed, pack, placeholder
 from fastpost.trainers.balance import hidden_and_balance
 from fastpost.trainers.checkpoint import check_output_dir
 from fastpost.trainers.config import Sft
+from fastpost.trainers.examples import read_examples
 from fastpost.trainers.given import Given, read_data
-from fastpost.trainers.log import say
 from fastpost.trainers.loop import autocast, bins, check_lengths, evaluating, the_device
 from fastpost.trainers.run import Run
-from fastpost.trainers.start import start
+from fastpost.trainers.start import Start, start
 from fastpost.trainers.world import ALONE, World
 from fastpost.types import IGNORE
 from fastpost.weights import Window, token_mean
@@ -34,8 +35,8 @@ def sft(config: Sft, **given: Unpack[Given]) -> Any:
     rows = read_data(config, given, "sft")
     begun = start(config, given)
     model = begun.model
-    data = {name: _examples(name, part, begun.tokenizer, positions(model), config) for name, part in rows.items()}
-    with Run("sft", config, begun, len(data["train"])) as run:
+    data, facts = read_examples(rows, "sft", begun.tokenizer, partial(_examples, begun, config))
+    with Run("sft", config, begun, len(data["train"]), data=facts) as run:
         for _ in run.steps():
             window = [data["train"][i] for i in run.take()]
             run.update(backward(model, window, config, run.world), sum(len(example.input_ids) for example in window))
@@ -44,13 +45,12 @@ def sft(config: Sft, **given: Unpack[Given]) -> Any:
     return run.finish()
 
 
-def _examples(name: str, rows: Any, tokenizer: Any, room: int | None, config: Sft) -> list[Example]:
+def _examples(begun: Start, config: Sft, name: str, rows: Rows) -> tuple[list[Example], Counts]:
     examples, counts = sft_examples(
-        rows, tokenizer, config.max_length, config.completion_only_loss, config.assistant_only_loss
+        rows, begun.tokenizer, config.max_length, config.completion_only_loss, config.assistant_only_loss, path=name
     )
-    say(f"{name}: {counts}")
-    check_lengths([len(example.input_ids) for example in examples], room, config)
-    return examples
+    check_lengths([len(example.input_ids) for example in examples], positions(begun.model), config)
+    return examples, counts
 
 
 def backward(model: Any, window: Sequence[Example], config: Sft, world: World = ALONE) -> dict[str, float]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastpost.data import Prompt, Verb
 from fastpost.trainers.checkpoint import check_output_dir
 from fastpost.trainers.config import Clipped, Sampled
+from fastpost.trainers.examples import read_examples
 from fastpost.trainers.given import GivenRewards, read_data
 from fastpost.trainers.reference import Reference
 from fastpost.trainers.run import Run
@@ -25,6 +27,7 @@ class Stage:
     config: Sampled
     begun: Start
     data: Mapping[str, list[Prompt]]  # "train" and perhaps "eval"
+    facts: Mapping[str, Any]  # of each of the two, what became of its rows
     task: Task
     reference: Reference | None
     shared: bool  # whether completions in one pack have their common prompt once
@@ -42,12 +45,12 @@ class Stage:
         rewards = rewards_of(config, given)
         rows = read_data(config, given, verb)
         begun = start(config, given, build_parts)
-        data = {name: sampled_prompts(name, part, begun.tokenizer, config) for name, part in rows.items()}
+        data, facts = read_examples(rows, verb, begun.tokenizer, partial(sampled_prompts, begun.tokenizer, config))
         task = Task.of(config, rewards, begun.model, begun.tokenizer, begun.world)
         reference = Reference.of(begun, config, given) if refers else None
         with begun.world.whole():
             shared = isinstance(config, Clipped) and shares_prompts(begun.model, config)
-        return Stage(verb, config, begun, data, task, reference, shared)
+        return Stage(verb, config, begun, data, facts, task, reference, shared)
 
     def run(self) -> Run:
         each = self.config.rows_per_round // self.config.num_generations  # prompts of a round
@@ -58,4 +61,5 @@ class Stage:
             len(self.data["train"]),
             each=each,
             iterations=self.config.updates_per_round,
+            data=self.facts,
         )

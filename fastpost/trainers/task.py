@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastpost.data import Prompt, prompts
+from fastpost.data import Counts, Prompt, prompt_examples
 from fastpost.files import Rows
 from fastpost.models.adapters import base_of, is_adapter
 from fastpost.rewards import Reward, given_reward, load_reward
@@ -85,14 +85,13 @@ def rewards_of(config: Sampled, given: GivenRewards) -> list[Reward]:
     return found
 
 
-def sampled_prompts(name: str, rows: Rows, tokenizer: Any, config: Sampled) -> list[Prompt]:
-    """The prompts of a file, none so long that a completion would not fit in a pack beside it."""
-    found = prompts(rows, tokenizer, config.max_prompt_length)
-    say(f"{name}: {len(found)} prompts" + (f", {len(rows) - len(found)} too long" if len(found) < len(rows) else ""))
-    longest = max(len(prompt.input_ids) for prompt in found) + config.max_completion_length
+def sampled_prompts(tokenizer: Any, config: Sampled, name: str, rows: Rows) -> tuple[list[Prompt], Counts]:
+    """The prompts of "train" or "eval", none so long that a completion would not fit in a pack beside it."""
+    found, counts = prompt_examples(rows, tokenizer, config.max_prompt_length, path=name)
+    longest = counts.longest + config.max_completion_length
     if config.max_tokens_per_batch is not None and longest > config.max_tokens_per_batch:
         raise ValueError(
             f"max_tokens_per_batch must hold the longest prompt and max_completion_length, {longest} tokens together, "
             f"got {config.max_tokens_per_batch}"
         )
-    return found
+    return found, counts
