@@ -13,8 +13,8 @@ import tiny
 from fastpost.data import Pair
 from fastpost.packing import Example
 from fastpost.trainers.log import read_lines
+from timeless import timeless
 
-TIMES = ("tokens_per_second", "peak_memory_mb")
 ROWS = [{"per_device_train_batch_size": 3}, {"per_device_train_batch_size": 2}, {"max_tokens_per_batch": 30}]
 SUMS = [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": str(a * b + 7)} for a in range(6) for b in range(3)]
 
@@ -68,7 +68,7 @@ def fields(files: Path, out: Path, **changes) -> dict:
 
 def lines(out: Path) -> list[dict]:
     """Of the metrics, without what depends on the clock."""
-    return [{n: x for n, x in line.items() if n not in TIMES} for line in read_lines(out / "metrics.jsonl")]
+    return [timeless(line) for line in read_lines(out / "metrics.jsonl")]
 
 
 def weights(out: Path) -> bytes:

@@ -164,7 +164,8 @@ def test_on_its_own_answers_a_student_comes_nearer_to_its_teacher_on_prompts_it_
     first, *_, last = lines(out)
     assert last["eval_loss"] == pytest.approx(last["eval_reverse_kl"])
     assert last["eval_loss"] < 0.5 * first["loss"]
-    assert last["completions/max_length"] <= 5 and "step_time/rollout" in last
+    assert last["completions/max_length"] <= 5
+    assert read_lines(out / "metrics.jsonl")[-1]["step_time/rollout"] > 0
     sample = read_lines(out / "completions.jsonl")[-1]
     assert sample["step"] == 39 and sample["prompt"][1] == "+"
 
@@ -189,14 +190,10 @@ def test_k_steps_and_a_resume_give_the_bits_of_the_straight_run(files: Path, tmp
     checkpoint = str(tmp_path / "straight" / "checkpoint-3")
     distill(replace(straight, output_dir=str(tmp_path / "resumed"), resume_from_checkpoint=checkpoint))
     assert weights(tmp_path / "resumed") == weights(tmp_path / "straight")
-    assert without_clock(tmp_path / "resumed") == without_clock(tmp_path / "straight")[3:]
+    assert lines(tmp_path / "resumed") == lines(tmp_path / "straight")[3:]
     begun, _ = load_model(tmp_path / "straight" / "checkpoint-3")
     ended, _ = load_model(tmp_path / "straight")
     assert any(not torch.equal(a, b) for a, b in zip(begun.parameters(), ended.parameters(), strict=True))
-
-
-def without_clock(out: Path) -> list[dict]:
-    return [{name: x for name, x in line.items() if name != "step_time/rollout"} for line in lines(out)]
 
 
 def test_a_teacher_on_the_students_base_says_what_it_says_apart(files: Path, tmp_path: Path):

@@ -75,7 +75,7 @@ def test_a_window_has_the_gradient_of_the_mean_over_all_its_rows(loss_type: str,
     changes = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7, "max_length": 10}
     config = config_of(loss_type=loss_type, **changes, **rows)
     model = tiny.model("qwen3").train()
-    values = backward(model, window(), Reference.apart(other_model(), config), config)
+    values = backward(model, window(), Reference.apart(other_model(), config).scored, config)
     ours = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     has = loss_type == "kto"
     loss32, grad32 = plain(tiny.model("qwen3"), other_model(), has)
@@ -92,9 +92,9 @@ def test_a_window_has_the_gradient_of_the_mean_over_all_its_rows(loss_type: str,
 
 def test_the_baseline_of_a_row_alone_is_none_and_is_never_negative():
     config, model = config_of(), tiny.model("qwen3")
-    reference = Reference.apart(other_model(), config)
+    reference = Reference.apart(other_model(), config).scored
     assert kl(model, window()[:1], reference, config) == 0
-    reverse = Reference.apart(tiny.model("qwen3"), config)
+    reverse = Reference.apart(tiny.model("qwen3"), config).scored
     assert kl(other_model(), window(), reverse, config) == 0
 
 

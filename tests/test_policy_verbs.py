@@ -36,6 +36,7 @@ from fastpost.trainers.rloo import advantages_of as of_rloo_advantages
 from fastpost.trainers.rloo import rloo
 from fastpost.trainers.rollouts import Rollouts, joined, only_groups
 from rules import assert_gradient_close_to_truth
+from timeless import timeless
 
 LENGTHS = (3, 5, 2, 4)
 REWARDS = (1.0, -0.5, 0.3, 2.0)
@@ -251,11 +252,7 @@ def test_k_steps_and_a_resume_give_the_bits_of_the_straight_run(
     resumed = run(verb, "resumed", resume_from_checkpoint=tmp_path / "straight" / "checkpoint-2", **changes)
     weights = "adapter_model.safetensors" if "lora_r" in changes else "model.safetensors"
     assert (tmp_path / "resumed" / weights).read_bytes() == (tmp_path / "straight" / weights).read_bytes()
-    timeless = lambda lines: [  # noqa: E731
-        {n: v for n, v in line.items() if "time" not in n and n not in ("tokens_per_second", "peak_memory_mb")}
-        for line in lines
-    ]
-    assert timeless(resumed) == timeless([line for line in straight if line["step"] > 2])
+    assert [*map(timeless, resumed)] == [timeless(line) for line in straight if line["step"] > 2]
     assert straight[0]["grad_norm"] > 0
 
 

@@ -29,11 +29,11 @@ from fastpost.trainers.checkpoint import checkpoints
 from fastpost.trainers.log import read_lines
 from ranks import two_processes
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
+from timeless import timeless
 from world_runs import CASES, ENGINES, run, runs_of_rank, write
 
 pytestmark = pytest.mark.slow
 
-TIMES = ("tokens_per_second", "peak_memory_mb", "step_time/rollout", "step_time/reward", "step_time/update")
 RESUMED = ("sft", "grpo", "grpo, KL, LoRA")
 HALF = {"max_steps": 4, "save_steps": 2}
 PATIENCE = timedelta(minutes=3)
@@ -78,7 +78,7 @@ def weights(out: Path) -> dict[str, Tensor]:
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
-    return [{n: x for n, x in line.items() if n not in TIMES} for line in read_lines(out / "metrics.jsonl")]
+    return [timeless(line) for line in read_lines(out / "metrics.jsonl")]
 
 
 def assert_trained_alike(ours: Path, same: Path, truth: Path) -> None:

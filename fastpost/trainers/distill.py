@@ -74,12 +74,12 @@ def next_window(
     began = time.perf_counter()
     seed, keys = seed_of(config.seed, run.step), range(first, first + len(window))
     completions = sampled(window, begun, teacher if who == "teacher" else None, config, seed, keys)
-    seconds = time.perf_counter() - began
+    run.clock.spend({"step_time/rollout": time.perf_counter() - began})
     window = answered(window, completions)
     run.show(_sample(run.step, window[0], begun.tokenizer))
     lengths, finished = zip(*((len(c.ids), c.finished) for c in completions), strict=True)
     facts = metrics.floats(metrics.completions(torch.tensor(lengths), torch.tensor(finished)))
-    return window, facts | {"step_time/rollout": seconds}
+    return window, facts
 
 
 def speaker(config: Distill, step: int) -> Literal["student", "teacher", "data"]:

@@ -49,7 +49,7 @@ def dpo(config: Dpo, **given: Unpack[GivenReference]) -> Any:
         if config.precompute_ref_log_probs:
             data = {name: with_reference(pairs, reference, config, run.world) for name, pairs in data.items()}
             reference = indifferent
-        objective = replace(objective, reference=reference)
+        objective = replace(objective, reference=run.clock.part("reference")(reference))
         for _ in run.steps():
             window = [data["train"][i] for i in run.take()]
             run.update(backward(model, window, objective, config, run.world), tokens_of(window))

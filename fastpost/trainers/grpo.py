@@ -38,7 +38,8 @@ def grpo(config: Grpo, **given: Unpack[GivenRewards]) -> Any:
             whole = _corrected(whole, stage, config)
             packs = packs_of(whole, objective, stage, rollouts, run.world)
             if stage.reference is not None:
-                packs = [stage.reference.scored(packed, config.temperature) for packed in packs]
+                with run.clock.part("reference"):
+                    packs = [stage.reference.scored(packed, config.temperature) for packed in packs]
             learn(run, stage, objective, packs, whole, rollouts)
             look(run, stage, rollouts)
     return run.finish()

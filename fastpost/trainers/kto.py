@@ -7,7 +7,7 @@ it, the first that of the last; and z_0 is a constant, at least 0. `apo_zero_unp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Unpack
@@ -20,7 +20,7 @@ from fastpost.data import Counts, Unpaired, joined, unpaired_examples
 from fastpost.doctor.checks import label_problems
 from fastpost.files import Rows
 from fastpost.models.trunk import positions
-from fastpost.packing import Example, pack, placeholder
+from fastpost.packing import Example, Packed, pack, placeholder
 from fastpost.trainers.checkpoint import check_output_dir
 from fastpost.trainers.config import Kto
 from fastpost.trainers.examples import read_examples, say_problems
@@ -37,6 +37,7 @@ from fastpost.weights import Window, sequence_mean
 
 LOSSES = {"kto": losses.kto, "apo_zero_unpaired": losses.apo_zero_unpaired}
 SHOWN = ("entropy", "mean_logp", "lse")  # statistics that only the log reads
+Scored = Callable[[Packed], Packed]  # with ref_logp
 BALANCED = (1.0, 4 / 3)  # the paper's advice: the weight of all desirable rows over that of all others
 
 
@@ -50,8 +51,9 @@ def kto(config: Kto, **given: Unpack[GivenReference]) -> Any:
         without_dropout(model)
     data, facts = read_examples(rows, "kto", begun.tokenizer, partial(_unpaired, begun, config))
     _say_balance(data["train"], config)
-    reference = reference_of(begun, config, given)
+    scored = reference_of(begun, config, given).scored
     with Run("kto", config, begun, len(data["train"]), data=facts) as run:
+        reference = run.clock.part("reference")(scored)
         for _ in run.steps():
             window = [data["train"][i] for i in run.take()]
             tokens = sum(len(each.input_ids) for each in _examples(window))
@@ -88,7 +90,7 @@ def _examples(rows: Sequence[Unpaired]) -> list[Example]:
 
 
 def backward(
-    model: Any, window: Sequence[Unpaired], reference: Reference, config: Kto, world: World = ALONE
+    model: Any, window: Sequence[Unpaired], reference: Scored, config: Kto, world: World = ALONE
 ) -> dict[str, float]:
     """Adds the gradient of the mean loss over all rows of the window, and of a router's; returns means."""
     examples = _examples(window)
@@ -102,7 +104,7 @@ def backward(
     for rows in world.turns(world.share(bins(lengths, config), lengths)):
         label = torch.tensor([window[i].label for i in rows] or [True])
         packed = pack([examples[i] for i in rows] or placeholder(), label=label, **baseline).to(the_device())
-        packed = reference.scored(packed)
+        packed = reference(packed)
         weight = sequence_mean(packed.batch, whole, "sequence")
         packed = replace(packed, batch=replace(packed.batch, weight=weight))
         with autocast(config):
@@ -115,7 +117,7 @@ def backward(
     return metrics.floats(metrics.over_ranks(seen))
 
 
-def kl(model: Any, window: Sequence[Unpaired], reference: Reference, config: Kto, world: World = ALONE) -> Tensor:  # ()
+def kl(model: Any, window: Sequence[Unpaired], reference: Scored, config: Kto, world: World = ALONE) -> Tensor:  # ()
     """The baseline of a step; 0 where a row is alone in it, as the last of an epoch may be."""
     if len(window) < 2:
         return torch.zeros(())
@@ -125,7 +127,7 @@ def kl(model: Any, window: Sequence[Unpaired], reference: Reference, config: Kto
     lengths = [len(mate.input_ids) for mate in mates]
     policy, seen = Reference.now(model, config, world), {}
     for rows in world.share(bins(lengths, config), lengths):
-        packed = reference.scored(pack([mates[i] for i in rows] or placeholder()).to(the_device()))
+        packed = reference(pack([mates[i] for i in rows] or placeholder()).to(the_device()))
         batch = packed.batch
         gained = torch.where(batch.target != IGNORE, policy.logp(packed) - batch.ref_logp, 0.0)
         seen = metrics.joined(seen, {"kl": metrics.mean(batch.per_sequence(gained)[: len(rows)])})
@@ -134,7 +136,7 @@ def kl(model: Any, window: Sequence[Unpaired], reference: Reference, config: Kto
 
 @torch.no_grad()
 def evaluate(
-    model: Any, rows: Sequence[Unpaired], reference: Reference, config: Kto, world: World = ALONE
+    model: Any, rows: Sequence[Unpaired], reference: Scored, config: Kto, world: World = ALONE
 ) -> dict[str, float]:
     """The same means over held-out rows, without gradients."""
     with evaluating(model):

@@ -6,7 +6,6 @@ those that never reach the model, having no gradient, keep their place in it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -50,10 +49,9 @@ def learn(
     """The optimizer steps of a round on its microbatches; `whole` is what they are of."""
     facts = rollout_metrics(rollouts, stage.config.num_generations)
     tokens = int(counts(whole).sum())
+    run.clock.spend(rollouts.seconds)
     for _ in range(run.iterations):
-        began = time.perf_counter()
         packs, values = backward(stage.model, packs, objective, tokens, stage.config, run.world)
-        values |= {"step_time/update": time.perf_counter() - began}
         run.update(facts | values, rollouts.num_tokens, learns=bool(packs))
     if run.first_round:
         say_mismatch(packs)

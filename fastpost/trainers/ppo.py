@@ -55,7 +55,8 @@ def ppo(config: Ppo, **given: Unpack[GivenRewards]) -> Any:
         run.kept.setdefault("kl_coef", config.kl_coef)
         for _ in run.steps():
             rollouts = score(next_rollouts(run, stage), roles, config)
-            whole = known(episodes(rollouts, config), roles, config, run.world)
+            with run.clock.part("reference"):
+                whole = known(episodes(rollouts, config), roles, config, run.world)
             whole, facts = advised(whole, rollouts, run.kept["kl_coef"], config)
             learn(run, whole, roles, objective, facts | rollout_metrics(rollouts, config.num_generations), rollouts)
             if config.target_kl is not None:
@@ -134,15 +135,14 @@ def learn(
 ) -> None:
     """The optimizer steps of a round: each epoch cuts the completions into minibatches anew."""
     config: Any = run.config
+    run.clock.spend(rollouts.seconds)
     S = whole.batch.lengths.numel()
     value_alone = run.step < config.value_warmup_rounds * run.iterations
     for epoch in range(config.num_ppo_epochs):
         shuffled = torch.randperm(S, generator=torch.Generator().manual_seed(seed_of(config.seed, run.step, epoch)))
         for rows in minibatches(shuffled.tolist(), config.num_mini_batches):
-            began = time.perf_counter()
             packs = weighted(microbatches(whole, rows, config, run.world), objective, window_of(whole, rows, run.world))
             values = backward(packs, roles, objective, config, run.world, value_alone=value_alone)
-            values |= {"step_time/update": time.perf_counter() - began}
             tokens = int(whole.batch.lengths[torch.as_tensor(rows)].sum())
             run.update(facts | values, tokens)
 

@@ -35,7 +35,8 @@ def reinforce(config: Reinforce, **given: Unpack[GivenRewards]) -> Any:
             rollouts = next_rollouts(run, stage)
             whole = episodes(rollouts, config)
             if stage.reference is not None:
-                whole = scored(whole, stage, run.world)
+                with run.clock.part("reference"):
+                    whole = scored(whole, stage, run.world)
             whole = with_known(whole, advantage=advantages_of(rollouts, whole, config))
             learn(run, stage, objective, packs_of(whole, objective, stage, rollouts, run.world), whole, rollouts)
             look(run, stage, rollouts)

@@ -33,7 +33,8 @@ def rloo(config: Rloo, **given: Unpack[GivenRewards]) -> Any:
             rollouts = next_rollouts(run, stage)
             whole = episodes(rollouts, config)
             if stage.reference is not None:
-                whole = scored(whole, stage, run.world)
+                with run.clock.part("reference"):
+                    whole = scored(whole, stage, run.world)
             whole = with_known(whole, advantage=whole.batch.spread(advantages_of(rollouts, whole, config)))
             learn(run, stage, objective, packs_of(whole, objective, stage, rollouts, run.world), whole, rollouts)
             look(run, stage, rollouts)

@@ -168,7 +168,7 @@ def shaped_rewards(rollouts: Rollouts, config: Sampled) -> Tensor:  # (S,); NaN:
 
 
 def rollout_metrics(rollouts: Rollouts, num_generations: int) -> dict[str, float]:
-    """Rewards, lengths and times, by TRL's names. All completions count here, those without an advantage too."""
+    """Rewards and lengths, by TRL's names. All completions count here, those without an advantage too."""
     rewards, alone = rollouts.scores.rewards, num_generations == 1
     groups = rewards.view(-1, num_generations)
     values: dict[str, Tensor | float] = {
@@ -180,7 +180,7 @@ def rollout_metrics(rollouts: Rollouts, num_generations: int) -> dict[str, float
     values |= metrics.floats(metrics.completions(rollouts.lengths, rollouts.finished))
     for name, each in rollouts.scores.by_function.items():
         values |= {f"rewards/{name}/mean": each.nanmean(), f"rewards/{name}/std": _std(each)}
-    return {name: float(value) for name, value in (values | rollouts.scores.metrics | rollouts.seconds).items()}
+    return {name: float(value) for name, value in (values | rollouts.scores.metrics).items()}
 
 
 def _std(values: Tensor) -> Tensor:

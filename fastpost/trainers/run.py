@@ -27,6 +27,7 @@ from fastpost.rollout.record import Where, prune
 from fastpost.trainers import checkpoint
 from fastpost.trainers.audience import Audience
 from fastpost.trainers.checkpoint import State
+from fastpost.trainers.clock import Clock
 from fastpost.trainers.config import Training
 from fastpost.trainers.log import Log, append, read_lines, say, written_until
 from fastpost.trainers.loop import apply_gradients, due, learning_rate, order, rows_to_see, seed_step
@@ -60,6 +61,7 @@ class Run:
         self.kept: dict[str, Any] = dict(start.state.kept)  # what a verb wants to find again on resume; JSON
         self._best = start.state.best
         self._round = self.step  # where the round at hand began
+        self.clock = Clock()
         self._evaluated: dict[str, float] = {}
         self._asked_to_stop = False
         self.audience = None
@@ -89,6 +91,7 @@ class Run:
         for first in range(self.step, self.total, self.iterations):
             seed_step(self.config.seed, first, self.world.rank)
             self._round = first
+            self.clock.start()
             yield first
             assert self.step == first + self.iterations, "a round makes `iterations` updates"
             self._end_round()
@@ -108,7 +111,8 @@ class Run:
         rate = learning_rate(self.config, self.step, self.total)
         trained, clip = self.start.parts.parameters, self.config.max_grad_norm
         norm = apply_gradients(trained, self.start.optimizer, rate, clip) if learns else 0.0
-        self.log.add({**values, "grad_norm": norm, "learning_rate": rate}, tokens)
+        seconds = self.clock.step()
+        self.log.add({**values, "grad_norm": norm, "learning_rate": rate, **seconds}, tokens)
         self.step += 1
 
     @property
