@@ -10,7 +10,7 @@ that is printed, with exit code 1; a peer's is listed as WRONG, with its error, 
   TFLOP/s   the products that are needed, 2 T D V flop each, over the time
   peak      above inputs and returned gradients
 
-One JSON line a measurement is appended to --output when its case has been timed; tables.py makes the README's tables of
+One JSON line a measurement is appended to --output when its case has been timed; tables.py makes the docs' tables of
 them.
 """
 

@@ -1,8 +1,8 @@
-"""The README's measured tables, from results files: `python benchmarks/tables.py benchmarks/results/*.jsonl`.
+"""The measured tables, from results files: `python benchmarks/tables.py benchmarks/results/*.jsonl`.
 
-Between `<!-- table:head -->` and `<!-- /table -->`, and likewise for `families`, comes one table a file of that
-program, of the newest run in it, so that no number there is typed by hand. A program of which no file is given keeps
-its tables; one that has none there, `sweep` or `rows`, has its run shown here instead.
+Between `<!-- table:head -->` and `<!-- /table -->` of the README, and for `families` in docs/measured.md, comes one
+table a file of that program, of the newest run in it, so that no number there is typed by hand. A program of which
+no file is given keeps its tables; one that has none, `sweep` or `rows`, has its run shown here instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from growth import growths
 from measurement import Measurement, last_run
 from report import show, show_growth
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 COUNTED = (
     " Counted: the least that the flop and bytes of its schedule take at this run's rates of a product and of a copy, "
     "and the flop a byte from memory."
@@ -79,6 +80,7 @@ def _cell(m: Measurement | None, error: str | None = None) -> str:
 
 # Of the head, a row a contestant and a column a case; of the families, which are many, a row a case.
 TABLES: dict[str, Callable[[Sequence[Measurement]], list[str]]] = {"head": by_contestant, "families": by_case}
+PAGES = {"head": README, "families": ROOT / "docs" / "measured.md"}
 
 
 def markdown(measurements: Sequence[Measurement]) -> str:
@@ -89,9 +91,9 @@ def markdown(measurements: Sequence[Measurement]) -> str:
 
 
 def show_instead(file: Path, measurements: Sequence[Measurement]) -> None:
-    """A run that has no place in the README, as its own program shows it."""
+    """A run that has no place on a page, as its own program shows it."""
     bench = measurements[0].setup.bench
-    print(f"{file}: the README has no table of {bench!r}, so nothing in it was changed; this is the run")
+    print(f"{file}: no page has a table of {bench!r}, so none was changed; this is the run")
     if bench == "sweep":
         show_growth(growths(measurements))
     else:
@@ -101,24 +103,25 @@ def show_instead(file: Path, measurements: Sequence[Measurement]) -> None:
 def rewritten(text: str, bench: str, tables: Sequence[str]) -> str:
     marked = re.compile(rf"(<!-- table:{bench} -->\n).*?(<!-- /table -->)", re.DOTALL)
     if len(marked.findall(text)) != 1:
-        raise ValueError(f"the README must have `<!-- table:{bench} -->` and, on a later line, `<!-- /table -->`, once")
+        raise ValueError(f"the page must have `<!-- table:{bench} -->` and, on a later line, `<!-- /table -->`, once")
     body = "\n".join(tables)
     return marked.sub(lambda marks: f"{marks[1]}{body}{marks[2]}", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Writes the measured tables of the README from results files.")
+    parser = argparse.ArgumentParser(description="Writes the measured tables from results files.")
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--page", type=Path, help="one page for all of them, not each table's own")
     options = parser.parse_args(argv)
     try:
-        text, runs = options.readme.read_text(), {file: last_run(file) for file in options.files}
-        for bench in TABLES.keys() & {run[0].setup.bench for run in runs.values()}:
-            text = rewritten(text, bench, [markdown(run) for run in runs.values() if run[0].setup.bench == bench])
+        runs = {file: last_run(file) for file in options.files}
+        for bench in sorted(TABLES.keys() & {run[0].setup.bench for run in runs.values()}):
+            page = options.page or PAGES[bench]
+            tables = [markdown(run) for run in runs.values() if run[0].setup.bench == bench]
+            page.write_text(rewritten(page.read_text(), bench, tables))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    options.readme.write_text(text)
     for file, run in runs.items():
         if run[0].setup.bench not in TABLES:
             show_instead(file, run)

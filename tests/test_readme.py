@@ -72,14 +72,24 @@ def test_every_make_target_named_exists():
     assert {"demo", "test", "lint"} <= named <= targets
 
 
-def test_the_table_of_losses_is_what_their_docstrings_say(monkeypatch):
+def test_the_tables_of_losses_are_what_their_docstrings_say(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    from losses_table import BLOCK, table
+    from losses_table import TABLES, equations, names, written
 
-    assert BLOCK.findall(README) == [table()], "run `make readme`"
-    named = set(re.findall(r"^\| `(\w+)` \|", table(), re.MULTILINE))
+    for page, mark, table in TABLES:
+        now = page.read_text()
+        assert f"<!-- table:{mark} -->" in now and now == written(now, mark, table()), "run `make readme`"
     declared = {n for n in fp.losses.__all__ if isinstance(getattr(fp.losses, n), fp.Loss | ScalarLoss)}
-    assert named == declared
+    assert set(re.findall(r"^\| `(\w+)` \|", equations(), re.MULTILINE)) == declared
+    assert set(re.findall(r"`(\w+)`", names())) == declared
+
+
+def test_every_link_between_pages_leads_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("recipes/*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)", page.read_text())]
+    local = [(page, link) for page, link in links if "://" not in link]
+    assert len(local) > 20
+    assert [(page.name, link) for page, link in local if not (page.parent / link).exists()] == []
 
 
 def test_every_loss_of_the_catalogue_has_a_test_row():
