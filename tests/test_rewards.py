@@ -2,10 +2,13 @@
 
 import asyncio
 import math
+import sys
 import threading
 import time
 
+import numpy as np
 import pytest
+import torch
 
 from fastpost.rewards import Reward, load_reward, score
 from fastpost.rewards.builtin import exact_match, last_number, number_match, think_format
@@ -91,6 +94,21 @@ def test_other_bad_returns_are_named():
     def nothing(completions):
         return None
 
+    def by_text(completions):
+        return dict.fromkeys(completions, 1.0)
+
+    def scalar(completions):
+        return torch.tensor(1.0)
+
+    def huge(completions):
+        return [0.0, 1e300, 1.0]
+
+    with pytest.raises(ValueError, match=r"'by_text' must return a list of 3 rewards, .* got \{'2': 1.0"):
+        scored(by_text)
+    with pytest.raises(ValueError, match=r"'scalar' must return a list of 3 rewards, .* got tensor\(1.\)"):
+        scored(scalar)
+    with pytest.raises(ValueError, match=r"'huge' returned 1e\+300, more than fp32 holds, for sample 1"):
+        scored(huge)
     with pytest.raises(ValueError, match="'text' returned 'good', no number, for sample 1"):
         scored(text)
     with pytest.raises(ValueError, match="'short' must return a list of 3 rewards, one a sample, got 1"):
@@ -120,6 +138,24 @@ def test_an_exception_names_the_sample_that_causes_it():
         assert len(str(error.value).split("for sample 2")[1]) < 130
     with pytest.raises(ValueError, match=r"raised RuntimeError: too many, for the batch, but for no sample alone"):
         scored(together)
+
+
+@pytest.mark.parametrize("values", [torch.tensor([1.0, 2.0, 3.0]), np.array([1, 2, 3]), (1, 2.0, 3)], ids=type)
+def test_what_is_one_after_another_is_taken(values):
+    def gives(completions):
+        return values
+
+    assert scored(gives).rewards.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_function_that_would_end_the_process_is_blamed():
+    """As code that a model wrote does, where a function executes it."""
+
+    def runs(completions):
+        return [sys.exit(0) if text == "5" else 1.0 for text in completions]
+
+    with pytest.raises(ValueError, match="'runs' raised SystemExit: 0, for sample 1"):
+        scored(runs)
 
 
 def test_bad_arguments_are_named():

@@ -25,6 +25,9 @@ from torch import Tensor
 from fastpost.rewards.load import Reward
 from fastpost.types import nearest
 
+FAILURES = (Exception, SystemExit)  # code that a model wrote may call exit(), which would end the run without a word
+LARGEST = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -152,7 +155,7 @@ def _returned(
             values.append(_within(timeout, call))
         except _Late:
             raise _late([reward.name], timeout, samples) from None
-        except Exception as error:
+        except FAILURES as error:
             raise _blamed(reward, error, samples, offered) from error
     waiting = [i for i, value in enumerate(values) if inspect.isawaitable(value)]
     try:
@@ -185,7 +188,7 @@ def _blamed(reward: Reward, error: BaseException, samples: _Samples, offered: Ma
     def fails(i: int) -> bool:
         try:
             value = reward.function(**_arguments(reward, samples.only(i), quiet))
-        except Exception:
+        except FAILURES:
             return True
         return inspect.isawaitable(value) and isinstance(_awaited([value])[0], BaseException)
 
@@ -196,22 +199,30 @@ def _blamed(reward: Reward, error: BaseException, samples: _Samples, offered: Ma
 
 def _numbers(reward: Reward, values: Any, samples: _Samples) -> Tensor:  # (S,) fp32
     """None becomes NaN; anything else that is not a finite number is an error that shows the sample."""
-    S = len(samples.prompts)
-    if not hasattr(values, "__len__") or isinstance(values, str) or len(values) != S:
-        got = f"{len(values)}" if hasattr(values, "__len__") and not isinstance(values, str) else _short(values)
+    S, given = len(samples.prompts), _as_list(values)
+    if given is None or len(given) != S:
+        got = _short(values) if given is None else f"{len(given)}"
         raise ValueError(f"reward function {reward.name!r} must return a list of {S} rewards, one a sample, got {got}")
     numbers = []
-    for i, value in enumerate(values):
+    for i, value in enumerate(given):
         try:
             number = math.nan if value is None else float(value)
         except (TypeError, ValueError):
             raise ValueError(
                 f"reward function {reward.name!r} returned {_short(value)}, no number, for {samples.show(i)}"
             ) from None
-        if value is not None and not math.isfinite(number):
-            raise ValueError(f"reward function {reward.name!r} returned {number} for {samples.show(i)}")
+        if value is not None and not abs(number) <= LARGEST:
+            beyond = ", more than fp32 holds," if math.isfinite(number) else ""
+            raise ValueError(f"reward function {reward.name!r} returned {number}{beyond} for {samples.show(i)}")
         numbers.append(number)
     return torch.tensor(numbers, dtype=torch.float32)
+
+
+def _as_list(values: Any) -> Sequence[Any] | None:
+    """The same, where they are one after another: a list, a tuple, a tensor or an array of one dimension or more."""
+    if isinstance(values, Sequence) and not isinstance(values, str | bytes):
+        return values
+    return values if getattr(values, "ndim", 0) else None
 
 
 def _short(value: Any, width: int = 80) -> str:
