@@ -188,10 +188,10 @@ def test_dynamic_sampling_goes_on_until_the_step_is_full(monkeypatch: pytest.Mon
     config = config_of(Grpo, dynamic_sampling=True, max_resamplings=3)
     given = [rollouts_of((1.0, 1.0, 0.0, 1.0)), rollouts_of((0.5,) * 4), rollouts_of((0.0, 2.0, 1.0, 0.0))]
     calls = iter(given)
-    monkeypatch.setattr(grpo_module, "next_rollouts", lambda run, stage, count: next(calls))
+    monkeypatch.setattr(grpo_module, "next_rollouts", lambda run, stage, count=None: next(calls))
     found = grpo_module._sample(SimpleNamespace(each=2), SimpleNamespace(), config)  # type: ignore[arg-type]
     assert found.scores.rewards.tolist() == [0.0, 1.0, 0.0, 2.0]
-    monkeypatch.setattr(grpo_module, "next_rollouts", lambda run, stage, count: rollouts_of((0.5,) * 4))
+    monkeypatch.setattr(grpo_module, "next_rollouts", lambda run, stage, count=None: rollouts_of((0.5,) * 4))
     assert len(grpo_module._sample(SimpleNamespace(each=2), SimpleNamespace(), config).texts) == 4  # type: ignore[arg-type]
 
 
@@ -234,6 +234,7 @@ KINDS = {
     "reinforce++": ("reinforce", {"num_generations": 1, "soft_punish_cache": 3}),
     "reinforce, no reference": ("reinforce", {"kl_coef": 0.0, "advantage": "reinforce"}),
     "dapo": ("grpo", {"dynamic_sampling": True, "epsilon_high": 0.28, "soft_punish_cache": 3}),
+    "dapo, by epochs": ("grpo", {"dynamic_sampling": True, "max_steps": -1, "num_train_epochs": 1.0}),
     "corrections": ("grpo", {"rollout_correction": "token_truncate", "top_entropy_quantile": 0.5, "lora_r": 2,
                              "lora_dropout": 0.1}),
     "gdpo": ("grpo", {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": (1.0, 0.5)}),

@@ -90,6 +90,35 @@ def test_the_best_checkpoint_is_written_and_kept(files: Path, tmp_path: Path):
     assert state.best == {"step": best, "value": losses[best]}
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 0.8}], ids=["steps", "epochs"])
+@pytest.mark.parametrize(("then", "now"), [(4, 2), (2, 4)])
+def test_a_run_that_goes_on_with_other_batches_takes_rows_in_every_step(
+    files: Path, tmp_path: Path, then: int, now: int, length: dict
+):
+    """16 rows of 20, by epochs."""
+    sft(config_of(files, tmp_path / "then", per_device_train_batch_size=then, **length))
+    changes = {"resume_from_checkpoint": tmp_path / "then" / "checkpoint-2", "logging_steps": 1, **length}
+    sft(config_of(files, tmp_path / "now", per_device_train_batch_size=now, **changes))
+    lines = read_lines(tmp_path / "now" / "metrics.jsonl")
+    assert lines[-1]["step"] == (4 if "num_train_epochs" not in length else 2 + (16 - 2 * then) // now)
+    assert all(line["grad_norm"] > 0 for line in lines)
+    seen = 16 if "num_train_epochs" in length else 2 * then + 2 * now
+    assert lines[-1]["epoch"] == pytest.approx(seen / 20)
+
+
+def test_a_checkpoint_of_another_verb_is_refused(files: Path, tmp_path: Path):
+    sft(config_of(files, tmp_path / "out"))
+    fields = {"model": files / "model", "dataset": files / "sums.jsonl", "output_dir": tmp_path / "out"}
+    with pytest.raises(ValueError, match=r"verb is 'grpo' and was 'sft' in .*checkpoint-4: a resumed run must have"):
+        grpo(Grpo(**fields, reward="number_match", resume_from_checkpoint="latest"))
+
+
+def test_a_run_that_is_over_says_so(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    sft(config_of(files, tmp_path / "out"))
+    sft(config_of(files, tmp_path / "out", resume_from_checkpoint="latest"))
+    assert "nothing is left to train: 4 steps are done" in capsys.readouterr().err
+
+
 def test_a_metric_that_no_evaluation_gives_is_named(files: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="is of an evaluation: give eval_dataset and eval_steps as well"):
         config_of(files, tmp_path, metric_for_best_model="loss")

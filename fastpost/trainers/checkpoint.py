@@ -43,6 +43,7 @@ class State:
     num_tokens: int = 0
     kept: dict[str, Any] = dataclasses.field(default_factory=dict)  # a verb's own, in JSON: a controller, a mean
     best: dict[str, float] | None = None  # {"step": ..., "value": ...} of metric_for_best_model
+    extra: int = 0  # of the rows, those that rounds took besides their own
 
 
 # ---- writing ----
@@ -94,9 +95,9 @@ def _hash(file: Path) -> str:
 
 
 def plain(config: Training) -> dict[str, Any]:
-    """The fields that decide what a step computes, as JSON gives them back."""
+    """What decides what a step computes, the verb and fields, as JSON gives them back."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
-    return json.loads(json.dumps(fields))
+    return json.loads(json.dumps({"verb": type(config).__name__.lower()} | fields))
 
 
 def fingerprint(config: Training) -> str:

@@ -49,9 +49,9 @@ def _sample(run: Run, stage: Stage, config: Grpo) -> Rollouts:
     """The rollouts of a round. With dynamic sampling more prompts take the place of groups without variance, as long as
     there are any and it may go on."""
     G = config.num_generations
+    found = next_rollouts(run, stage)
     if not config.dynamic_sampling:
-        return next_rollouts(run, stage)
-    found = next_rollouts(run, stage, run.each)
+        return found
     wanted = len(found.texts) // G
     kept = only_groups(found, G, _varied(found, G))
     for _ in range(config.max_resamplings - 1):

@@ -69,9 +69,15 @@ def order(rows: int, seed: int, start: int, stop: int) -> list[int]:
     return ahead[start - epochs.start * rows : stop - epochs.start * rows].tolist()
 
 
-def rows_to_see(config: Training, rows: int, each: int, iterations: int = 1) -> int:
-    """How many of `rows` rows, epochs counted, a whole run takes at `each` rows for so many optimizer steps."""
-    return config.max_steps // iterations * each if config.max_steps > 0 else math.ceil(config.num_train_epochs * rows)
+def last_row(config: Training, rows: int) -> float:
+    """Where in the endless row of epochs of `rows` rows a run ends; nowhere, where max_steps says when."""
+    return math.inf if config.max_steps > 0 else math.ceil(config.num_train_epochs * rows)
+
+
+def rounds_left(config: Training, rows: int, each: int, iterations: int, step: int, taken: int) -> int:
+    """How many rounds, of `each` rows and so many optimizer steps, come after `step` steps that took so many rows."""
+    left = (config.max_steps - step) / iterations if config.max_steps > 0 else (last_row(config, rows) - taken) / each
+    return max(0, math.ceil(left))
 
 
 def due(before: int, after: int, every: int) -> bool:

@@ -30,7 +30,7 @@ from fastpost.trainers.checkpoint import State
 from fastpost.trainers.clock import Clock
 from fastpost.trainers.config import Training
 from fastpost.trainers.log import Log, append, read_lines, say, written_until
-from fastpost.trainers.loop import apply_gradients, due, learning_rate, order, rows_to_see, seed_step
+from fastpost.trainers.loop import apply_gradients, due, last_row, learning_rate, order, rounds_left, seed_step
 from fastpost.trainers.plots import plot_metrics
 from fastpost.trainers.start import Start
 
@@ -53,11 +53,14 @@ class Run:
     ):
         self.config, self.start, self.world = config, start, start.world
         self.rows, self.each, self.iterations = rows, (each or config.rows_per_step) * self.world.size, iterations
-        self.last_row = rows_to_see(config, rows, self.each, iterations)
-        self.total = math.ceil(self.last_row / self.each) * iterations
+        self.last_row = last_row(config, rows)
         self.output = Path(config.output_dir)
         self.step = start.state.step  # optimizer steps that are done
-        self.taken = start.state.rows
+        self.taken, self.extra = start.state.rows, start.state.extra
+        left = rounds_left(config, rows, self.each, iterations, self.step, self.taken - self.extra)
+        self.total = self.step + left * iterations
+        if not left and self.world.first:
+            say(f"nothing is left to train: {self.step} steps are done; max_steps or num_train_epochs say how many")
         self.kept: dict[str, Any] = dict(start.state.kept)  # what a verb wants to find again on resume; JSON
         self._best = start.state.best
         self._round = self.step  # where the round at hand began
@@ -97,10 +100,11 @@ class Run:
             self._end_round()
 
     def take(self, count: int | None = None) -> list[int]:
-        """The next rows: so many, or those of a round, of which the last may have fewer."""
-        stop = min(self.taken + self.each, self.last_row) if count is None else self.taken + count
+        """The next rows: those of a round, of which the last may have fewer; or so many besides."""
+        own = min(self.taken + self.each, self.last_row + self.extra)
+        stop = int(own) if count is None else self.taken + count
         found = order(self.rows, self.config.seed, self.taken, stop)
-        self.taken = stop
+        self.taken, self.extra = stop, self.extra + (count or 0)
         return found
 
     def update(self, values: Mapping[str, float], tokens: int, *, learns: bool = True) -> None:
@@ -165,7 +169,7 @@ class Run:
         self._evaluated = {}
         self._asked_to_stop = self.world.any(self._asked_to_stop)
         if better or self._asked_to_stop or due(self._round, self.step, self.config.save_steps):
-            state = State(self.step, self.taken, self.log.num_tokens, self.kept, self._best)
+            state = State(self.step, self.taken, self.log.num_tokens, self.kept, self._best, self.extra)
             checkpoint.save(self.config, self.start, state)
             prune(Where(self.output), checkpoint.oldest(self.output))
         if self._asked_to_stop:

@@ -23,8 +23,8 @@ from fastpost.trainers.world import ALONE, World
 
 # Fields that move every learning rate, unless that is constant.
 LENGTH = ("max_steps", "num_train_epochs")
-# Fields that say which tensors there are, and what a base rounds to: a checkpoint fits no others.
-SHAPING = ("lora_r", "lora_target_modules", "lora_modules_to_save", "use_dora", "optim")
+# What says which tensors there are, what was learnt, and what a base rounds to: a checkpoint fits no others.
+SHAPING = ("verb", "lora_r", "lora_target_modules", "lora_modules_to_save", "use_dora", "optim")
 SHAPING += ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
 
 
