@@ -16,6 +16,9 @@ import pytest
 pytest.importorskip("transformers")
 
 import tiny
+from fastpost.cli import VERBS as commands
+from fastpost.trainers.config import Training
+from timeless import timeless
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,11 +28,15 @@ SAMPLED = {"dataset": "prompts.jsonl", "reward": "rewards.py:capitals", "max_com
 VERBS: dict[str, dict[str, object]] = {
     "sft": {"dataset": "sums.jsonl"},
     "dpo": PAIRS,
+    "cpo": PAIRS,
+    "simpo": PAIRS,
+    "orpo": PAIRS,
     "kto": PAIRS,
     "reward": PAIRS,
     "distill": {"dataset": "sums.jsonl", "teacher_model": "teacher", "lmbda": 0.5, "max_completion_length": 6},
     "grpo": SAMPLED | {"num_generations": 2},
     "rloo": SAMPLED,
+    "reinforce": SAMPLED,
     "ppo": SAMPLED | {"lora_r": 2, "num_ppo_epochs": 1},
 }
 
@@ -78,6 +85,15 @@ def weights(directory: Path) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not name.startswith("checkpoint")}
 
 
+def lines_of(out: Path) -> list[dict[str, object]]:
+    return [timeless(json.loads(line)) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_verb_that_trains_is_killed():
+    trains = {name for name, (config, _) in commands.items() if issubclass(config, Training)}
+    assert VERBS.keys() == {name for name in trains if not name.startswith("plan ")}
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_killed_run_resumes_to_the_same_bits(verb: str, files: Path):
     straight = begun(verb, files, f"{verb}-straight")
@@ -97,5 +113,5 @@ def test_a_killed_run_resumes_to_the_same_bits(verb: str, files: Path):
         process.communicate()
     ended(begun(verb, files, out.name))
     assert weights(out) == weights(files / f"{verb}-straight")
-    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 13))
+    assert [line["step"] for line in lines_of(out)] == list(range(1, 13))
+    assert lines_of(out) == lines_of(files / f"{verb}-straight")
