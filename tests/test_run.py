@@ -90,7 +90,9 @@ def test_the_best_checkpoint_is_written_and_kept(files: Path, tmp_path: Path):
     assert state.best == {"step": best, "value": losses[best]}
 
 
-@pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 0.8}], ids=["steps", "epochs"])
+@pytest.mark.parametrize(
+    "length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 0.8}], ids=["steps", "epochs"]
+)
 @pytest.mark.parametrize(("then", "now"), [(4, 2), (2, 4)])
 def test_a_run_that_goes_on_with_other_batches_takes_rows_in_every_step(
     files: Path, tmp_path: Path, then: int, now: int, length: dict

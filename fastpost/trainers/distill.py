@@ -22,7 +22,7 @@ from fastpost import Batch, Head, Loss, Stats, TopK, fused_loss, losses, metrics
 from fastpost.data import prompt_of
 from fastpost.models.role import Role
 from fastpost.packing import Packed, pack, placeholder
-from fastpost.rollout import Completion, Sampling, generate
+from fastpost.rollout import Completion, generate
 from fastpost.trainers.balance import hidden_and_balance
 from fastpost.trainers.checkpoint import check_output_dir
 from fastpost.trainers.config import Distill
@@ -93,19 +93,10 @@ def sampled(
     lessons: Sequence[Lesson], begun: Start, teacher: Role | None, config: Distill, seed: int, keys: Sequence[int]
 ) -> list[Completion]:
     """An answer to each prompt, by the teacher, or the student where that is None. Every process asks for some."""
-    sampling = Sampling(
-        config.temperature,
-        config.top_p,
-        config.top_k,
-        config.min_p,
-        config.max_completion_length,
-        seed,
-        config.repetition_penalty,
-        config.stop,
-    )
     prompts, world = [prompt_of(lesson.example) for lesson in lessons], begun.world
     own, own_keys = world.slice(prompts), world.slice(keys)
-    ask = partial(generate, prompt_ids=own, sampling=sampling, keys=own_keys, batch_size=config.generation_batch_size)
+    how = {"sampling": config.sampling(seed), "batch_size": config.generation_batch_size}
+    ask = partial(generate, prompt_ids=own, keys=own_keys, **how)
     with autocast(config), world.whole(), nullcontext() if teacher is None else teacher.using():
         model = begun.model if teacher is None else teacher.model
         return world.gathered(ask(model, begun.tokenizer) if own else [])

@@ -44,15 +44,7 @@ class Task:
 
     @staticmethod
     def of(config: Sampled, rewards: Sequence[Reward], model: Any, tokenizer: Any, world: World = ALONE) -> Task:
-        sampling = Sampling(
-            config.temperature,
-            config.top_p,
-            config.top_k,
-            config.min_p,
-            config.max_completion_length,
-            repetition_penalty=config.repetition_penalty,
-            stop=config.stop,
-        )
+        sampling = config.sampling()
         name = base_of(config.model) if is_adapter(config.model) else config.model
         sampler = sampler_for(config.backend, model, tokenizer, name, sampling, say, config.generation_batch_size)
         weights = config.reward_weights and config.reward_weights[: len(rewards)]

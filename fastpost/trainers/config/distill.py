@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastpost.trainers.config.drawn import Drawn
 from fastpost.trainers.config.training import DATA, LOSS, MODEL, ROLLOUT, STEPS, Training
 from fastpost.trainers.options import option
 
@@ -13,7 +14,7 @@ KNOBS = {"beta": ("gkd",), "alpha": ("kd",)}  # the losses that have them
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(Training):
+class Distill(Training, Drawn):
     """Learning what a teacher would say, in the data's answers, its own or the student's (GKD). arXiv:2306.13649"""
 
     teacher_model: str | None = option(
@@ -40,14 +41,7 @@ class Distill(Training):
         least=0,
     )
     seq_kd: bool = option(False, ROLLOUT, "the other steps are about the teacher's answers, not about the data's")
-    max_completion_length: int = option(512, ROLLOUT, "tokens, the end-of-sequence token included", above=0)
     temperature: float = option(1.0, ROLLOUT, "of sampling, and of both distributions that are compared", above=0)
-    top_p: float = option(1.0, ROLLOUT, "sample from the smallest set of this probability", above=0, most=1)
-    top_k: int = option(0, ROLLOUT, "sample from this many tokens; 0: from all", least=0)
-    min_p: float | None = option(None, ROLLOUT, "drop tokens below this share of the likeliest", least=0, most=1)
-    repetition_penalty: float = option(1.0, ROLLOUT, "of tokens that are there already; 1: none", above=0)
-    stop: tuple[str, ...] = option((), ROLLOUT, "texts that end a completion; repeatable")
-    generation_batch_size: int = option(256, ROLLOUT, "completions decoded together", above=0)
 
     loss_type: Literal["gkd", "forward_kl", "reverse_kl", "kd"] = option(
         "gkd", LOSS, "kd is the forward KL with SFT's cross entropy; gkd goes from one KL to the other by beta"

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
-from fastpost.rollout.backends import Backend
-from fastpost.trainers.config.training import DATA, ENGINE, ROLLOUT, STEPS, Training
+from fastpost.trainers.config.drawn import Engined, Rewarded
+from fastpost.trainers.config.training import DATA, ROLLOUT, STEPS, Training
 from fastpost.trainers.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled(Training):
+class Sampled(Training, Rewarded, Engined):
     """What these verbs are told besides."""
 
     learning_rate: float = option(1e-6, STEPS, "peak of the schedule", least=0)
     max_prompt_length: int | None = option(None, DATA, "tokens; rows with a longer prompt are left out", above=0)
 
-    reward: tuple[str, ...] = option((), ROLLOUT, "built-in names or file.py:function; repeatable", needed=True)
-    reward_weights: tuple[float, ...] | None = option(None, ROLLOUT, "one for each reward; default: 1")
     num_generations: int = option(1, ROLLOUT, "completions of a prompt, a group", least=1)
-    max_completion_length: int = option(512, ROLLOUT, "tokens, the end-of-sequence token included", above=0)
     mask_truncated_completions: bool = option(False, ROLLOUT, "leave completions that did not end out of the loss")
     soft_punish_cache: int | None = option(
         None,
@@ -31,29 +28,6 @@ class Sampled(Training):
     )
     missing_eos_penalty: float | None = option(
         None, ROLLOUT, "taken from the reward of a completion that did not end", above=0
-    )
-    temperature: float = option(1.0, ROLLOUT, "of sampling, and of the policy that is trained", above=0)
-    top_p: float = option(1.0, ROLLOUT, "sample from the smallest set of this probability", above=0, most=1)
-    top_k: int = option(0, ROLLOUT, "sample from this many tokens; 0: from all", least=0)
-    min_p: float | None = option(None, ROLLOUT, "drop tokens below this share of the likeliest", least=0, most=1)
-    repetition_penalty: float = option(1.0, ROLLOUT, "of tokens that are there already; 1: none", above=0)
-    stop: tuple[str, ...] = option((), ROLLOUT, "texts that end a completion; repeatable")
-    generation_batch_size: int = option(256, ROLLOUT, "completions decoded together", above=0)
-
-    reward_timeout: float = option(600.0, ROLLOUT, "seconds that a reward function may take for a batch", above=0)
-
-    use_vllm: bool = option(False, ENGINE, "sample by vLLM, which must be installed; not run on a GPU yet")
-    vllm_mode: Literal["colocate", "server"] = option("colocate", ENGINE, "vLLM in this process, or trl vllm-serve")
-    vllm_gpu_memory_utilization: float = option(0.3, ENGINE, "colocate: share of the GPU for it", above=0, most=1)
-    vllm_max_model_length: int | None = option(None, ENGINE, "colocate: tokens of prompt and completion", above=0)
-    vllm_enable_sleep_mode: bool = option(False, ENGINE, "colocate: its memory is free while the model trains")
-    vllm_server_base_url: str | None = option(None, ENGINE, "server: default: http://host:port")
-    vllm_server_host: str = option("0.0.0.0", ENGINE, "server")
-    vllm_server_port: int = option(8000, ENGINE, "server", above=0)
-    vllm_server_timeout: float = option(240.0, ENGINE, "server: seconds to wait for it", above=0)
-    vllm_group_port: int = option(51216, ENGINE, "server: of the channel for weights", above=0)
-    use_transformers_continuous_batching: bool | None = option(
-        None, ENGINE, "transformers' paged generation; default: on a GPU, if it is faster than generate"
     )
 
     updates_field: ClassVar[str] = ""  # the field that multiplies optimizer steps on the same rollouts
@@ -73,11 +47,6 @@ class Sampled(Training):
     def updates_per_round(self) -> int:
         """Optimizer steps on the same rollouts; files are written between rollouts."""
         return 1
-
-    @property
-    def backend(self) -> Backend:
-        """Which sampler, and how it is reached."""
-        return Backend(**{f.name: getattr(self, f.name) for f in fields(Backend)})
 
     @property
     def rows_per_round(self) -> int:
