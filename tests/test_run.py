@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from fastpost.trainers.config import Grpo, Sft
 from fastpost.trainers.grpo import grpo
 from fastpost.trainers.log import read_lines
 from fastpost.trainers.sft import sft
+from fastpost.trainers.start import Start
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +156,30 @@ def test_a_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "stopped")] == ["checkpoint-3"]
     sft(config_of(files, tmp_path / "stopped", save_steps=0, resume_from_checkpoint="latest"))
     assert weights(tmp_path / "stopped") == weights(tmp_path / "straight")
+
+
+def test_a_disk_that_is_full_ends_a_run_with_a_word(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from fastpost.trainers import log as module
+
+    append = module.append
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_at_three(path: Path, lines: list) -> None:
+        (full if lines and lines[0]["step"] == 3 else append)(path, lines)
+
+    config = config_of(files, tmp_path / "out", logging_steps=1)
+    said = r"out could not be written: .*No space left on device; the run can go on from .*checkpoint-2"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "append", full_at_three)
+        with pytest.raises(ValueError, match=r"No space left on device; the run can go on from .*checkpoint-2"):
+            sft(config)
+    monkeypatch.setattr(Start, "save_model", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))
+    with pytest.raises(
+        ValueError, match=r"out could not be written: .*No space; the run can go on from .*checkpoint-2"
+    ):
+        sft(replace(config, resume_from_checkpoint="latest", max_steps=2))
 
 
 def test_a_run_says_what_it_was_and_reports_where_it_is_told_to(files: Path, tmp_path: Path):
