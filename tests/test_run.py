@@ -158,28 +158,40 @@ def test_a_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(
     assert weights(tmp_path / "stopped") == weights(tmp_path / "straight")
 
 
-def test_a_disk_that_is_full_ends_a_run_with_a_word(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+NO_SPACE = "No space left on device"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, NO_SPACE), Exception(f"{NO_SPACE} (os error 28)")], ids=repr)
+def test_a_model_that_finds_the_disk_full_says_from_where_to_go_on(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    """The second is what tokenizers raises."""
+
+    def full(*_: object) -> None:
+        raise error
+
+    config = config_of(files, tmp_path / "out")
+    sft(config)
+    monkeypatch.setattr(Start, "save_model", full)
+    with pytest.raises(ValueError, match=rf"out could not be written: .*{NO_SPACE}.*; the run can .*checkpoint-4"):
+        sft(replace(config, resume_from_checkpoint="latest"))
+
+
+def test_a_log_that_finds_the_disk_full_says_from_where_to_go_on(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from fastpost.trainers import log as module
 
     append = module.append
 
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     def full_at_three(path: Path, lines: list) -> None:
-        (full if lines and lines[0]["step"] == 3 else append)(path, lines)
+        if lines and lines[0]["step"] == 3:
+            raise OSError(errno.ENOSPC, NO_SPACE)
+        append(path, lines)
 
-    config = config_of(files, tmp_path / "out", logging_steps=1)
-    said = r"out could not be written: .*No space left on device; the run can go on from .*checkpoint-2"
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "append", full_at_three)
-        with pytest.raises(ValueError, match=r"No space left on device; the run can go on from .*checkpoint-2"):
-            sft(config)
-    monkeypatch.setattr(Start, "save_model", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))
-    with pytest.raises(
-        ValueError, match=r"out could not be written: .*No space; the run can go on from .*checkpoint-2"
-    ):
-        sft(replace(config, resume_from_checkpoint="latest", max_steps=2))
+    monkeypatch.setattr(module, "append", full_at_three)
+    with pytest.raises(ValueError, match=rf"out could not be written: .*{NO_SPACE}; the run can .*checkpoint-2"):
+        sft(config_of(files, tmp_path / "out", logging_steps=1))
 
 
 def test_a_run_says_what_it_was_and_reports_where_it_is_told_to(files: Path, tmp_path: Path):

@@ -86,7 +86,10 @@ def written(path: Path, output: Path) -> Iterator[Path]:
     try:
         with written_aside(path) as aside:
             yield aside
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # tokenizers has a plain Exception for it, with what Rust says of every such error
+        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
+            raise
         raise ValueError(f"{path} could not be written: {error}; {_left(output)}") from error
 
 
