@@ -44,8 +44,6 @@ def one(row, **options):
         ),
         ("grpo", [{"prompt": "a"}, {"prompt": [USER]}], "row 1, column 'prompt' is messages, where"),
         ("grpo", [{"prompt": "a", "images": []}], "images are not supported"),
-        ("grpo", [{"prompt": "a"}, {"prompt": "a", "image": "a.png"}], "row 1: images are not supported"),
-        ("dpo", [{"prompt": "a", "completion": "b"}], "'prompt', 'completion'; 'completion' .did you mean 'chosen'"),
     ],
 )
 def test_wrong_columns_are_named_with_the_nearest_right_name(verb, rows, message):

@@ -167,7 +167,7 @@ def test_on_its_own_answers_a_student_comes_nearer_to_its_teacher_on_prompts_it_
     assert last["completions/max_length"] <= 5
     assert read_lines(out / "metrics.jsonl")[-1]["step_time/rollout"] > 0
     sample = read_lines(out / "completions.jsonl")[-1]
-    assert sample["step"] == 39 and sample["prompt"][1] == "+"
+    assert sample["step"] == 40 and sample["prompt"][1] == "+"
 
 
 KINDS: dict[str, tuple[str, dict]] = {

@@ -11,8 +11,6 @@ pytest.importorskip("huggingface_hub")
 
 import huggingface_hub as hub
 
-from fastpost.trainers.audience import Audience
-from fastpost.trainers.config import Sft
 from fastpost.watching.hub import model_card, push_to_hub
 
 FACTS = {
@@ -61,32 +59,6 @@ def test_the_model_goes_up_and_the_rest_stays(monkeypatch: pytest.MonkeyPatch, t
     )
     assert sorted(chosen) == sorted([*sent, "README.md"])
     assert (tmp_path / "README.md").read_text() == model_card("me/sums", FACTS, LAST, adapter=False)
-
-
-def test_who_is_not_logged_in_is_told_before_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(hub, "get_token", lambda: None)
-    with pytest.raises(ValueError, match="push_to_hub uploads in somebody's name: log in by `hf auth login`"):
-        audience(tmp_path)
-
-
-def test_an_upload_that_fails_says_where_the_model_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    class Away(Api):
-        def create_repo(self, repo_id: str, **given: Any) -> Any:
-            raise ConnectionResetError("nobody there")
-
-    monkeypatch.setattr(hub, "HfApi", Away)
-    monkeypatch.setattr(hub, "get_token", lambda: "hf_a")
-    told = audience(tmp_path)
-    with pytest.raises(
-        ValueError, match=rf"{tmp_path} has its model, .* as 'mine': ConnectionResetError: nobody there"
-    ):
-        told.finish({})
-    told.close()
-
-
-def audience(directory: Path) -> Audience:
-    config = Sft(model="m", dataset="d", output_dir=str(directory), push_to_hub=True, hub_model_id="mine")
-    return Audience("sft", config, 1, 0, [], {})
 
 
 def test_the_card_says_where_the_model_comes_from():

@@ -28,7 +28,8 @@ FAMILIES: dict[str, Callable[[Stats, Batch], dict[str, metrics.Part]]] = {
     "clip_extremes": metrics.clip_extremes,
     "kl_budget": metrics.kl_budget,
     "entropy_collapse": metrics.entropy_collapse,
-    "sampling": lambda stats, batch: metrics.sampling(
+    "sampler_difference": lambda stats, batch: metrics.sampler_difference(batch),
+    "importance_ratio": lambda stats, batch: metrics.importance_ratio(
         batch, rollout_correction(batch.old_logp, batch.rollout_logp, batch)
     ),
     "completions": lambda stats, batch: metrics.completions(batch.lengths, batch.lengths % 2 == 0),
@@ -125,10 +126,10 @@ BAD = [
     ),
     (lambda: metrics.kl_budget(STATS, replace(B, ref_logp=None)), "needs batch.ref_logp, which is None"),
     (
-        lambda: metrics.sampling(replace(B, rollout_logp=None), THREE),
-        "sampling needs batch.rollout_logp, which is None",
+        lambda: metrics.sampler_difference(replace(B, rollout_logp=None)),
+        "sampler_difference needs batch.rollout_logp, which is None",
     ),
-    (lambda: metrics.sampling(B, THREE), r"weight must have shape \(31,\), got \(3,\)"),
+    (lambda: metrics.importance_ratio(B, THREE), r"weight must have shape \(31,\), got \(3,\)"),
     (lambda: metrics.completions(THREE, THREE), "finished must be bool.*got torch.float32"),
     (lambda: metrics.length_correlation(THREE, torch.zeros(2)), r"must have one shape, got \(3,\) and \(2,\)"),
     (lambda: metrics.ppo_update(STATS, replace(B, return_=None), STATS.logp), "ppo_update needs batch.return_"),

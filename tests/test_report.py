@@ -98,7 +98,7 @@ def run(tmp_path: Path) -> Path:
     facts = {
         "verb": "grpo",
         "config": {"model": EVIL, "dataset": "d.jsonl", "beta": 0.01, "reward": ["a", "b"], "bf16": None},
-        "data": {"train": {"rows": 2000, "too_long": 10}, "eval": 7},
+        "data": {"train": {"rows": 2000, "too_long": 10, "unsound": ["every answer is empty"]}, "eval": 7},
         "versions": {"torch": "2.13", "fastpost": "0.1"},
         "started": "2026-11-22T00:12:00",
         "total_steps": 500,
@@ -213,6 +213,8 @@ def test_the_head_says_what_became_of_it(run: Path):
         ({"loss": lambda i: 4 - i // 10}, "In 40 steps the loss fell from 4 to 1."),
         ({"loss": lambda i: 1 + i // 10}, "In 40 steps the loss rose from 1 to 4, the wrong way."),
         ({"reward": lambda i: random.Random(i).gauss(1, 0.2)}, "In 40 steps the reward stayed where it was"),
+        ({"eval_reward": lambda i: 1.0}, "In 40 steps the held-out reward stayed where it was, at 1."),
+        ({"eval_reward": lambda i: 12.0 if i in (10, 30) else None}, "In 40 steps the held-out reward stayed where it"),
         ({"accuracy": lambda i: i // 10 / 4, "loss": lambda i: 1.0}, "In 40 steps the accuracy rose from 0 to 0.75."),
         ({"x": lambda i: i}, "40 steps; nothing was measured twice."),
     ],
@@ -247,6 +249,7 @@ def test_time_is_shares_of_a_step(run: Path):
 def test_counts_config_and_versions_are_there(run: Path):
     text = written(run)
     assert "<td>too long</td><td>10</td>" in text and "<td>rows</td><td>2,000</td>" in text
+    assert '<p class="warning">every answer is empty</p>' in text and "<td>unsound</td>" not in text
     assert "<dt>reward</dt><dd>a, b</dd>" in text and "<dt>bf16</dt><dd>none</dd>" in text
     assert "torch 2.13, fastpost 0.1" in text
 

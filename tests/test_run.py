@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,6 @@ from fastpost.trainers.config import Grpo, Sft
 from fastpost.trainers.grpo import grpo
 from fastpost.trainers.log import read_lines
 from fastpost.trainers.sft import sft
-from fastpost.trainers.start import Start
 
 
 @pytest.fixture(scope="module")
@@ -156,42 +153,6 @@ def test_a_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "stopped")] == ["checkpoint-3"]
     sft(config_of(files, tmp_path / "stopped", save_steps=0, resume_from_checkpoint="latest"))
     assert weights(tmp_path / "stopped") == weights(tmp_path / "straight")
-
-
-NO_SPACE = "No space left on device"
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, NO_SPACE), Exception(f"{NO_SPACE} (os error 28)")], ids=repr)
-def test_a_model_that_finds_the_disk_full_says_from_where_to_go_on(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-):
-    """The second is what tokenizers raises."""
-
-    def full(*_: object) -> None:
-        raise error
-
-    config = config_of(files, tmp_path / "out")
-    sft(config)
-    monkeypatch.setattr(Start, "save_model", full)
-    with pytest.raises(ValueError, match=rf"out could not be written: .*{NO_SPACE}.*; the run can .*checkpoint-4"):
-        sft(replace(config, resume_from_checkpoint="latest"))
-
-
-def test_a_log_that_finds_the_disk_full_says_from_where_to_go_on(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    from fastpost.trainers import log as module
-
-    append = module.append
-
-    def full_at_three(path: Path, lines: list) -> None:
-        if lines and lines[0]["step"] == 3:
-            raise OSError(errno.ENOSPC, NO_SPACE)
-        append(path, lines)
-
-    monkeypatch.setattr(module, "append", full_at_three)
-    with pytest.raises(ValueError, match=rf"out could not be written: .*{NO_SPACE}; the run can .*checkpoint-2"):
-        sft(config_of(files, tmp_path / "out", logging_steps=1))
 
 
 def test_a_run_says_what_it_was_and_reports_where_it_is_told_to(files: Path, tmp_path: Path):

@@ -30,10 +30,6 @@ def rises(first: float, last: float, size: float = 0.02, name: str = "") -> Call
     return lambda at: first + (last - first) * (1 - math.exp(-4 * at)) + noise(at, scale, name)
 
 
-def from_half(before: float, after: float | None) -> Callable[[float], float | None]:
-    return lambda at: before if at <= 0.5 else after
-
-
 HEALTHY: Mapping[str, Curves] = {
     "grpo": {
         "loss": rises(0.0, 0.01),
@@ -67,7 +63,7 @@ HEALTHY: Mapping[str, Curves] = {
         "entropy": rises(1.2, 0.01),  # an SFT-like sharpening of given answers is no collapse
         "eval_loss": rises(0.693, 0.5),
     },
-    "kto": {"loss": rises(0.5, 0.4), "kl": rises(0.0, 4.0), "rewards/margins": from_half(0.3, None)},
+    "kto": {"loss": rises(0.5, 0.4), "kl": rises(0.0, 4.0), "rewards/margins": rises(0.0, 1.0)},
     "reward": {
         "loss": rises(0.7, 0.5),
         "accuracy": rises(0.47, 0.75),
@@ -83,6 +79,10 @@ def lines(run: Curves, number: int = LINES) -> list[dict[str, Any]]:
         {"step": EVERY * (i + 1)} | {name: value((i + 1) / number) for name, value in run.items()}
         for i in range(number)
     ]
+
+
+def from_half(before: float, after: float | None) -> Callable[[float], float | None]:
+    return lambda at: before if at <= 0.5 else after
 
 
 def with_length(at: float) -> float:

@@ -33,7 +33,7 @@ def rollout_correction(
     *_mask      makes w 0 outside: IcePop (arXiv:2510.18855)
     token_*     a factor a token: biased, of low variance
     sequence_*  the product over the sequence: unbiased, but it runs off with the length. A systematic difference of
-                0.003 nats a token weighs 1000 tokens 0.05: watch `metrics.sampling`.
+                0.003 nats a token weighs 1000 tokens 0.05: watch `metrics.importance_ratio`.
 
     mode, clip_max and clip_min are TRL's vllm_importance_sampling_mode, _clip_max, _clip_min, with its defaults. A
     token whose rollout_logp is NaN counts as agreeing.

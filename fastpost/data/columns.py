@@ -37,8 +37,6 @@ FORMATS: dict[Verb, tuple[Columns, ...]] = {
     "ppo": PROMPTS,
     "distill": (*IMITATED, *PROMPTS),
 }
-IMAGES = {"images", "image"}
-NO_IMAGES = "images are not supported yet; drop the column to train on the text alone"
 KINDS = {"text": ("text",), "messages": ("messages",)}  # of the others: either
 
 
@@ -60,8 +58,8 @@ def columns_of(rows: Rows) -> list[str]:
 def check_columns(rows: Rows, verb: Verb, path: str | PathLike[str]) -> None:
     """ValueError unless every row has one of the formats that the verb takes, the same in all of them."""
     present = columns_of(rows)
-    if IMAGES & set(present):
-        raise ValueError(f"{path}: {NO_IMAGES}")
+    if "images" in present or "image" in present:
+        raise ValueError(f"{path}: images are not supported yet; drop the column to train on the text alone")
     wanted = format_of(rows, verb)
     if wanted is None:
         raise ValueError(f"{path}: {_missing(present, verb)}")
@@ -69,8 +67,6 @@ def check_columns(rows: Rows, verb: Verb, path: str | PathLike[str]) -> None:
     if pairs and isinstance(rows[0].get("prompt"), str) and isinstance(rows[0]["chosen"], list):
         wanted = ("chosen", "rejected")  # each a conversation from its start; the prompt is a copy
     for i, row in enumerate(rows):
-        if IMAGES & row.keys():
-            raise ValueError(f"{row_at(path, i)}: {NO_IMAGES}")
         for name in wanted:
             where = f"{row_at(path, i)}, column {name!r}"
             if name == "label":
@@ -89,8 +85,7 @@ def _missing(present: list[str], verb: Verb) -> str:
     """Which columns the verb takes, which there are, and which of them was probably meant."""
     takes = ", or ".join(" and ".join(repr(name) for name in names) for names in FORMATS[verb])
     known = [name for names in FORMATS[verb] for name in names]
-    absent = [name for name in known if name not in present]
-    meant = [f"{name!r}{hint}" for name in present if name not in known and (hint := nearest(name, absent))]
+    meant = [f"{name!r}{hint}" for name in present if name not in known and (hint := nearest(name, known))]
     return f"{verb} takes the columns {takes}; this file has {', '.join(map(repr, present))}" + "".join(
         f"; {hint}" for hint in meant
     )

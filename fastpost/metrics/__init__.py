@@ -28,7 +28,7 @@ from fastpost.metrics.parts import (
     variance,
 )
 from fastpost.metrics.ppo import ppo_rollout, ppo_update
-from fastpost.metrics.rollouts import completions, length_correlation, sampling
+from fastpost.metrics.rollouts import completions, importance_ratio, length_correlation, sampler_difference
 from fastpost.metrics.tokens import (
     clip_extremes,
     entropy_collapse,
@@ -49,6 +49,7 @@ __all__ = [
     "entropy_collapse",
     "explained",
     "floats",
+    "importance_ratio",
     "joined",
     "kl_budget",
     "kto",
@@ -64,7 +65,7 @@ __all__ = [
     "ppo_update",
     "preference",
     "reward",
-    "sampling",
+    "sampler_difference",
     "sft",
     "smallest",
     "total",

@@ -43,29 +43,34 @@ def length_correlation(
     return {"reward_length_correlation": correlation(rewards, completion_length, ~rewards.isnan())}
 
 
-def sampling(batch: Batch, weight: Tensor, *, of_sequences: bool = False) -> dict[str, Part]:
-    """sampling/sampling_logp_difference/{mean,max}: |old_logp - rollout_logp| of tokens whose rollout_logp is not NaN;
-    sampling/importance_sampling_ratio/{min,mean,max}: of `weight` (T,), from `advantages.rollout_correction`.
+def sampler_difference(batch: Batch) -> dict[str, Part]:
+    """sampling/sampling_logp_difference/{mean,max}: |old_logp - rollout_logp| of tokens whose rollout_logp is not NaN.
+    It grows where a sampler no longer has the policy's weights."""
+    for name in ("old_logp", "rollout_logp"):
+        if getattr(batch, name) is None:
+            raise ValueError(f"sampler_difference needs batch.{name}, which is None")
+    apart = (batch.old_logp - batch.rollout_logp).abs()
+    at = kept(batch) & ~apart.isnan()
+    name = "sampling/sampling_logp_difference"
+    return {f"{name}/mean": mean(apart, at), f"{name}/max": largest(apart, at)}
+
+
+def importance_ratio(batch: Batch, weight: Tensor, *, of_sequences: bool = False) -> dict[str, Part]:
+    """sampling/importance_sampling_ratio/{min,mean,max}: of `weight` (T,), from `advantages.rollout_correction`.
 
     of_sequences: one number a sequence, as in TRL, for the modes that weigh sequences. A mean far below 1 scales every
     gradient down, unseen by any other metric.
     """
-    for name in ("old_logp", "rollout_logp"):
-        if getattr(batch, name) is None:
-            raise ValueError(f"sampling needs batch.{name}, which is None")
     if weight.shape != batch.target.shape:
         raise ValueError(f"weight must have shape {tuple(batch.target.shape)}, got {tuple(weight.shape)}")
     at = kept(batch)
-    apart = (batch.old_logp - batch.rollout_logp).abs()
     if of_sequences:
         count = batch.per_sequence(at.to(weight.dtype))
         weight, counted = batch.per_sequence(torch.where(at, weight, 0.0)) / count.clamp(min=1), count > 0
     else:
         counted = at
-    difference, ratio = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
+    ratio = "sampling/importance_sampling_ratio"
     return {
-        f"{difference}/mean": mean(apart, at & ~apart.isnan()),
-        f"{difference}/max": largest(apart, at & ~apart.isnan()),
         f"{ratio}/min": smallest(weight, counted),
         f"{ratio}/mean": mean(weight, counted),
         f"{ratio}/max": largest(weight, counted),

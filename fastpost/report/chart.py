@@ -12,7 +12,7 @@ from fastpost.watching.curves import Points, smoothed
 from fastpost.watching.text import number
 
 WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 24  # what is not plot
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 8, 24  # what is not plot
 DIGIT = 6.2  # width of a character
 DRAWN = 400  # points of a curve, more than there are pixels
 OUTLIERS = 0.02  # share of the raw points, at each end, that may leave the frame

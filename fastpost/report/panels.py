@@ -52,7 +52,7 @@ REWARD = Section(
         KL_COMPLETION,
         KL_TOKEN,
         Panel("Spread within a group", {"reward_std": ""}),
-        Panel("Coefficient of the KL", {"kl_coef": "", "objective/kl_coef": ""}),
+        Panel("Coefficient of the KL", {"objective/kl_coef": ""}),
     ),
     {"KL": (*KL_COMPLETION.curves, *KL_TOKEN.curves)},
 )
@@ -85,6 +85,16 @@ SECTIONS = (
                 "share of pairs",
             ),
             Panel("Log-probabilities", {"logps/chosen": "chosen", "logps/rejected": "rejected"}, "nats"),
+            Panel(
+                "Less likely than under the reference",
+                {"displacement/chosen_falling": "chosen", "displacement/both_falling": "both"},
+                "share of pairs",
+            ),
+            Panel(
+                "Accuracy by length",
+                {"accuracy/longer_chosen": "the longer is better", "accuracy/shorter_chosen": "the shorter"},
+                "share of pairs",
+            ),
             Panel("Scores", {"mean_reward": "mean"}, band=("min_reward", "max_reward")),
         ),
     ),
@@ -92,7 +102,17 @@ SECTIONS = (
         "Loss",
         (
             Panel("Loss", {"loss": "training", "eval_loss": "held out"}),
-            Panel("Losses", {"policy_loss": "policy", "loss/policy_avg": "policy", "loss/value_avg": "value"}),
+            Panel("Losses", {"loss/policy_avg": "policy", "loss/value_avg": "value"}),
+            Panel(
+                "Apart from the teacher",
+                {
+                    "forward_kl": "forward KL",
+                    "reverse_kl": "reverse KL",
+                    "eval_forward_kl": "forward, held out",
+                    "eval_reverse_kl": "reverse, held out",
+                },
+                "nats a token",
+            ),
             Panel(
                 "Right tokens",
                 {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held out"},

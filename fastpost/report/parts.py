@@ -24,6 +24,7 @@ JUDGED_BY = (
     ("loss", "the loss", False),
 )
 LONGEST = 2000  # characters of a sample
+PROBLEMS = {"unsound": "warning", "odd": "soft"}  # of data -> how they look
 
 
 # ---- head ----
@@ -55,7 +56,7 @@ def verdict(run: Record) -> str:
             continue
         found = trend(points)
         first, last = (found.first, found.last) if found else (points[0][1], points[-1][1])
-        if found and abs(found.errors) < 3:
+        if number(first) == number(last) or (found and abs(found.errors) < 3):
             return f"In {done} {name} stayed where it was, at {number(last)}."
         way = "rose" if last > first else "fell"
         doubt = "" if (last > first) == should_rise else ", the wrong way"
@@ -122,8 +123,8 @@ def _card(step: int, lines: list[dict[str, Any]]) -> Html:
 
 def _answer(line: dict[str, Any]) -> Html:
     reward = f"reward {number(line['reward'])}" if is_number(line.get("reward")) else "no reward"
-    said_ = tag("div", _cut(said(line.get("completion", ""))), cls_="said")
-    return tag("div", tag("span", reward, cls_="reward"), said_, cls_="answer")
+    judged = tag("span", reward, cls_="reward") if "reward" in line else Html()  # a teacher gives none
+    return tag("div", judged, tag("div", _cut(said(line.get("completion", ""))), cls_="said"), cls_="answer")
 
 
 def _cut(text: str) -> str:
@@ -150,12 +151,14 @@ def where_time_goes(run: Record) -> Html | None:
 
 
 def counts(run: Record) -> Html | None:
-    """What became of the rows of each data set."""
+    """What became of the rows of each data set, and what was wrong with them."""
     tables = []
     for name, rows in run.table("data").items():
         given = rows if isinstance(rows, dict) else {"rows": rows}
-        body = [tag("tr", tag("td", key.replace("_", " ")), tag("td", _cell(value))) for key, value in given.items()]
-        tables.append(tag("table", tag("caption", name), *body))
+        found = {key: value for key, value in given.items() if key not in PROBLEMS}
+        body = [tag("tr", tag("td", key.replace("_", " ")), tag("td", _cell(value))) for key, value in found.items()]
+        notes = [tag("p", line, cls_=cls) for key, cls in PROBLEMS.items() for line in given.get(key, ())]
+        tables.append(tag("div", tag("table", tag("caption", name), *body), *notes))
     return tag("div", *tables, cls_="tables") if tables else None
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fastpost.watching.text import count
 
 PAD = 0.05  # of the range, so that a curve does not touch the frame
-SAME = 1e-9  # of its height, a range that is rounding
+SAME = 1e-5  # of its height, a range that may be fp32's rounding
 NEAR_ZERO = 0.35  # where the lowest value is below this share of the highest, the axis starts at 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpost.trainers.config import Training
-from fastpost.watching.hub import check_login, push_to_hub
+from fastpost.watching.hub import push_to_hub
 from fastpost.watching.trackers import open_trackers
 from fastpost.watching.view import View
 
@@ -34,8 +34,6 @@ class Audience:
     ):
         from fastpost.trainers.log import say
 
-        if config.push_to_hub:
-            check_login()
         self._directory, self._config, self._began = Path(config.output_dir), config, time.perf_counter()
         self._facts = {"verb": verb, "config": asdict(config), "data": dict(data), "versions": _versions()}
         self._facts |= {"started": datetime.now(UTC).isoformat(timespec="seconds"), "total_steps": total}
@@ -80,13 +78,7 @@ class Audience:
         if not self._config.push_to_hub:
             return None
         name = self._config.hub_model_id or self._directory.resolve().name
-        try:
-            return push_to_hub(self._directory, name, self._facts, dict(last), private=self._config.hub_private_repo)
-        except Exception as error:  # of the hub, of the network: each library below has its own
-            raise ValueError(
-                f"the run is over and {self._directory} has its model, which could not be uploaded as {name!r}: "
-                f"{type(error).__name__}: {error}; `hf upload` can do it later"
-            ) from error
+        return push_to_hub(self._directory, name, self._facts, dict(last), private=self._config.hub_private_repo)
 
 
 def _versions() -> dict[str, str]:

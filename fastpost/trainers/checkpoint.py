@@ -8,14 +8,11 @@ N steps straight and k steps, then a resume to N, give the same bits on a CPU.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,45 +60,25 @@ def save(config: Training, start: Start, state: State) -> None:
 
 
 def _write(config: Training, start: Start, state: State, moments: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     output = Path(config.output_dir)
     path = output / f"checkpoint-{state.step}"
-    with written(path, output) as aside:
-        start.save_model(aside)
-        save_file(moments, aside / OPTIMIZER)
-        _write_json(aside / STATE, dataclasses.asdict(state) | {"config": plain(config)})
-        _write_json(aside / HASHES, {str(file.relative_to(aside)): _hash(file) for file in _files(aside)})
+    try:
+        with written_aside(path) as aside:
+            start.save_model(aside)
+            save_file(moments, aside / OPTIMIZER)
+            _write_json(aside / STATE, dataclasses.asdict(state) | {"config": plain(config)})
+            _write_json(aside / HASHES, {str(file.relative_to(aside)): _hash(file) for file in _files(aside)})
+    except (OSError, SafetensorError) as error:
+        before = checkpoints(output)
+        rest = f"the run can go on from {before[-1]}" if before else "there is none before it"
+        raise ValueError(f"{path} could not be written: {error}; {rest}") from error
     best = None if state.best is None else int(state.best["step"])
     for old in checkpoints(output)[: -config.save_total_limit] if config.save_total_limit else ():
         if _step_of(old) != best:
             shutil.rmtree(old)
-
-
-@contextmanager
-def written(path: Path, output: Path) -> Iterator[Path]:
-    """written_aside(path), of the run in `output`, which says what is left where that fails."""
-    from safetensors import SafetensorError
-
-    try:
-        with written_aside(path) as aside:
-            yield aside
-    except Exception as error:
-        # tokenizers has a plain Exception for it, with what Rust says of every such error
-        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
-            raise
-        raise ValueError(f"{path} could not be written: {error}; {_left(output)}") from error
-
-
-def check_not_full(error: BaseException | None, output: Path) -> None:
-    """ValueError where a full disk was what ended the run."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise ValueError(f"output_dir {output} could not be written: {error}; {_left(output)}") from error
-
-
-def _left(output: Path) -> str:
-    before = checkpoints(output)
-    return f"the run can go on from {before[-1]}" if before else "there is no checkpoint before it"
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -76,7 +76,7 @@ def next_window(
     completions = sampled(window, begun, teacher if who == "teacher" else None, config, seed, keys)
     run.clock.spend({"step_time/rollout": time.perf_counter() - began})
     window = answered(window, completions)
-    run.show(_sample(run.step, window[0], begun.tokenizer))
+    run.show(_sample(run.step + 1, window[0], begun.tokenizer))
     lengths, finished = zip(*((len(c.ids), c.finished) for c in completions), strict=True)
     facts = metrics.floats(metrics.completions(torch.tensor(lengths), torch.tensor(finished)))
     return window, facts

@@ -14,7 +14,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from fastpost import advantages
+from fastpost import advantages, metrics
 from fastpost.packing import Packed
 from fastpost.packing.subsets import with_known
 from fastpost.trainers.config import Grpo
@@ -35,12 +35,12 @@ def grpo(config: Grpo, **given: Unpack[GivenRewards]) -> Any:
             rollouts = _sample(run, stage, config)
             whole = episodes(rollouts, config)
             whole = with_known(whole, advantage=whole.batch.spread(_advantages(rollouts, config)))
-            whole = _corrected(whole, stage, config)
+            whole, facts = _corrected(whole, stage, config)
             packs = packs_of(whole, objective, stage, rollouts, run.world)
             if stage.reference is not None:
                 with run.clock.part("reference"):
                     packs = [stage.reference.scored(packed, config.temperature) for packed in packs]
-            learn(run, stage, objective, packs, whole, rollouts)
+            learn(run, stage, objective, packs, whole, rollouts, facts)
             look(run, stage, rollouts)
     return run.finish()
 
@@ -76,16 +76,19 @@ def _advantages(rollouts: Rollouts, config: Grpo) -> Tensor:  # (S,)
     return advantages.group_centred(shaped_rewards(rollouts, config), G, scale)
 
 
-def _corrected(whole: Packed, stage: Stage, config: Grpo) -> Packed:
-    """With the advantages weighed by token, where that is asked for: by what the sampler had wrong, by entropy."""
+def _corrected(whole: Packed, stage: Stage, config: Grpo) -> tuple[Packed, dict[str, float]]:
+    """With the advantages weighed by token, where that is asked for: by what the sampler had wrong, by entropy. And
+    what the log shows of the weights."""
     mode, quantile = config.rollout_correction, config.top_entropy_quantile
     if mode == "none" and quantile == 1:
-        return whole
-    batch, advantage = whole.batch, whole.batch.advantage
+        return whole, {}
+    batch, advantage, facts = whole.batch, whole.batch.advantage, {}
     old_logp, entropy = said_by_policy(whole, stage, ("logp", "entropy"), stage.begun.world)
     if mode != "none":
         clip = config.rollout_correction_clip_max
-        advantage = advantage * advantages.rollout_correction(old_logp, batch.rollout_logp, batch, mode, clip)
+        weight = advantages.rollout_correction(old_logp, batch.rollout_logp, batch, mode, clip)
+        facts = metrics.floats(metrics.importance_ratio(batch, weight, of_sequences=mode.startswith("sequence")))
+        advantage = advantage * weight
     if quantile < 1:
         advantage = advantages.top_entropy(advantage, entropy, batch, quantile)
-    return with_known(whole, advantage=advantage)
+    return with_known(whole, advantage=advantage), facts

@@ -28,13 +28,15 @@ class Objective:
     weigh: Weigh
 
     def seen(self, stats: Stats, batch: Batch) -> dict[str, Part]:
-        """Entropy, KL, and where the loss clips ratios how many of them."""
+        """Entropy, KL, and where the loss clips ratios how many of them; how far the sampler is from the policy."""
         knobs = self.loss.knobs or {}
         level = "token" if self.loss.unit == "token" else "sequence"
-        if "cliprange" in knobs:
-            return metrics.policy(stats, batch, epsilon=knobs["cliprange"], importance_sampling_level=level)
         clip = {name: knobs[name] for name in ("epsilon", "epsilon_high") if name in knobs}
-        return metrics.policy(stats, batch, **clip, importance_sampling_level=level)
+        clip |= {"epsilon": knobs["cliprange"]} if "cliprange" in knobs else {}
+        parts = metrics.policy(stats, batch, **clip, importance_sampling_level=level)
+        if batch.ref_logp is not None:
+            parts |= metrics.kl_budget(stats, batch)
+        return parts if batch.rollout_logp is None else parts | metrics.sampler_difference(batch)
 
 
 def of_grpo(config: Grpo) -> Objective:

@@ -6,7 +6,7 @@ those that never reach the model, having no gradient, keep their place in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -44,10 +44,16 @@ def next_rollouts(run: Run, stage: Stage, count: int | None = None) -> Rollouts:
 
 
 def learn(
-    run: Run, stage: Stage, objective: Objective, packs: list[AnyPack], whole: Packed, rollouts: Rollouts
+    run: Run,
+    stage: Stage,
+    objective: Objective,
+    packs: list[AnyPack],
+    whole: Packed,
+    rollouts: Rollouts,
+    facts: Mapping[str, float] | None = None,
 ) -> None:
-    """The optimizer steps of a round on its microbatches; `whole` is what they are of."""
-    facts = rollout_metrics(rollouts, stage.config.num_generations)
+    """The optimizer steps of a round on its microbatches; `whole` is what they are of. The log has these facts, too."""
+    facts = rollout_metrics(rollouts, stage.config.num_generations) | dict(facts or {})
     tokens = int(counts(whole).sum())
     run.clock.spend(rollouts.seconds)
     for _ in range(run.iterations):

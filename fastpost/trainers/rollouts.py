@@ -177,7 +177,9 @@ def rollout_metrics(rollouts: Rollouts, num_generations: int) -> dict[str, float
     }
     if not alone:  # a completion alone has no group to differ from
         values["frac_reward_zero_std"] = (groups == groups[:, :1]).all(1).float().mean()
-    values |= metrics.floats(metrics.completions(rollouts.lengths, rollouts.finished))
+    lengths = rollouts.lengths
+    of_lengths = metrics.completions(lengths, rollouts.finished) | metrics.length_correlation(rewards, lengths)
+    values |= metrics.floats(of_lengths)
     for name, each in rollouts.scores.by_function.items():
         values |= {f"rewards/{name}/mean": each.nanmean(), f"rewards/{name}/std": _std(each)}
     return {name: float(value) for name, value in (values | rollouts.scores.metrics).items()}

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
+from fastpost.models.saving import written_aside
 from fastpost.rollout.record import Where, prune
 from fastpost.trainers import checkpoint
 from fastpost.trainers.audience import Audience
@@ -81,12 +82,11 @@ class Run:
             self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._before)
         if self.audience is not None:
             self.audience.close()
-        checkpoint.check_not_full(error, self.output)
 
     def steps(self) -> Iterator[int]:
         """The first step of every round that is left. What is due after a round is done when the next one is asked
@@ -152,7 +152,7 @@ class Run:
         """Writes the model and the curves; the model, for who wants to go on with it."""
         with self.world.on_host():
             if self.audience is not None:
-                with checkpoint.written(self.output, self.output) as aside:
+                with written_aside(self.output) as aside:
                     self.start.save_model(aside)
                 plot_metrics(self.output)
                 address = self.audience.finish(read_lines(self.output / "metrics.jsonl")[-1])

@@ -45,7 +45,7 @@ class Stage:
         rewards = rewards_of(config, given)
         rows = read_data(config, given, verb)
         begun = start(config, given, build_parts)
-        data, facts = read_examples(rows, verb, begun.tokenizer, partial(sampled_prompts, begun, config))
+        data, facts = read_examples(rows, verb, begun.tokenizer, partial(sampled_prompts, begun.tokenizer, config))
         task = Task.of(config, rewards, begun.model, begun.tokenizer, begun.world)
         reference = Reference.of(begun, config, given) if refers else None
         with begun.world.whole():

@@ -11,7 +11,6 @@ from typing import Any
 from fastpost.data import Counts, Prompt, prompt_examples
 from fastpost.files import Rows
 from fastpost.models.adapters import base_of, is_adapter
-from fastpost.models.trunk import positions
 from fastpost.rewards import Reward, given_reward, load_reward
 from fastpost.rollout import Sampling
 from fastpost.rollout.backends import sampler_for
@@ -22,7 +21,6 @@ from fastpost.trainers.config import Sampled
 from fastpost.trainers.given import GivenRewards
 from fastpost.trainers.log import say
 from fastpost.trainers.loop import autocast
-from fastpost.trainers.start import Start
 from fastpost.trainers.world import ALONE, World
 
 
@@ -79,18 +77,10 @@ def rewards_of(config: Sampled, given: GivenRewards) -> list[Reward]:
     return found
 
 
-def sampled_prompts(begun: Start, config: Sampled, name: str, rows: Rows) -> tuple[list[Prompt], Counts]:
-    """The prompts of "train" or "eval", none so long that a completion would not fit beside it, in the model or in a
-    pack."""
-    found, counts = prompt_examples(rows, begun.tokenizer, config.max_prompt_length, path=name)
-    longest, room = counts.longest + config.max_completion_length, positions(begun.model)
-    if room is not None and longest > room:
-        left = room - config.max_completion_length
-        raise ValueError(
-            f"the longest prompt of {name} and max_completion_length are {longest} tokens together, more than the "
-            f"model's {room} positions: give a smaller max_completion_length"
-            + (f", or max_prompt_length {left} to leave such prompts out" if left > 0 else "")
-        )
+def sampled_prompts(tokenizer: Any, config: Sampled, name: str, rows: Rows) -> tuple[list[Prompt], Counts]:
+    """The prompts of "train" or "eval", none so long that a completion would not fit in a pack beside it."""
+    found, counts = prompt_examples(rows, tokenizer, config.max_prompt_length, path=name)
+    longest = counts.longest + config.max_completion_length
     if config.max_tokens_per_batch is not None and longest > config.max_tokens_per_batch:
         raise ValueError(
             f"max_tokens_per_batch must hold the longest prompt and max_completion_length, {longest} tokens together, "

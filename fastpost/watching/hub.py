@@ -24,14 +24,6 @@ SHOWN = (
 )
 
 
-def check_login() -> None:
-    """ValueError unless there is a token, which is better known before a run than after it."""
-    from huggingface_hub import get_token
-
-    if get_token() is None:
-        raise ValueError("push_to_hub uploads in somebody's name: log in by `hf auth login`, or set HF_TOKEN")
-
-
 def push_to_hub(
     output_dir: Path,  # of a finished run
     repo_id: str,  # owner/name, or a name of one's own

@@ -31,9 +31,8 @@ RATIO = 0.5  # mean importance weight: half of every gradient is lost
 ON_POLICY = {"grpo", "rloo", "reinforce", "ppo"}
 # These are numbers in every line of a healthy run. Others may be null: the length of completions that ended where none
 # did, a reward function that applied to nothing.
-OF_PAIRS = ("rewards/margins", "logps/chosen", "logps/rejected")
 NUMBERS = (
-    *("loss", "grad_norm", "entropy", "kl", "reward", *OF_PAIRS),
+    *("loss", "grad_norm", "entropy", "kl", "reward", "rewards/margins", "logps/chosen", "logps/rejected"),
     *("objective/kl", "objective/scores", "loss/policy_avg", "loss/value_avg", "eval_loss", "eval_reward"),
 )
 
@@ -41,8 +40,6 @@ NUMBERS = (
 def not_a_number(run: Run) -> Found:
     for line in run.lines:
         bad = [name for name in NUMBERS if name in line and not is_number(line[name])]
-        if run.verb == "kto":  # whose steps may have answers of one kind alone
-            bad = [name for name in bad if name not in OF_PAIRS]
         if bad:
             return line["step"], f"{' and '.join(bad)} came out as no number."
     return None
@@ -96,7 +93,7 @@ def gradient_explodes(run: Run) -> Found:
 
 
 def much_is_clipped(run: Run) -> Found:
-    points = run("clip_ratio/region_mean", "policy/clipfrac_avg", "cispo_clip_ratio")
+    points = run("clip_ratio/region_mean", "policy/clipfrac_avg")
     found = sustained(points, lambda share: share > CLIPPED, SPAN)
     if found is None:
         return None

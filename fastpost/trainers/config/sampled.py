@@ -35,11 +35,6 @@ class Sampled(Training, Rewarded, Engined):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_groups(self)
-        if (self.soft_punish_cache or 0) > self.max_completion_length:
-            raise ValueError(
-                f"soft_punish_cache must be at most max_completion_length {self.max_completion_length}, got "
-                f"{self.soft_punish_cache}"
-            )
         self.backend  # noqa: B018  # what does not go together is refused there
         if self.max_steps > 0 and self.max_steps % self.updates_per_round:
             above = self.max_steps + -self.max_steps % self.updates_per_round
