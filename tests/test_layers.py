@@ -68,7 +68,7 @@ MAY_IMPORT = {
     "models": ("types", "core.quantised", "packing", "shared_prompt", "head"),
     "rollout": ("types", "packing", "head", "models"),
     "integrations": ("", "types", "core.door", "equation", "losses", "head", "models"),
-    "rewards": ("types", "packing", "head", "models", "rollout"),
+    "rewards": ("types", "packing", "head", "data", "models", "rollout"),
     "watching": (),
     "trainers": (
         *("", "knobs", "types", "losses", "advantages", "weights", "metrics", "packing", "shared_prompt", "head"),

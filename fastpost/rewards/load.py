@@ -1,4 +1,4 @@
-"""Reward functions by name: a built-in, or a function in a user's file."""
+"""Reward functions by name: a built-in, a function in a user's file, or the directory of a reward model."""
 
 from __future__ import annotations
 
@@ -43,15 +43,25 @@ def given_reward(function: Callable[..., Any]) -> Reward:
     return Reward(getattr(function, "__name__", type(function).__name__), function)
 
 
+def _model(directory: Path) -> Reward:
+    """What a reward model says, by the name of its directory."""
+    from fastpost.rewards.model import reward_model
+
+    return Reward(directory.resolve().name, reward_model(directory))
+
+
 def load_reward(spec: str) -> Reward:
-    """A built-in name, or `file.py:function`."""
+    """A built-in name, `file.py:function`, or a directory."""
+    if Path(spec).expanduser().is_dir():
+        return _model(Path(spec).expanduser())
     path, colon, name = spec.rpartition(":")
     if not colon:
         if spec.endswith(".py"):
             raise ValueError(f"reward {spec!r} names a file but no function in it: write {spec}:function")
         if spec not in BUILTIN:
             hint = nearest(spec, list(BUILTIN))
-            raise ValueError(f"reward {spec!r} is no built-in ({', '.join(BUILTIN)}) and no file.py:function{hint}")
+            names = ", ".join(BUILTIN)
+            raise ValueError(f"reward {spec!r} is no built-in ({names}) and no directory or file.py:function{hint}")
         return Reward(spec, BUILTIN[spec])
     module = _module(Path(path).expanduser(), spec)
     functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastpost.models.adapters import base_of, is_adapter, load_adapter, read_adapter
-from fastpost.models.loading import attend_packed, load_tokenizer, recompute_activations
+from fastpost.models.loading import attend_packed, recompute_activations
 from fastpost.models.lora import with_lora
 from fastpost.models.probe import check_packing
-from fastpost.models.scalar import load_scored, own_scalar
+from fastpost.models.reward_model import load_reward_model
+from fastpost.models.scalar import own_scalar
 from fastpost.models.trunk import causal_lm
 from fastpost.trainers.build import Kind, adapter_of, build, dtype_of, four_bits
 from fastpost.trainers.config import Training
@@ -29,19 +29,14 @@ def judge(config: Training, given: Given, found: Path | None) -> Parts:
 
 def _loaded(config: Training, path: str) -> tuple[Any, Any]:
     """Of a directory: a causal LM, a model that scores, or an adapter of one."""
-    tokenizer, _ = load_tokenizer(path, config.trust_remote_code)
-    model = load_scored(
-        base_of(path) if is_adapter(path) else path,
-        f"model {path!r}",
+    model, tokenizer = load_reward_model(
+        path,
         fresh=True,
         dtype=dtype_of(config),
         attn_implementation=config.attn_implementation,
         quantization_config=four_bits(config) if config.load_in_4bit else None,
         trust_remote_code=config.trust_remote_code,
     )
-    if is_adapter(path):
-        _check_task(path)
-        model = load_adapter(model, path)
     return _adapted(config, model), tokenizer
 
 
@@ -64,12 +59,3 @@ def _adapted(config: Training, model: Any) -> Any:
     if config.gradient_checkpointing:
         recompute_activations(model)
     return model
-
-
-def _check_task(path: str) -> None:
-    config, _ = read_adapter(Path(path).expanduser(), f"model {path!r}")
-    if config.task_type != "SEQ_CLS":
-        raise ValueError(
-            f"model {path!r} is an adapter that speaks ({config.task_type}), and has no score: merge it into its base "
-            "(fastpost merge), and train on that"
-        )
