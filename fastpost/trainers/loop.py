@@ -19,21 +19,21 @@ from torch import Tensor, nn
 
 from fastpost.models.sharded import whole
 from fastpost.packing import plan
-from fastpost.trainers.config import Training
+from fastpost.trainers.config import Loaded, Training
 
 
 def the_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def wants_bf16(config: Training) -> bool:
+def wants_bf16(config: Loaded) -> bool:
     """Whether forward passes compute in bfloat16: where asked for, or by default on a GPU that has it."""
     if config.bf16 is not None:
         return config.bf16
     return the_device().type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def autocast(config: Training) -> torch.autocast:
+def autocast(config: Loaded) -> torch.autocast:
     """The precision of forward passes."""
     return torch.autocast(the_device().type, torch.bfloat16, enabled=wants_bf16(config))
 

@@ -17,7 +17,7 @@ from fastpost.rollout.backends import sampler_for
 from fastpost.rollout.record import Where
 from fastpost.rollout.sampler import Sampler
 from fastpost.trainers.checkpoint import fingerprint
-from fastpost.trainers.config import Sampled
+from fastpost.trainers.config import Rewarded, Sampled
 from fastpost.trainers.given import GivenRewards
 from fastpost.trainers.log import say
 from fastpost.trainers.loop import autocast
@@ -63,7 +63,7 @@ class Task:
         )
 
 
-def rewards_of(config: Sampled, given: GivenRewards) -> list[Reward]:
+def rewards_of(config: Rewarded, given: GivenRewards) -> list[Reward]:
     """The reward functions that the config names and that the caller gives; none need be where a model rewards."""
     model = getattr(config, "reward_model", None) is not None
     funcs = given.get("reward_funcs") or []

@@ -5,12 +5,15 @@ keys and `--help` from them. A config that exists has been checked.
 """
 
 from fastpost.trainers.config.distill import Distill
+from fastpost.trainers.config.drawn import Engined, Rewarded
+from fastpost.trainers.config.groups import DATA, GROUPS, LOSS, MODEL, PLAN, ROLLOUT, RUN, STEPS
+from fastpost.trainers.config.loaded import Loaded
 from fastpost.trainers.config.policy import Clipped, Grpo, Ppo, Reinforce, Rloo
 from fastpost.trainers.config.preference import Cpo, Dpo, Kto, Orpo, Pairs, Preference, Reward, Simpo
 from fastpost.trainers.config.sampled import Sampled
 from fastpost.trainers.config.supervised import Sft
 from fastpost.trainers.config.tools import Demo, Merge
-from fastpost.trainers.config.training import DATA, GROUPS, LOSS, MODEL, PLAN, ROLLOUT, RUN, STEPS, Training
+from fastpost.trainers.config.training import Training
 
 __all__ = [
     "DATA",
@@ -26,8 +29,10 @@ __all__ = [
     "Demo",
     "Distill",
     "Dpo",
+    "Engined",
     "Grpo",
     "Kto",
+    "Loaded",
     "Merge",
     "Orpo",
     "Pairs",
@@ -35,6 +40,7 @@ __all__ = [
     "Preference",
     "Reinforce",
     "Reward",
+    "Rewarded",
     "Rloo",
     "Sampled",
     "Sft",

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from fastpost.trainers.config.drawn import Drawn
-from fastpost.trainers.config.training import DATA, LOSS, MODEL, ROLLOUT, STEPS, Training
+from fastpost.trainers.config.groups import DATA, LOSS, MODEL, ROLLOUT, STEPS
+from fastpost.trainers.config.training import Training
 from fastpost.trainers.options import option
 
 KNOBS = {"beta": ("gkd",), "alpha": ("kd",)}  # the losses that have them

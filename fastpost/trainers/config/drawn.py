@@ -7,7 +7,7 @@ from typing import Literal
 
 from fastpost.rollout import Sampling
 from fastpost.rollout.backends import Backend
-from fastpost.trainers.config.training import ENGINE, ROLLOUT
+from fastpost.trainers.config.groups import ENGINE, ROLLOUT
 from fastpost.trainers.options import option
 
 

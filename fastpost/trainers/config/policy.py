@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from fastpost.trainers.config.groups import LOSS, MODEL, ROLLOUT, STEPS
 from fastpost.trainers.config.sampled import Sampled
-from fastpost.trainers.config.training import LOSS, MODEL, ROLLOUT, STEPS
 from fastpost.trainers.options import option
 
 

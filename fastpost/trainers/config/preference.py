@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastpost.trainers.config.training import DATA, LOSS, MODEL, STEPS, Training
+from fastpost.trainers.config.groups import DATA, LOSS, MODEL, STEPS
+from fastpost.trainers.config.training import Training
 from fastpost.trainers.options import option
 
 PairLoss = Literal[

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fastpost.trainers.config.drawn import Engined, Rewarded
-from fastpost.trainers.config.training import DATA, ROLLOUT, STEPS, Training
+from fastpost.trainers.config.groups import DATA, ROLLOUT, STEPS
+from fastpost.trainers.config.training import Training
 from fastpost.trainers.options import option
 
 

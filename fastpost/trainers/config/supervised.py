@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastpost.trainers.config.training import DATA, Training
+from fastpost.trainers.config.groups import DATA
+from fastpost.trainers.config.training import Training
 from fastpost.trainers.options import option
 
 

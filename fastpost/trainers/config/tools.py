@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastpost.models.adapters import is_adapter
-from fastpost.trainers.config.training import MODEL, RUN
+from fastpost.trainers.config.groups import MODEL, RUN
 from fastpost.trainers.options import REQUIRED, option, read_fields
 
 

@@ -6,29 +6,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastpost.models.adapters import is_adapter
+from fastpost.trainers.config.groups import DATA, LOSS, MODEL, RUN, STEPS
+from fastpost.trainers.config.loaded import Loaded
 from fastpost.trainers.options import REQUIRED, option, read_fields
-
-MODEL, DATA, ROLLOUT, ENGINE = "Model", "Data", "Rollouts and rewards", "Sampler"
-LOSS, STEPS, RUN, PLAN = "Loss", "Optimisation", "Run", "Plan"
-GROUPS = (PLAN, MODEL, DATA, ROLLOUT, ENGINE, LOSS, STEPS, RUN)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Training(Loaded):
     """What every training verb is told."""
 
-    model: str = option(
-        "",
-        MODEL,
-        "directory (or hub name) of a Hugging Face causal LM and its tokenizer; or of an adapter",
-        needed=True,
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", MODEL, "of the weights; auto: bfloat16 for a frozen base on a GPU, float32 else"
-    )
-    bf16: bool | None = option(None, MODEL, "compute in bfloat16 (autocast); default: on a GPU that can")
-    attn_implementation: str | None = option(None, MODEL, "a name that transformers knows; default: packed attention")
-    trust_remote_code: bool = option(False, MODEL, "run code that comes with the model")
     gradient_checkpointing: bool = option(True, MODEL, "recompute activations in the backward pass to save memory")
     activation_offloading: bool = option(
         False, MODEL, "what gradient checkpointing keeps waits in host memory; wants a GPU"
