@@ -22,7 +22,12 @@ class Drawn:
     min_p: float | None = option(None, ROLLOUT, "drop tokens below this share of the likeliest", least=0, most=1)
     repetition_penalty: float = option(1.0, ROLLOUT, "of tokens that are there already; 1: none", above=0)
     stop: tuple[str, ...] = option((), ROLLOUT, "texts that end a completion; repeatable")
-    generation_batch_size: int = option(256, ROLLOUT, "completions decoded together", above=0)
+    generation_batch_size: int = option(
+        256,
+        ROLLOUT,
+        "completions decoded together, for speed alone (TRL: those of a round, of one step or more)",
+        above=0,
+    )
 
     def sampling(self, seed: int = 0) -> Sampling:
         return Sampling(
@@ -52,7 +57,7 @@ class Engined(Drawn):
     vllm_server_timeout: float = option(240.0, ENGINE, "server: seconds to wait for it", above=0)
     vllm_group_port: int = option(51216, ENGINE, "server: of the channel for weights", above=0)
     use_transformers_continuous_batching: bool | None = option(
-        None, ENGINE, "transformers' paged generation; default: on a GPU, if it is faster than generate"
+        None, ENGINE, "transformers' paged generation; default: on a GPU, if it is faster than generate (TRL: false)"
     )
 
     @property

@@ -20,7 +20,7 @@ class Loaded:
         needed=True,
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", MODEL, "of the weights; auto: bfloat16 for a frozen base on a GPU, float32 else"
+        "auto", MODEL, "of the weights; auto: bfloat16 for a frozen base on a GPU, float32 else (TRL: float32)"
     )
     bf16: bool | None = option(None, MODEL, "compute in bfloat16 (autocast); default: on a GPU that can")
     attn_implementation: str | None = option(None, MODEL, "a name that transformers knows; default: packed attention")

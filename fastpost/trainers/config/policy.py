@@ -45,7 +45,9 @@ class Grpo(Clipped):
     )
     max_resamplings: int = option(10, ROLLOUT, "rounds of sampling for a step, with dynamic_sampling", above=0)
     rollout_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = option(
-        "none", LOSS, "weigh by what the trainer's probability is of the sampler's; costs a pass"
+        "none",
+        LOSS,
+        "weigh by what the trainer's probability is of the sampler's; costs a pass (TRL, with vLLM: sequence_mask)",
     )
     rollout_correction_clip_max: float = option(3.0, LOSS, "largest such weight", above=0)
     top_entropy_quantile: float = option(
@@ -58,7 +60,10 @@ class Grpo(Clipped):
 
     beta: float = option(0.0, LOSS, "weight of the KL (k3) to the model as it was; 0: no reference at all", least=0)
     epsilon: float | None = option(
-        None, LOSS, "ratios are clipped below 1 - epsilon; default: the loss's own, grpo 0.2, gspo 3e-4", least=0
+        None,
+        LOSS,
+        "ratios are clipped below 1 - epsilon; default: the loss's own, grpo 0.2, gspo 3e-4 (TRL: 0.2)",
+        least=0,
     )
     delta: float | None = option(None, LOSS, "and never above this, of grpo, dapo, dr_grpo, bnpo by tokens", above=1)
     importance_sampling_level: Literal["token", "sequence"] = option(

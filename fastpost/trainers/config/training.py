@@ -23,15 +23,17 @@ class Training(Loaded):
     use_liger_kernel: bool = option(False, MODEL, "liger-kernel's norms, rotary embedding and MLP; wants a GPU")
     load_in_4bit: bool = option(False, MODEL, "quantise the frozen base (QLoRA); wants an adapter")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", MODEL, "normal floats or plain ones")
-    use_bnb_nested_quant: bool = option(True, MODEL, "quantise the scales of the 4-bit weights, too")
+    use_bnb_nested_quant: bool = option(True, MODEL, "quantise the scales of the 4-bit weights, too (TRL: false)")
     bnb_4bit_quant_storage: Literal["uint8", "float16", "bfloat16", "float32"] = option(
         "uint8", MODEL, "what the packed bytes pass for; FSDP wants the dtype of the other weights"
     )
     lora_r: int = option(0, MODEL, "rank of new LoRA adapters; 0: none, a model without adapters trains whole", least=0)
     lora_alpha: int = option(32, MODEL, "adapters are scaled by lora_alpha / lora_r", above=0)
-    lora_dropout: float = option(0.0, MODEL, "probability, on the adapters' input", least=0, most=0.99)
+    lora_dropout: float = option(0.0, MODEL, "probability, on the adapters' input (TRL: 0.05)", least=0, most=0.99)
     lora_target_modules: tuple[str, ...] = option(
-        ("all-linear",), MODEL, "names of the layers that get adapters; all-linear leaves out the head, lm_head"
+        ("all-linear",),
+        MODEL,
+        "names of the layers that get adapters; all-linear leaves out the head, lm_head (TRL: peft's choice)",
     )
     lora_modules_to_save: tuple[str, ...] = option((), MODEL, "names of layers that train whole beside the adapters")
     use_rslora: bool = option(False, MODEL, "scale adapters by lora_alpha / sqrt(lora_r)")
@@ -50,7 +52,9 @@ class Training(Loaded):
     )
 
     optim: Literal["adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = option(
-        "adamw_torch", STEPS, "AdamW; in 8 bits or paged to the host: bitsandbytes'"
+        "adamw_torch",
+        STEPS,
+        "AdamW; in 8 bits or paged to the host: bitsandbytes' (TRL: adamw_torch_fused)",
     )
     learning_rate: float = option(2e-5, STEPS, "peak of the schedule", least=0)
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = option(
