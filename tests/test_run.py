@@ -16,7 +16,8 @@ import tiny
 from fastpost.files import read_rows
 from fastpost.models.loading import load_model
 from fastpost.trainers import checkpoint
-from fastpost.trainers.config import Grpo, Sft
+from fastpost.trainers.config import Dpo, Grpo, Sft
+from fastpost.trainers.dpo import dpo
 from fastpost.trainers.grpo import grpo
 from fastpost.trainers.log import read_lines
 from fastpost.trainers.sft import sft
@@ -62,6 +63,22 @@ def test_objects_in_place_of_paths_train_alike(files: Path, tmp_path: Path):
     assert weights(tmp_path / "objects") == weights(tmp_path / "paths")
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"train_datset": []}, r"sft takes no 'train_datset' \(did you mean 'train_dataset'"),
+        ({"reward_funcs": len}, "sft takes no 'reward_funcs'; it takes model, processing_class"),
+        ({"model": "runs/sft"}, "model must be a model, got 'runs/sft'; a directory goes into the config, as model"),
+        ({"train_dataset": iter([{}])}, "must be a list of dicts or a datasets.Dataset, got list_iterator"),
+        ({"eval_dataset": {"a": [{}]}}, "eval_dataset must be a list of dicts or .*, got dict"),
+        ({"train_dataset": [{"text": "a"}, ["b"]]}, r"train_dataset\[1\] must be a dict, got \['b'\]"),
+    ],
+)
+def test_what_is_given_amiss_is_named(files: Path, tmp_path: Path, given: dict, said: str):
+    with pytest.raises(ValueError, match=said):
+        sft(config_of(files, tmp_path), **given)
+
+
 def test_what_is_not_given_is_named(files: Path, tmp_path: Path):
     model, tokenizer = load_model(files / "model")
     with pytest.raises(ValueError, match="dataset must be given: a path in the config, or rows as train_dataset"):
@@ -70,6 +87,13 @@ def test_what_is_not_given_is_named(files: Path, tmp_path: Path):
         sft(config_of(files, tmp_path, model=""))
     with pytest.raises(ValueError, match="processing_class must be given beside a model: its tokenizer"):
         sft(config_of(files, tmp_path, model=""), model=model)
+    own = {"model": model, "processing_class": tokenizer}
+    with pytest.raises(ValueError, match="ref_model is the model itself, which trains: leave it out for the model as"):
+        dpo(Dpo(dataset=files / "sums.jsonl", output_dir=tmp_path), **own, ref_model=model)
+    with pytest.raises(ValueError, match="reward_funcs must hold functions, got a Qwen3ForCausalLM"):
+        grpo(Grpo(dataset=files / "sums.jsonl", output_dir=tmp_path), **own, reward_funcs=model)
+    with pytest.raises(ValueError, match="nothing would train: no parameter of the model has requires_grad"):
+        sft(config_of(files, tmp_path), **own | {"model": model.requires_grad_(False)})
     with pytest.raises(ValueError, match="train_dataset has no rows"):
         sft(config_of(files, tmp_path), train_dataset=[])
     with pytest.raises(ValueError, match="reward must name at least one function"):
@@ -78,10 +102,11 @@ def test_what_is_not_given_is_named(files: Path, tmp_path: Path):
 
 def test_the_best_checkpoint_is_written_and_kept(files: Path, tmp_path: Path):
     """A learning rate that ruins the model: it is best at its first evaluation."""
-    changes = {"eval_dataset": files / "sums.jsonl", "eval_steps": 1, "metric_for_best_model": "loss"}
+    changes = {"eval_steps": 1, "metric_for_best_model": "loss"}
     changes |= {"learning_rate": 3.0, "lr_scheduler_type": "constant"}
     out = tmp_path / "out"
-    sft(config_of(files, out, save_steps=1, save_total_limit=1, max_steps=6, **changes))
+    config = config_of(files, out, save_steps=1, save_total_limit=1, max_steps=6, **changes)
+    sft(config, eval_dataset=read_rows(files / "sums.jsonl"))
     losses = {line["step"]: line["eval_loss"] for line in read_lines(out / "metrics.jsonl")}
     best = min(losses, key=losses.__getitem__)
     assert best < 6, "the run was meant to get worse"
@@ -124,6 +149,8 @@ def test_a_run_that_is_over_says_so(files: Path, tmp_path: Path, capsys: pytest.
 def test_a_metric_that_no_evaluation_gives_is_named(files: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="is of an evaluation: give eval_dataset and eval_steps as well"):
         config_of(files, tmp_path, metric_for_best_model="loss")
+    with pytest.raises(ValueError, match="is of an evaluation: give eval_dataset as well"):
+        sft(config_of(files, tmp_path, metric_for_best_model="loss", eval_steps=1))
     changes = {"eval_dataset": files / "sums.jsonl", "eval_steps": 1, "metric_for_best_model": "reward"}
     with pytest.raises(ValueError, match="'eval_reward' is none of an evaluation's: eval_entropy, eval_loss"):
         sft(config_of(files, tmp_path / "out", **changes))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fastpost.rewards.builtin import BUILTIN
 from fastpost.types import nearest
 
@@ -38,8 +40,13 @@ def _module(file: Path, spec: str) -> Any:
 
 def given_reward(function: Callable[..., Any]) -> Reward:
     """A function that a caller in Python has at hand, by its own name."""
+    if isinstance(function, nn.Module):
+        kind = type(function).__name__
+        raise ValueError(f"reward_funcs must hold functions, got a {kind}: write one that asks it, or see fastpost ppo")
     if not callable(function):
-        raise ValueError(f"reward_funcs must hold functions, got {function!r}")
+        raise ValueError(
+            f"reward_funcs must hold functions, got {function!r:.80}; a name goes into the config's reward"
+        )
     return Reward(getattr(function, "__name__", type(function).__name__), function)
 
 

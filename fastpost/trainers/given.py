@@ -5,12 +5,15 @@ model = sft(Sft(output_dir="runs/sft"), model=model, processing_class=tokenizer,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
+
+from torch import nn
 
 from fastpost.data import Verb, check_columns
 from fastpost.files import Rows, read_rows
 from fastpost.trainers.config import Training
+from fastpost.types import nearest
 
 
 class Given(TypedDict, total=False):
@@ -40,18 +43,51 @@ class GivenRewards(Given, total=False):
     reward_funcs: Callable | list[Callable]  # of TRL's signature; beside those that the config names
 
 
+# What a verb is given, where that is more than `Given`.
+MORE: dict[Verb, type] = {"dpo": GivenReference, "kto": GivenReference, "distill": GivenTeacher}
+MORE |= dict.fromkeys(("grpo", "rloo", "reinforce", "ppo"), GivenRewards)
+MODELS = ("model", "ref_model", "teacher_model")
+
+
 def read_data(config: Training, given: Given, verb: Verb) -> dict[str, Rows]:
-    """The rows of "train" and, where there is one, "eval", their columns checked."""
+    """The rows of "train" and, where there is one, "eval", their columns checked; and what else is given."""
+    _check_given(given, verb)
     found = {}
     for name, path in (("train", config.dataset), ("eval", config.eval_dataset)):
         rows = given.get(f"{name}_dataset")
         if rows is None and path:
             rows = read_rows(path)
         if rows is not None:
-            if not len(rows):
-                raise ValueError(f"{name}_dataset has no rows")
+            _check_rows(rows, f"{name}_dataset")
             check_columns(rows, verb, path or f"{name}_dataset")
             found[name] = rows
     if "train" not in found:
         raise ValueError("dataset must be given: a path in the config, or rows as train_dataset")
+    if config.metric_for_best_model is not None and "eval" not in found:
+        raise ValueError("metric_for_best_model is of an evaluation: give eval_dataset as well")
     return found
+
+
+def _check_given(given: Given, verb: Verb) -> None:
+    known = list(MORE.get(verb, Given).__annotations__)
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"{verb} takes no {name!r}{nearest(name, known)}; it takes {', '.join(known)}")
+        if name in MODELS and not isinstance(value, nn.Module | None):
+            raise ValueError(f"{name} must be a model, got {value!r:.80}; a directory goes into the config, as {name}")
+    if given.get("ref_model") is not None and given.get("ref_model") is given.get("model"):
+        raise ValueError(
+            "ref_model is the model itself, which trains: leave it out for the model as it was, or copy it"
+        )
+
+
+def _check_rows(rows: Any, name: str) -> None:
+    a_list = isinstance(rows, Sequence) and not isinstance(rows, str)
+    a_table = hasattr(rows, "column_names") and hasattr(rows, "__len__") and not isinstance(rows, Mapping)
+    if not a_list and not a_table:
+        raise ValueError(f"{name} must be a list of dicts or a datasets.Dataset, got {type(rows).__name__}")
+    if not len(rows):
+        raise ValueError(f"{name} has no rows")
+    for i, row in enumerate(rows if a_list else ()):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{name}[{i}] must be a dict, got {row!r:.80}")

@@ -88,6 +88,8 @@ def start(config: Training, given: Given | None = None, build_parts: Build = pol
     seed_step(config.seed, -1)  # adapters begin at random
     parts, world = _joined(build_parts(config, given or {}, found), world)
     parts.model.train()
+    if not parts.parameters:
+        raise ValueError("nothing would train: no parameter of the model has requires_grad")
     optimizer = adamw(parts.parameters, config, parts.faster)
     if found is not None:
         load_state_tensors(optimizer, load_file(found / OPTIMIZER))

@@ -107,7 +107,7 @@ class Training(Loaded):
 
     def __post_init__(self) -> None:
         read_fields(self)
-        if self.metric_for_best_model is not None and not (self.eval_dataset and self.eval_steps):
+        if self.metric_for_best_model is not None and not self.eval_steps:
             raise ValueError("metric_for_best_model is of an evaluation: give eval_dataset and eval_steps as well")
         if self.load_in_4bit and not self.trains_adapter:
             raise ValueError("load_in_4bit freezes the base model, so nothing would train: give lora_r as well, 16 say")
