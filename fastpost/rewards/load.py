@@ -42,7 +42,7 @@ def given_reward(function: Callable[..., Any]) -> Reward:
     """A function that a caller in Python has at hand, by its own name."""
     if isinstance(function, nn.Module):
         kind = type(function).__name__
-        raise ValueError(f"reward_funcs must hold functions, got a {kind}: write one that asks it, or see fastpost ppo")
+        raise ValueError(f"reward_funcs must hold functions, got a {kind}: its directory goes into the config")
     if not callable(function):
         raise ValueError(
             f"reward_funcs must hold functions, got {function!r:.80}; a name goes into the config's reward"
