@@ -78,6 +78,7 @@ MAY_IMPORT = {
     "doctor.columns": ("types", "files", "data"),
     "doctor.checks": ("types", "files", "data", "doctor.columns"),
     "doctor": ("types", "files", "data", "packing", "models", "trainers", "doctor.columns", "doctor.checks"),
+    "stages": ("types", "files", "data", "models", "rollout", "rewards", "trainers"),
     "sums": (),
     "demo": ("", "types", "files", "data", "models", "rollout", "rewards", "trainers", "sums"),
     "report": ("watching", "trainers"),
@@ -90,7 +91,7 @@ DOORS = {("fastpost.types.head", "fastpost.models.heads")}
 # Parts that import more than torch; `import fastpost` reaches none of them.
 WITH_EXTRAS = {
     *("files", "data", "models", "integrations", "rollout", "rewards"),
-    *("watching", "trainers", "report", "planning", "doctor", "sums", "demo", "cli"),
+    *("watching", "trainers", "report", "planning", "doctor", "stages", "sums", "demo", "cli"),
 }
 OUTSIDE = {part: {"torch"} for part in MAY_IMPORT.keys() - WITH_EXTRAS} | {
     "kernels": {"torch", "triton"},

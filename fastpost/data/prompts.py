@@ -22,6 +22,10 @@ class Prompt:
     input_ids: list[int]
     columns: Row  # every other column of the row
 
+    def answered(self, text: str) -> str | Messages:
+        """A conversation is answered by a message, a text by a text."""
+        return text if isinstance(self.prompt, str) else [{"role": "assistant", "content": text}]
+
 
 def prompt_examples(
     rows: Rows,

@@ -41,8 +41,8 @@ def autocast(config: Loaded) -> torch.autocast:
 # ---- randomness and order ----
 
 
-def seed_of(*parts: int) -> int:
-    """A seed below 2^63 from several numbers; near numbers give unrelated seeds."""
+def seed_of(*parts: int | str) -> int:
+    """A seed below 2^63 from several numbers or words; near ones give unrelated seeds."""
     return random.Random(" ".join(map(str, parts))).getrandbits(63)
 
 

@@ -75,7 +75,7 @@ def _rolled_out(
     repeated = [prompt for prompt in prompts for _ in range(num_generations)]
     token_ids = [completion.ids for completion in completions]
     texts = task.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-    answers = [_answer(prompt, text) for prompt, text in zip(repeated, texts, strict=True)]
+    answers = [prompt.answered(text) for prompt, text in zip(repeated, texts, strict=True)]
     names = sorted({name for prompt in prompts for name in prompt.columns})
     columns = {name: [prompt.columns.get(name) for prompt in repeated] for name in names}
     questions = [prompt.prompt for prompt in repeated]
@@ -123,11 +123,6 @@ def joined(parts: Sequence[Rollouts]) -> Rollouts:
         Scores(torch.cat([each.rewards for each in scores]), by_function, means, extra),
         {name: sum(part.seconds[name] for part in parts) for name in parts[0].seconds},
     )
-
-
-def _answer(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
-    """A conversation is answered by a message, a text by a text."""
-    return text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def greedy(task: Task, prompts: Sequence[Prompt]) -> Rollouts:

@@ -1,0 +1,87 @@
+"""Prompts -> groups of answers with their rewards, a batch at a time, each kept in a journal when it is done.
+
+Samples are keyed by the seed, the turn, the prompt and the number of the answer (`fastpost.rollout.keyed`): what a
+stage gives is the same wherever it was stopped, and whatever its batches are, but for the rounding of the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpost.data import Prompt, prompt_examples
+from fastpost.files import read_rows
+from fastpost.stages.config import Asking
+from fastpost.stages.groups import Answer, Group
+from fastpost.stages.journal import Journal
+from fastpost.stages.jury import Jury
+from fastpost.stages.policy import Policy
+from fastpost.trainers.log import say
+from fastpost.trainers.loop import seed_of
+
+FREE = ("output_dir", "generation_batch_size", "reward_timeout")  # they decide no result
+
+
+def read_prompts(config: Asking, tokenizer: Any) -> list[Prompt]:
+    """Those of the data set; what was left out of it is said."""
+    prompts, counts = prompt_examples(
+        read_rows(config.dataset), tokenizer, config.max_prompt_length, path=config.dataset
+    )
+    say(f"dataset: {counts}")
+    return prompts
+
+
+def journal_of(config: Asking, name: str = "work") -> Journal:
+    """OUT/work.jsonl, of the fields that decide what is done."""
+    given = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in FREE}
+    return Journal(Path(config.output_dir) / f"{name}.jsonl", {"stage": type(config).__name__.lower(), **given})
+
+
+def asked(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    num_generations: int,
+    journal: Journal,
+    batch_size: int,  # completions decoded together
+    *,
+    jury: Jury | None = None,
+    turn: str = "0",  # another gives other samples, and is other work
+    keys: Sequence[int] | None = None,  # of the prompts; None: their places
+) -> Iterator[Group]:
+    """The groups of all prompts, in their order: what is done already is not done again."""
+    pairs = list(zip(range(len(prompts)) if keys is None else keys, prompts, strict=True))
+    size = max(1, batch_size // num_generations)
+    for first in range(0, len(pairs), size):
+        batch = pairs[first : first + size]
+        left = [(key, prompt) for key, prompt in batch if f"{turn}/{key}" not in journal]
+        if left:
+            groups = _groups(policy, jury, left, num_generations, turn)
+            done = {f"{turn}/{key}": [asdict(a) for a in group] for (key, _), group in zip(left, groups, strict=True)}
+            journal.add(done)
+        for key, prompt in batch:
+            answers = [Answer(**answer) for answer in journal[f"{turn}/{key}"]]
+            yield Group(key, prompt.prompt, prompt.columns, answers)
+
+
+@torch.no_grad()
+def _groups(
+    policy: Policy, jury: Jury | None, pairs: Sequence[tuple[int, Prompt]], n: int, turn: str
+) -> list[list[Answer]]:
+    """n answers to each prompt."""
+    keys, prompts = [key for key, _ in pairs], [prompt for _, prompt in pairs]
+    sampling = replace(policy.sampling, seed=seed_of(policy.sampling.seed, turn))
+    with policy.precision:
+        found = policy.sampler([prompt.input_ids for prompt in prompts], sampling, n, keys)
+    texts = policy.tokenizer.batch_decode([completion.ids for completion in found], skip_special_tokens=True)
+    answers = [
+        Answer(text, len(c.ids), c.finished, sum(c.logp) if c.logp else None)
+        for text, c in zip(texts, found, strict=True)
+    ]
+    if jury is not None:
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        answers = jury.judged(repeated, answers, [completion.ids for completion in found])
+    return [answers[i * n : (i + 1) * n] for i in range(len(prompts))]

@@ -1,0 +1,73 @@
+"""Finished work on the disk, a line of JSON each: [key, value], in the order in which it was done.
+
+A stage that is killed and begun again by the same command finds there what it need not do again. The first line has
+the facts that decide results; a journal of other facts is refused by the first of them that differs. A line that was
+being written when the process died is no line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """What is done, by key; `add` puts more on the disk before it returns."""
+
+    def __init__(self, file: Path, facts: Mapping[str, Any]):
+        self.file, facts = file, json.loads(json.dumps(facts))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        whole, lines = _lines(file)
+        if lines:
+            _check(file, lines[0], facts)
+        if file.exists():
+            os.truncate(file, whole)
+        if not lines:
+            self._write([facts])
+        self._done: dict[str, Any] = dict(lines[1:])
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._done
+
+    def __getitem__(self, key: str) -> Any:
+        return self._done[key]
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def add(self, done: Mapping[str, Any]) -> None:
+        """Work that is done now."""
+        self._write([[key, value] for key, value in done.items()])
+        self._done |= json.loads(json.dumps(done))
+
+    def _write(self, lines: list[Any]) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        with self.file.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _lines(file: Path) -> tuple[int, list[Any]]:
+    """The whole lines of a file, and how many bytes they are; of one that ends within its first line, none."""
+    if not file.exists():
+        return 0, []
+    text = file.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    try:
+        return len(whole), [json.loads(line) for line in whole.splitlines()]
+    except ValueError:
+        raise ValueError(f"{file} is not what a stage wrote: remove it, and the work is done again") from None
+
+
+def _check(file: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """ValueError for the first fact that differs."""
+    for name in dict.fromkeys([*then, *now]):
+        if then.get(name) != now.get(name):
+            raise ValueError(
+                f"{file} holds work that was done with {name} {then.get(name)!r}, not {now.get(name)!r}: go on with "
+                "that, or choose another output_dir"
+            )

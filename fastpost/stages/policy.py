@@ -1,0 +1,43 @@
+"""Who is asked: a model that is not trained, behind a sampler."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from fastpost.models.adapters import base_of, is_adapter
+from fastpost.models.loading import load_model
+from fastpost.rollout import Sampler, Sampling, sampler_for
+from fastpost.stages.config import Asking
+from fastpost.trainers.log import say
+from fastpost.trainers.loop import autocast, the_device
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model and how it is asked."""
+
+    model: Any
+    tokenizer: Any
+    sampler: Sampler
+    sampling: Sampling
+    precision: AbstractContextManager
+
+    @staticmethod
+    def of(config: Asking, path: str | None = None) -> Policy:
+        """The config's model, or another that is asked in the same way."""
+        path, device = config.model if path is None else path, the_device()
+        auto = "bfloat16" if device.type == "cuda" else "float32"
+        model, tokenizer = load_model(
+            path,
+            dtype=auto if config.dtype == "auto" else config.dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+        model.requires_grad_(False).to(device).eval()
+        sampling = config.sampling(config.seed)
+        name = base_of(path) if is_adapter(path) else path
+        sampler = sampler_for(config.backend, model, tokenizer, name, sampling, say, config.generation_batch_size)
+        sampler.update(model)
+        return Policy(model, tokenizer, sampler, sampling, autocast(config))
