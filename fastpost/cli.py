@@ -77,7 +77,10 @@ def main(argv: list[str] | None = None) -> int:
         verb_function = getattr(importlib.import_module(module), function)
         if not sys.stderr.isatty():
             hush_libraries()
-        verb_function(config)
+        try:
+            verb_function(config)
+        finally:
+            sys.stdout.flush()  # not at the exit of the process, where nobody could catch that the reader has gone
     except (ValueError, FloatingPointError) as error:
         if not said_by_us(error):
             raise

@@ -161,10 +161,15 @@ def test_the_first_word_alone_lists_the_plans(capsys: pytest.CaptureFixture):
         assert "plan sft" in text and "plan ppo" in text and "merge" not in text
 
 
-def test_whoever_reads_may_go(directory: Path):
-    """As `head` does."""
-    program = "import sys; from fastpost.cli import main; sys.exit(main(['plan', 'sft', '--help']))"
+@pytest.mark.parametrize("words", [["plan", "sft", "--help"], ["doctor", "rows.jsonl"], ["doctor", "bad.jsonl"]])
+def test_whoever_reads_may_go(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As `head` does, before the verb is through or after; of the files one is sound, and one is not."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    Path("bad.jsonl").write_text('{"question": "a"}\n')
+    program = f"import sys; from fastpost.cli import main; sys.exit(main({words}))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment.pop("PYTHONUNBUFFERED", None)
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run([sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, env=environment)
