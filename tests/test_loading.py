@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
 import bitsandbytes
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import fastpost as fp
@@ -22,6 +23,7 @@ from fastpost.models.lora import lora_config
 from fastpost.models.probe import probe
 from fastpost.models.qlora import four_bit_config
 from fastpost.models.saving import save_model, written_aside
+from fastpost.models.scalar import load_scored
 from fastpost.models.trunk import hidden_states
 from fastpost.packing import Example, pack
 from rules import assert_gradient_close_to_truth
@@ -134,6 +136,21 @@ def test_what_is_missing_is_named(directory):
         (directory / name).unlink()
     with pytest.raises(ValueError, match="has no tokenizer"):
         load_model(directory)
+
+
+@pytest.mark.parametrize("load", [load_model, lambda path: load_scored(path, f"model {str(path)!r}", fresh=True)])
+def test_weights_that_would_be_random_are_named(directory, load):
+    tensors = load_file(directory / "model.safetensors")
+    lost = [name for name in tensors if "layers.1.mlp" in name]
+    assert len(lost) == 3
+    save_file({n: x for n, x in tensors.items() if n not in lost}, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="tiny' has not all of its weights, which would be random: no ") as refused:
+        load(directory)
+    assert all(name.partition("model.")[2] in str(refused.value) for name in lost)
+    kept = [name for name in tensors if "layers.1" not in name]
+    save_file({n: tensors[n] for n in kept}, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"random: no .*, .*, .* and \d+ more$"):
+        load(directory)
 
 
 def test_a_name_that_the_hub_does_not_know_may_be_a_slip_of_a_path(directory, monkeypatch):

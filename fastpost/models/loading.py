@@ -6,7 +6,7 @@ sinks, with packs done at their true cost. Every model is probed before it is ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -110,8 +110,9 @@ def _model_and_tokenizer(
     attention.register()  # a config may name ours already
     try:
         tokenizer = read_tokenizer(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             source,
+            output_loading_info=True,
             dtype=_dtype(dtype),
             attn_implementation=attn_implementation,
             **quantised,  # None would undo what a checkpoint has
@@ -122,11 +123,20 @@ def _model_and_tokenizer(
         raise ValueError(f"model {str(path)!r} could not be loaded{near}: {error}") from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"model {str(path)!r} is an adapter on the hub: download it, and pass its directory")
+    check_complete(report["missing_keys"], f"model {str(path)!r}")
     _check_size(tokenizer, model, path)
     keep_differentiable(model)
     if attn_implementation is None:
         attend_packed(model)
     return model, tokenizer
+
+
+def check_complete(missing: Iterable[str], where: str) -> None:
+    """ValueError for weights that were not in the files: transformers draws them at random, and goes on."""
+    names = sorted(missing)
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(f"{where} has not all of its weights, which would be random: no {', '.join(names[:3])}{more}")
 
 
 def load_tokenizer(path: str | PathLike[str], trust_remote_code: bool = False) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpost.models import attention
-from fastpost.models.loading import attend_packed
+from fastpost.models.loading import attend_packed, check_complete
 from fastpost.models.probe import check_packing
 from fastpost.models.qlora import keep_differentiable
 from fastpost.models.trunk import causal_lm
@@ -135,7 +135,9 @@ def load_scored(
         local_files_only=Path(directory).is_dir(),
         **quantised,  # None would undo what a checkpoint has
     )
-    if "score.weight" in report["missing_keys"]:  # transformers made one up
+    missing = set(report["missing_keys"])
+    check_complete(missing - {"score.weight"}, where)
+    if "score.weight" in missing:  # transformers made one up
         if not fresh:
             raise ValueError(f"{where} has no scalar head: score.weight (1, {width(model)}) is not in it")
         model.config.num_labels = model.num_labels = 1
