@@ -109,7 +109,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_is_applied():
 
 
 def test_a_line_is_the_mean_of_its_steps_and_json_has_no_nan(tmp_path: Path):
-    lines = log.Log(tmp_path, 0, num_tokens=10)
+    lines = log.Log(tmp_path, 0, num_tokens=10, pending={})
     lines.add({"loss": 1.0, "kl": 4.0}, tokens=5)
     lines.add({"loss": 3.0, "reward": math.nan}, tokens=7)
     lines.write(2, 0.5)

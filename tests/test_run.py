@@ -133,6 +133,27 @@ def test_a_run_that_goes_on_with_other_batches_takes_rows_in_every_step(
     assert lines[-1]["epoch"] == pytest.approx(seen / 20)
 
 
+def test_a_line_of_steps_before_and_after_a_resume_is_that_of_the_straight_run(files: Path, tmp_path: Path):
+    """Lines of three steps, a checkpoint after two: the first line is a mean over both processes' steps."""
+    timed = {"tokens_per_second", "peak_memory_mb"}
+
+    def lines(out: Path) -> list[dict]:
+        found = read_lines(out / "metrics.jsonl")
+        return [{n: x for n, x in line.items() if n not in timed and not n.startswith("step_time/")} for line in found]
+
+    config = {"logging_steps": 3, "max_steps": 6, "eval_dataset": files / "sums.jsonl", "eval_steps": 3}
+    sft(config_of(files, tmp_path / "straight", **config))
+    state, _ = checkpoint.read_state(tmp_path / "straight" / "checkpoint-2")
+    assert len(state.pending["loss"]) == 2
+    sft(
+        config_of(files, tmp_path / "straight", **config, resume_from_checkpoint=tmp_path / "straight" / "checkpoint-2")
+    )
+    resumed = lines(tmp_path / "straight")
+    sft(config_of(files, tmp_path / "again", **config))
+    assert [line["step"] for line in resumed] == [3, 6]
+    assert resumed == lines(tmp_path / "again")
+
+
 def test_a_checkpoint_of_another_verb_is_refused(files: Path, tmp_path: Path):
     sft(config_of(files, tmp_path / "out"))
     fields = {"model": files / "model", "dataset": files / "sums.jsonl", "output_dir": tmp_path / "out"}

@@ -44,6 +44,7 @@ class State:
     kept: dict[str, Any] = dataclasses.field(default_factory=dict)  # a verb's own, in JSON: a controller, a mean
     best: dict[str, float] | None = None  # {"step": ..., "value": ...} of metric_for_best_model
     extra: int = 0  # of the rows, those that rounds took besides their own
+    pending: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # of the log's next line
 
 
 # ---- writing ----

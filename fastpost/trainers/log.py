@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,17 @@ def say(text: str) -> None:
 
 
 class Log:
-    """Means of what the steps add, written to metrics.jsonl by `write`; one that is not `heard` writes nothing."""
+    """Means of what the steps add, written to metrics.jsonl by `write`; one that is not `heard` writes nothing.
+    `pending`: what the steps before `start` gave to a line that is not written yet; a checkpoint has it."""
 
     def __init__(
-        self, directory: Path, start: int, num_tokens: int, audience: Audience | None = None, heard: bool = True
+        self,
+        directory: Path,
+        start: int,
+        num_tokens: int,
+        pending: Mapping[str, Sequence[float]],
+        audience: Audience | None = None,
+        heard: bool = True,
     ):
         self.path, self.heard = directory / "metrics.jsonl", heard
         for path in (self.path, directory / "completions.jsonl") if heard else ():
@@ -35,7 +42,7 @@ class Log:
         self.num_tokens = self._written = num_tokens
         self._audience = audience
         self._since = time.perf_counter()
-        self._values: dict[str, list[float]] = {}
+        self.pending = {name: list(values) for name, values in pending.items()}
 
     def add(self, values: Mapping[str, float], tokens: int) -> None:
         """One step's values, and how many tokens the model read in it."""
@@ -47,13 +54,13 @@ class Log:
     def note(self, values: Mapping[str, float]) -> None:
         """Values for the next line that are no step's own."""
         for name, value in values.items():
-            self._values.setdefault(name, []).append(value)
+            self.pending.setdefault(name, []).append(value)
 
     def write(self, step: int, epoch: float) -> None:
         """A line of the means since the last one."""
         now = time.perf_counter()
         line = {"step": step, "epoch": round(epoch, 4)}
-        line |= {name: _mean(values) for name, values in self._values.items()}
+        line |= {name: _mean(values) for name, values in self.pending.items()}
         line["num_tokens"] = self.num_tokens
         line["tokens_per_second"] = round((self.num_tokens - self._written) / (now - self._since), 1)
         line["peak_memory_mb"] = round(peak_memory_mb(), 1)
@@ -61,7 +68,7 @@ class Log:
             append(self.path, [line])
         if self._audience is not None:
             self._audience.line(line, step)
-        self._since, self._written, self._values = now, self.num_tokens, {}
+        self._since, self._written, self.pending = now, self.num_tokens, {}
 
 
 def _mean(values: list[float]) -> float | None:

@@ -73,7 +73,8 @@ class Run:
             checkpoint.set_later_aside(self.output, self.step)
             behind = written_until(self.output, self.step)
             self.audience = Audience(verb, config, self.total, self.step, behind, data or {})
-        self.log = Log(self.output, self.step, start.state.num_tokens, self.audience, self.world.first)
+        state = start.state
+        self.log = Log(self.output, self.step, state.num_tokens, state.pending, self.audience, self.world.first)
 
     # ---- the loop ----
 
@@ -169,7 +170,8 @@ class Run:
         self._evaluated = {}
         self._asked_to_stop = self.world.any(self._asked_to_stop)
         if better or self._asked_to_stop or due(self._round, self.step, self.config.save_steps):
-            state = State(self.step, self.taken, self.log.num_tokens, self.kept, self._best, self.extra)
+            log = self.log
+            state = State(self.step, self.taken, log.num_tokens, self.kept, self._best, self.extra, log.pending)
             checkpoint.save(self.config, self.start, state)
             prune(Where(self.output), checkpoint.oldest(self.output))
         if self._asked_to_stop:
