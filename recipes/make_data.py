@@ -12,6 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
+from transformers.utils import logging
+
 from fastpost.sums import files, write_model
 
 ASKED = ("{a}+{b}\n",)
@@ -22,6 +24,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    logging.disable_progress_bar()
     found = files(options.seed, demonstrations=150, problems=1500, held_out=300, stories=ASKED)
     options.folder.mkdir(parents=True, exist_ok=True)
     for name, rows in found.items():

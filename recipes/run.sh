@@ -5,8 +5,9 @@ name=$1
 shift
 [ -d runs/sums ] || python recipes/make_data.py runs/sums
 for config in recipes/"$name"/*.yaml; do
-    verb=${config##*-}
-    echo "fastpost ${verb%.yaml} --config $config $*"
-    fastpost "${verb%.yaml}" --config "$config" "$@"
+    stage=$(basename "$config" .yaml)
+    verb=${stage#*-}
+    echo "fastpost $verb --config $config $*"
+    fastpost "$verb" --config "$config" "$@"
 done
 python recipes/score.py runs/"$name"/*

@@ -22,7 +22,7 @@ FIELD = re.compile(r"^# (\w+: .+)$", re.MULTILINE)
 
 
 def verb_of(file: Path) -> str:
-    return file.stem.rpartition("-")[2]
+    return file.stem.partition("-")[2]
 
 
 def test_the_lectures_pipelines_are_there():
@@ -32,7 +32,7 @@ def test_the_lectures_pipelines_are_there():
         "sft-grpo": ["sft", "grpo"],
         "sft-reward-ppo": ["sft", "reward", "ppo"],
     }
-    assert stages["distill"][-1] == "distill"
+    assert stages["distill"] == ["sft", "sft", "distill"]
     assert all(f"`{name}`" in (RECIPES / "README.md").read_text() for name in NAMES)
 
 
