@@ -15,9 +15,9 @@ from torch import Tensor
 SCALED_TOGETHER, NESTED_TOGETHER, LEVELS = 64, 256, 16
 MAP = 4 * 256  # an fp32 table of 256 levels, which all tensors share
 EIGHT_BITS_FROM = 4096
-# Tensors of a parameter's size that AdamW has at once on a CPU, by the end of its name. torch's: the root of the second
-# moment and its quotient; bitsandbytes': the gradient besides, and in 8 bits both moments in fp32.
-TEMPORARIES = {"torch": 2, "32bit": 3, "8bit": 5}
+# Tensors of a parameter's size that AdamW has at once on a CPU, by the end of its name. torch's is one kernel;
+# bitsandbytes' has the root of the second moment, its quotient and the gradient, and in 8 bits both moments in fp32.
+TEMPORARIES = {"torch": 0, "32bit": 3, "8bit": 5}
 
 
 def four_bit_bytes(sizes: Iterable[int], *, nested: bool) -> tuple[int, int]:  # numbers in each tensor
