@@ -59,6 +59,7 @@ readme: .venv/.dev
 	$(BIN)/python benchmarks/end_to_end_table.py benchmarks/results/end_to_end/*.jsonl
 	$(BIN)/python docs/memory_table.py
 	$(BIN)/python benchmarks/learn_report.py benchmarks/results/learn/*.jsonl
+	$(BIN)/python benchmarks/trainers_table.py benchmarks/results/trainers/*.jsonl
 
 clean:
 	rm -rf build dist *.egg-info fastpost/_native*.so .pytest_cache .ruff_cache
