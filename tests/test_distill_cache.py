@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -198,9 +199,17 @@ def test_a_cache_of_a_larger_vocabulary_is_refused(made: Distill, files: Path, t
 
 def test_a_spoilt_cache_is_refused_by_its_file(made: Distill, tmp_path: Path):
     shutil.copytree(Path(part_of(made)).parent, tmp_path / "cache")
-    (tmp_path / "cache" / "train" / "00000.safetensors").unlink()
+    file = tmp_path / "cache" / "train" / "00000.safetensors"
+    whole = file.read_bytes()
+    file.unlink()
     config = replace(made, teacher_cache=str(tmp_path / "cache"), output_dir=str(tmp_path / "out"))
     with pytest.raises(ValueError, match=r"teacher_cache .*train is spoilt: 00000.safetensors is missing"):
+        distill(config)
+    file.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=r"teacher_cache .*train is spoilt: 00000.safetensors cannot be read"):
+        distill(config)
+    save_file({name: torch.zeros(2, 3) for name in ("ids", "logp")}, file)
+    with pytest.raises(ValueError, match=r"train is spoilt: 00000.safetensors holds \[2, 3\], and not \["):
         distill(config)
     (tmp_path / "cache" / "train" / "teacher.json").write_text("{")
     with pytest.raises(ValueError, match=r"teacher_cache .*train cannot be read"):

@@ -69,7 +69,7 @@ def test_packs_are_microbatches_of_rows_or_filled_up_to_a_cap():
 
 def test_rounds_that_are_left():
     by_steps, by_epochs = config(max_steps=6), config(num_train_epochs=2.5)
-    assert [loop.rounds_left(by_steps, 3, 4, 2, step, 99) for step in (0, 2, 3, 6, 8)] == [3, 2, 2, 0, 0]
+    assert [loop.rounds_left(by_steps, 3, 4, 2, step, 99) for step in (0, 2, 3, 6, 8)] == [3, 2, 1, 0, 0]
     assert [loop.rounds_left(by_epochs, 3, 4, 2, 0, taken) for taken in (0, 4, 8, 9)] == [2, 1, 0, 0]
     assert (loop.last_row(by_steps, 3), loop.last_row(by_epochs, 3)) == (math.inf, 8)
 

@@ -98,6 +98,16 @@ def test_state_goes_to_the_disk_and_back_to_the_bit(optim: str, tmp_path: Path):
     assert torch.equal(flat(model), flat(straight))
 
 
+@pytest.mark.parametrize("optim", KINDS)
+def test_state_of_other_parameters_is_refused(optim: str):
+    _, optimizer = trained(optim, 1)
+    state, narrow = state_tensors(optimizer), [torch.nn.Parameter(torch.zeros(3)) for _ in range(99)]
+    with pytest.raises(ValueError, match=r"of another model: it trained tensor \d+, and here 1 do"):
+        load_state_tensors(adamw(narrow[:1], config(optim=optim)), {"9.step": torch.tensor(1.0)} | state)
+    with pytest.raises(ValueError, match=r"of another model: tensor 0 that trains was \(.*\), and is \(3,\)"):
+        load_state_tensors(adamw(narrow, config(optim=optim)), state)
+
+
 def test_moments_in_8_bits_are_a_quarter_of_those_in_32():
     sizes = {}
     for optim in ("adamw_torch", "adamw_8bit"):

@@ -76,8 +76,9 @@ def last_row(config: Training, rows: int) -> float:
 
 def rounds_left(config: Training, rows: int, each: int, iterations: int, step: int, taken: int) -> int:
     """How many rounds, of `each` rows and so many optimizer steps, come after `step` steps that took so many rows."""
-    left = (config.max_steps - step) / iterations if config.max_steps > 0 else (last_row(config, rows) - taken) / each
-    return max(0, math.ceil(left))
+    if config.max_steps > 0:
+        return max(0, (config.max_steps - step) // iterations)
+    return max(0, math.ceil((last_row(config, rows) - taken) / each))
 
 
 def due(before: int, after: int, every: int) -> bool:

@@ -24,6 +24,7 @@ BITSANDBYTES = {
     "paged_adamw_8bit": "PagedAdamW8bit",
     "paged_adamw_32bit": "PagedAdamW32bit",
 }
+MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}
 
 
 def adamw(
@@ -72,6 +73,7 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
     """What `state_tensors` gave, into an optimizer of the same kind and parameters, to the bit."""
     torch_own = isinstance(optimizer, torch.optim.AdamW)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    _check_moments(trained, tensors)
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, name = key.split(".")
@@ -80,6 +82,19 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, T
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if getattr(optimizer, "is_paged", False):
         _page(optimizer)
+
+
+def _check_moments(trained: Sequence[nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
+    """ValueError for those of other parameters."""
+    for key, value in tensors.items():
+        index, name = key.split(".")
+        if int(index) >= len(trained):
+            raise ValueError(
+                f"the checkpoint is of another model: it trained tensor {index}, and here {len(trained)} do"
+            )
+        if name in MOMENTS and value.numel() != trained[int(index)].numel():
+            then, now = tuple(value.shape), tuple(trained[int(index)].shape)
+            raise ValueError(f"the checkpoint is of another model: tensor {index} that trains was {then}, and is {now}")
 
 
 def _flat(state: Mapping[str, Any]) -> list[tuple[str, Any]]:

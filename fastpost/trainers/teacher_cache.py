@@ -167,13 +167,27 @@ def readers(part: Path, examples: Sequence[Example], facts: Facts, top_k: int) -
     found = []
     for number, rows in enumerate(shards_of(examples, facts.top_k)):
         file, start = part / _name(number), 0
-        if not file.is_file():
-            raise ValueError(f"teacher_cache {part} is spoilt: {file.name} is missing")
+        _check_file(part, file, sum(len(examples[i].predicted) for i in rows), facts.top_k)
         for i in rows:
             stop = start + len(examples[i].predicted)
             found.append(partial(_read, file, start, stop, top_k))
             start = stop
     return found
+
+
+def _check_file(part: Path, file: Path, tokens: int, top_k: int) -> None:
+    """ValueError for one that is cut off, or another; what is in it is read when its examples are."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise ValueError(f"teacher_cache {part} is spoilt: {file.name} is missing")
+    try:
+        with safe_open(file, "pt") as shard:
+            shapes = [shard.get_slice(name).get_shape() for name in ("ids", "logp")]
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"teacher_cache {part} is spoilt: {file.name} cannot be read: {error}") from error
+    if shapes != [[tokens, top_k]] * 2:
+        raise ValueError(f"teacher_cache {part} is spoilt: {file.name} holds {shapes[0]}, and not {[tokens, top_k]}")
 
 
 def _read(file: Path, start: int, stop: int, top_k: int) -> TopTokens:
