@@ -78,24 +78,32 @@ LONGROPE = {"rope_parameters": STRETCHED, "original_max_position_embeddings": 16
 
 
 @pytest.mark.parametrize("lengths", [[7, 16, 1, 9], [17, 23, 40]], ids=["short", "long"])
-def test_packs_on_one_side_of_a_longropes_window_are_padded_batches(lengths):
+def test_packs_on_one_side_of_a_longropes_window_are_padded_batches(lengths: list[int]):
     model, rows = decoders.model("phi3", **LONGROPE), decoders.examples(lengths)
     with Doubles():
         truth, ours = padded_logits(model, rows), packed_logits(model, rows)
     assert_equal_to_rounding({"logits": ours}, {"logits": truth})
 
 
-def test_packs_on_both_sides_of_it_are_refused():
-    """Alone, a sequence of 16 would be turned by the short factors; beside one of 17, by the long ones."""
+@pytest.mark.parametrize("lengths", [[16, 17], [40, 1, 20, 9]])
+def test_sequences_on_both_sides_of_it_are_each_what_they_are_alone(lengths: list[int]):
+    """Beside one of 17 tokens, a sequence of 16 is turned by the short factors all the same; with its gradient."""
+    model, rows = decoders.model("phi3", **LONGROPE), decoders.examples(lengths)
+    with Doubles():
+        alone = torch.cat([padded_logits(model, [row]) for row in rows])
+        together = packed_logits(model, rows)
+        truth, ours = (decoders.gradients(model, logits) for logits in (alone, together))
+    assert_equal_to_rounding({"logits": together} | ours, {"logits": alone} | truth)
+
+
+def test_shared_prompts_on_both_sides_of_it_are_refused_with_what_to_set():
     model = decoders.model("phi3", **LONGROPE)
-    for lengths in ([16, 17], [40, 1]):
-        with pytest.raises(ValueError, match=r"Phi3ForCausalLM turns those of more than 16 .*max_length 16"):
-            packed_logits(model, decoders.examples(lengths))
+    model.set_attn_implementation(attention.NAME)
     prompt, (long, short) = decoders.examples([12])[0], decoders.examples([6, 3], seed=1)
     behind = [Example(prompt.input_ids + x.input_ids, prompt.loss_mask + x.loss_mask) for x in (long, short)]
     shared = share_prompts(pack([behind[0], behind[0]]), 2)
     hidden_states(model, shared)
-    with pytest.raises(ValueError, match="15 to 18 tokens, and Phi3ForCausalLM"):
+    with pytest.raises(ValueError, match=r"15 to 18 tokens, and Phi3ForCausalLM .* set share_prompts to false"):
         hidden_states(model, share_prompts(pack(behind), 2))
 
 

@@ -110,7 +110,7 @@ def _model_and_tokenizer(
     attention.register()  # a config may name ours already
     try:
         tokenizer = read_tokenizer(source, **options)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             output_loading_info=True,
             dtype=_dtype(dtype),
@@ -118,6 +118,7 @@ def _model_and_tokenizer(
             **quantised,  # None would undo what a checkpoint has
             **options,
         )
+        model, report = loaded
     except Exception as error:  # transformers, tokenizers and safetensors each raise kinds of their own
         near = "" if isinstance(source, Path) else _near(source)
         raise ValueError(f"model {str(path)!r} could not be loaded{near}: {error}") from error

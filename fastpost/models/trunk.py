@@ -3,18 +3,18 @@
 Three ways, by how the model attends: packed attention of our own (`fastpost.models.attention`), flash attention told
 where sequences end, or transformers' block-diagonal mask, which it builds from positions that restart at 0.
 What is no causal attention over all of a sequence, or over a sliding window of it, is refused by the model's name.
-So are packs of sequences on both sides of a LongRoPE's original window (arXiv:2402.13753): transformers picks the
-frequencies of them all by the longest.
+Sequences that cannot share a pass (`fastpost.models.longrope`) go through the trunk in turns.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpost.models import attention, router
+from fastpost.models import attention, longrope, router
 from fastpost.packing import Packed
 from fastpost.shared_prompt import AnyPack, SharedPack
 
@@ -43,16 +43,10 @@ def positions_of(config: Any) -> int | None:
     known = getattr(config.get_text_config(), "max_position_embeddings", None)
     stretched = [
         int(each["factor"] * each["original_max_position_embeddings"])
-        for each in _rotations(config)
+        for each in longrope.rotations(config)
         if each.get("factor") and each.get("original_max_position_embeddings") and each.get("rope_type") != "dynamic"
     ]
     return None if known is None else max(known, *stretched, 0)
-
-
-def _rotations(config: Any) -> list[dict[str, Any]]:
-    """What its rotary embeddings are made from: one for all layers, or one a kind of layer."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    return [each for each in (rope, *rope.values()) if isinstance(each, dict)]
 
 
 def hidden_states(model: nn.Module, packed: AnyPack) -> Tensor:  # (1, T, D)
@@ -61,15 +55,15 @@ def hidden_states(model: nn.Module, packed: AnyPack) -> Tensor:  # (1, T, D)
     Those of a `SharedPack` are in the order of its rows, so that they fit its batch: (1, R, D).
     A model that `load_model` did not load deserves one `fastpost.models.probe.probe` before it is trained.
     """
-    return _rows(_run(model, packed).last_hidden_state, packed)
+    return _rows(_run(model, packed)[0], packed)
 
 
 def hidden_states_and_router_loss(model: nn.Module, packed: AnyPack) -> tuple[Tensor, Tensor]:
     """Those, and the load-balancing loss of a mixture of experts, not multiplied by its coefficient yet."""
-    outputs = _run(model, packed, output_router_logits=True)
+    hidden, router_logits = _run(model, packed, output_router_logits=True)
     copies = packed.copies if isinstance(packed, SharedPack) else None
-    loss = router.load_balancing_loss(causal_lm(model), getattr(outputs, "router_logits", None), copies)
-    return _rows(outputs.last_hidden_state, packed), loss
+    loss = router.load_balancing_loss(causal_lm(model), router_logits, copies)
+    return _rows(hidden, packed), loss
 
 
 def takes_shared_prompts(model: nn.Module) -> bool:
@@ -77,14 +71,27 @@ def takes_shared_prompts(model: nn.Module) -> bool:
     return _attention(_decoder(causal_lm(model))) == attention.NAME
 
 
-def _run(model: nn.Module, packed: AnyPack, **asked: bool) -> Any:
+def _run(model: nn.Module, packed: AnyPack, **asked: bool) -> tuple[Tensor, Any]:
+    """Hidden states, and the logits of routers, a tensor a layer, where they are asked for and there are any."""
     lm = causal_lm(model)
     decoder = _decoder(lm)
     _check_tokens(lm, packed)
     _check_lengths(lm, packed)
-    _check_rotations(lm, packed)
+    sides = longrope.sides(lm, packed)
+    if len(sides) == 1:
+        return _pass(decoder, packed, **asked)
+    assert isinstance(packed, Packed)
+    parts, places = zip(*(longrope.part_of(packed, rows) for rows in sides), strict=True)
+    hidden, routed = zip(*(_pass(decoder, part, **asked) for part in parts), strict=True)
+    # A router's loss is a mean over tokens, in whatever order.
+    logits = None if routed[0] is None else tuple(torch.cat(layer) for layer in zip(*routed, strict=True))
+    return longrope.laid_back(hidden, places), logits
+
+
+def _pass(decoder: Any, packed: AnyPack, **asked: bool) -> tuple[Tensor, Any]:
     apart = _apart(decoder, packed)
-    return decoder(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **apart, **asked)
+    found = decoder(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **apart, **asked)
+    return found.last_hidden_state, getattr(found, "router_logits", None)
 
 
 def _rows(hidden: Tensor, packed: AnyPack) -> Tensor:  # (1, T, D) -> (1, T or R, D)
@@ -141,23 +148,6 @@ def _check_lengths(lm: Any, packed: AnyPack) -> None:
             f"the pack's longest sequence has {packed.longest} tokens, but {type(lm).__name__} has {known} positions "
             "(max_position_embeddings): cut the row, or leave it out"
         )
-
-
-def _check_rotations(lm: Any, packed: AnyPack) -> None:
-    """ValueError for a pack of sequences that LongRoPE turns by two sets of frequencies: it has one a forward pass."""
-    windows = [x["original_max_position_embeddings"] for x in _rotations(lm.config) if x.get("rope_type") == "longrope"]
-    windows = [window for window in windows if packed.longest > window]
-    if not windows:
-        return
-    lengths = packed.batch.lengths if isinstance(packed, Packed) else packed.position_ids[0, packed.ends] + 1
-    shortest = int(lengths.min())
-    for window in windows:
-        if shortest <= window:
-            raise ValueError(
-                f"the pack's sequences have {shortest} to {packed.longest} tokens, and {type(lm).__name__} turns those "
-                f"of more than {window} by other frequencies (longrope), all of a pack alike: pack the longer ones "
-                f"apart, or leave them out (max_length {window})"
-            )
 
 
 def _apart(decoder: Any, packed: AnyPack) -> dict[str, Any]:
