@@ -144,6 +144,13 @@ def test_prompts_are_shared_where_attention_can():
         shares_prompts(model, config_of(share_prompts=True))
 
 
+def test_a_longrope_shares_prompts_where_it_is_told_to():
+    """Of a prompt's completions one may be beyond the window, and then it has another prompt than the rest."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = made("phi3", rope_parameters=rope, original_max_position_embeddings=16)
+    assert not shares_prompts(model, config_of()) and shares_prompts(model, config_of(share_prompts=True))
+
+
 def test_a_model_that_does_not_see_a_shared_prompt_is_refused(monkeypatch: pytest.MonkeyPatch):
     model = made()
     check_sharing(model)

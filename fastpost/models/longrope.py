@@ -25,18 +25,22 @@ def rotations(config: Any) -> list[dict[str, Any]]:
     return [each for each in (rope, *rope.values()) if isinstance(each, dict)]
 
 
+def windows(config: Any) -> list[int]:
+    """Lengths beyond which sequences turn by other frequencies."""
+    return [x["original_max_position_embeddings"] for x in rotations(config) if x.get("rope_type") == "longrope"]
+
+
 def sides(lm: Any, packed: AnyPack) -> list[list[int]]:
     """The sequences of a pack that one pass can take, for each pass; one list where all are alike."""
-    windows = [x["original_max_position_embeddings"] for x in rotations(lm.config) if x.get("rope_type") == "longrope"]
-    windows = [window for window in windows if packed.longest > window]
-    if not windows:
+    beyond = [window for window in windows(lm.config) if packed.longest > window]
+    if not beyond:
         return [[]]
     lengths = (packed.batch.lengths if isinstance(packed, Packed) else packed.position_ids[0, packed.ends] + 1).tolist()
     found: dict[tuple[bool, ...], list[int]] = {}
     for row, length in enumerate(lengths):
-        found.setdefault(tuple(length > window for window in windows), []).append(row)
+        found.setdefault(tuple(length > window for window in beyond), []).append(row)
     if len(found) > 1:
-        _check_turns(lm, packed, f"{min(lengths)} to {packed.longest} tokens", min(windows))
+        _check_turns(lm, packed, f"{min(lengths)} to {packed.longest} tokens", min(beyond))
     return list(found.values())
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from fastpost.models.longrope import windows
 from fastpost.models.probe import check_sharing
 from fastpost.models.trunk import causal_lm, takes_shared_prompts
 from fastpost.packing import plan
@@ -21,14 +22,16 @@ Part = list[int]  # completions of one group
 
 
 def shares_prompts(model: Any, config: Clipped) -> bool:
-    """Whether a run shares prompts. On a GPU only where it is asked for: there it is another kernel, not yet run."""
+    """Whether a run shares prompts. On a GPU only where it is asked for: there it is another kernel, not yet run. So
+    with LongRoPE, which turns a long completion, and the prompt before it, otherwise than a short one."""
     can = takes_shared_prompts(model)
     if config.share_prompts and not can:
         raise ValueError(
             f"share_prompts needs packed attention, and {type(causal_lm(model)).__name__} has "
             f"{causal_lm(model).config._attn_implementation!r}: leave out share_prompts, or attn_implementation"
         )
-    wanted = can and the_device().type == "cpu" if config.share_prompts is None else config.share_prompts
+    free = can and the_device().type == "cpu" and not windows(causal_lm(model).config)
+    wanted = free if config.share_prompts is None else config.share_prompts
     if wanted:
         check_sharing(model)
     return wanted
