@@ -185,6 +185,14 @@ def test_a_value_that_warms_up_learns_alone(files: Path, tmp_path: Path):
     assert losses[-1] < 0.1 * losses[0]
 
 
+def test_without_a_reference_the_log_says_nothing_of_it(files: Path):
+    of_reference = {"objective/kl", "objective/kl_coef", "objective/non_score_reward"}
+    for kl_coef, logged in ((0.05, of_reference), (0.0, set())):
+        config, rollouts = config_of(files, kl_coef=kl_coef), rollouts_of()
+        whole = known(episodes(rollouts, config), cast(config, {}, None).roles, config)
+        assert of_reference & advised(whole, rollouts, kl_coef, config)[1].keys() == logged
+
+
 def test_the_controller_goes_where_the_kl_is_not(files: Path):
     config = config_of(files, target_kl=2.0, kl_horizon=100)
     assert adapted(0.1, 2.0, 10, config) == 0.1

@@ -42,6 +42,7 @@ from fastpost.trainers.world import ALONE, World
 from fastpost.types import IGNORE, Batch, Stats
 
 JUDGE = "reward_model"  # its name among the rewards
+OF_REFERENCE = ("objective/kl", "objective/kl_coef", "objective/non_score_reward")
 
 
 def ppo(config: Ppo, **given: Unpack[GivenRewards]) -> Any:
@@ -117,6 +118,8 @@ def advised(whole: Packed, rollouts: Rollouts, kl_coef: float, config: Ppo) -> t
         final.nan_to_num(0.0), batch, rollouts.finished, kl_coef=kl_coef, kl_estimator=config.kl_estimator
     )
     facts = metrics.floats(seen) | {"objective/kl_coef": kl_coef}
+    if not config.kl_coef:  # there was no reference to be far from
+        facts = {name: value for name, value in facts.items() if name not in OF_REFERENCE}
     return with_known(whole, advantage=whiten(advantage, kept), return_=returns), facts
 
 
