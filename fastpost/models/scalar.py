@@ -7,7 +7,8 @@ lie beside an adapter. So a reward model that was trained elsewhere loads, and w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,19 @@ def own_scalar(model: nn.Module, where: str) -> nn.Linear:
     return found
 
 
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Without transformers' table of missing weights, of which `load_scored` says what there is to say."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def load_scored(
     directory: str | PathLike[str],
     where: str,
@@ -126,15 +140,16 @@ def load_scored(
 
     attention.register()
     quantised = {} if quantization_config is None else {"quantization_config": quantization_config}
-    model, report = AutoModelForSequenceClassification.from_pretrained(
-        directory,
-        output_loading_info=True,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        local_files_only=Path(directory).is_dir(),
-        **quantised,  # None would undo what a checkpoint has
-    )
+    with _unreported():
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            directory,
+            output_loading_info=True,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            local_files_only=Path(directory).is_dir(),
+            **quantised,  # None would undo what a checkpoint has
+        )
     missing = set(report["missing_keys"])
     check_complete(missing - {"score.weight"}, where)
     if "score.weight" in missing:  # transformers made one up

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpost.models.adapters import is_adapter
+from fastpost.models.loading import recompute_activations
 from fastpost.models.roles import Copied, Roles, Shared
 from fastpost.trainers.build import build
 from fastpost.trainers.config import Ppo
@@ -47,7 +48,7 @@ def cast(config: Any, given: Given, found: Path | None) -> PpoParts:
     value = _value(config, model, whole, found)
     roles = Roles.of(model, reference=reference, reward=config.reward_model, value=value, tokenizer=tokenizer)
     if config.gradient_checkpointing and roles.value.model is not roles.policy.model:
-        roles.value.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        recompute_activations(roles.value.model)
     trained = roles.trainable()
     of_value = trained.get("value", [])
     times = 1.0 if config.value_learning_rate is None else config.value_learning_rate / config.learning_rate
