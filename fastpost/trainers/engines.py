@@ -1,7 +1,8 @@
 """What joins the models of several processes: torch's DDP, which averages gradients, and FSDP2, which shards weights,
-too (arXiv:2304.11277). `accelerate launch` says by the environment which of them, and how; under `torchrun` it is DDP.
+too (arXiv:2304.11277); DeepSpeed's ZeRO, which comes with the optimizer, is `fastpost.trainers.zero`. `accelerate
+launch` says by the environment which of them, and how; under `torchrun` it is DDP.
 
-Both work by hooks around a module's forward, and a step of ours is more than a model's forward: the head's weight is
+All work by hooks around a module's forward, and a step of ours is more than a model's forward: the head's weight is
 read beside the layers, and the loss is made with it. So what they wrap is a `Door`, and all of a pass goes through it.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,13 +19,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastpost.models.sharded import copied, fsdp_modules, is_sharded
+from fastpost.trainers import zero
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # of a process that waits for one whose completions are long
 
 # What accelerate can be told that does not pass through, by its variables: (variable, value) -> what would be right.
 REFUSED = {
-    ("ACCELERATE_USE_DEEPSPEED", "true"): "DeepSpeed is not supported: shard by FSDP2 (distributed_type: FSDP)",
     ("ACCELERATE_USE_MEGATRON_LM", "true"): "Megatron-LM is not supported: shard by FSDP2 (distributed_type: FSDP)",
     ("ACCELERATE_USE_PARALLELISM_CONFIG", "true"): "processes share the data alone: leave out parallelism_config",
     ("ACCELERATE_MIXED_PRECISION", "fp16"): "mixed_precision fp16 is not supported: choose bf16 or no",
@@ -55,6 +56,7 @@ def join() -> None:
     for (name, value), remedy in REFUSED.items():
         if os.environ.get(name, "").lower() == value:
             raise ValueError(remedy)
+    zero.check()
     if shards() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("FSDP of version 1 is not supported: choose fsdp_version 2")
     if shards() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
@@ -67,6 +69,14 @@ def join() -> None:
 
 
 # ---- wrapping ----
+
+
+def wrapped(door: Door) -> Door | DistributedDataParallel | None:
+    """The door that passes go through; None: the processes need none, or it comes with the optimizer."""
+    if shards():
+        return sharded(door)
+    trains = any(p.requires_grad for p in door.parameters())
+    return averaged(door) if trains and not zero.stage() else None
 
 
 def averaged(door: Door) -> DistributedDataParallel:
@@ -102,6 +112,27 @@ def _layers(door: Door, names: Sequence[str] | None) -> list[nn.Module]:
     """The modules that are gathered one at a time: of these classes, or as the model's family knows them."""
     known = {name for module in door.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     return [module for module in door.modules() if type(module).__name__ in (names or known)]
+
+
+def apart(door: Any) -> AbstractContextManager[None]:
+    """Inside, gradients stay where they are: more are to come before those of all processes are averaged."""
+    if isinstance(door, DistributedDataParallel):
+        return door.no_sync()
+    if isinstance(door, Door):
+        return _unreduced(door)
+    return nullcontext() if door is None else zero.apart(door)
+
+
+@contextmanager
+def _unreduced(door: Door) -> Iterator[None]:
+    roots = fsdp_modules(door)[:1]
+    for root in roots:
+        root.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        for root in roots:
+            root.set_requires_gradient_sync(True)
 
 
 # ---- whole again ----

@@ -149,17 +149,27 @@ def apply_gradients(
     parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, rate: float, max_norm: float
 ) -> float:
     """One optimizer step on the gradients at hand, clipped; returns their norm before clipping."""
-    norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)))
+    norm = check_norm(float(whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm or math.inf))))
+    set_rate(optimizer, rate)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def check_norm(norm: float) -> float:
+    """The norm of a gradient, if it is a number."""
     if not math.isfinite(norm):
         raise FloatingPointError(
             f"the gradient's norm is {norm}, and one such step would destroy the model: lower learning_rate, "
             "or resume from a checkpoint before the loss rose"
         )
+    return norm
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step; some parameters have a multiple of it."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("faster", 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 def peak_memory_mb() -> float:

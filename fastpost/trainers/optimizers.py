@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastpost.models.sharded import copied, is_sharded, sharded_like
 from fastpost.trainers.config import Training
 from fastpost.trainers.log import say
+from fastpost.trainers.zero import Zero
 
 BITSANDBYTES = {
     "adamw_8bit": "AdamW8bit",
@@ -62,14 +63,14 @@ def _by_rate(
     return found
 
 
-def state_tensors(optimizer: torch.optim.Optimizer, first: bool = True) -> dict[str, Tensor]:
+def state_tensors(optimizer: torch.optim.Optimizer | Zero, first: bool = True) -> dict[str, Tensor]:
     """The moments as `<parameter>.<name>`, none of which shares memory with another; where they are sharded, in the
     first process."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{name}": copied(torch.as_tensor(value), first) for i in state for name, value in _flat(state[i])}
 
 
-def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_state_tensors(optimizer: torch.optim.Optimizer | Zero, tensors: Mapping[str, Tensor]) -> None:
     """What `state_tensors` gave, into an optimizer of the same kind and parameters, to the bit."""
     torch_own = isinstance(optimizer, torch.optim.AdamW)
     trained = [p for group in optimizer.param_groups for p in group["params"]]

@@ -30,7 +30,7 @@ from fastpost.trainers.checkpoint import State
 from fastpost.trainers.clock import Clock
 from fastpost.trainers.config import Training
 from fastpost.trainers.log import Log, append, read_lines, say, written_until
-from fastpost.trainers.loop import apply_gradients, due, last_row, learning_rate, order, rounds_left, seed_step
+from fastpost.trainers.loop import due, last_row, learning_rate, order, rounds_left, seed_step
 from fastpost.trainers.plots import plot_metrics
 from fastpost.trainers.start import Start
 
@@ -114,8 +114,7 @@ class Run:
         learns=False: there is no gradient, and the step is counted alone; AdamW would move the model by momentum.
         """
         rate = learning_rate(self.config, self.step, self.total)
-        trained, clip = self.start.parts.parameters, self.config.max_grad_norm
-        norm = apply_gradients(trained, self.start.optimizer, rate, clip) if learns else 0.0
+        norm = self.start.descend(rate, self.config.max_grad_norm) if learns else 0.0
         seconds = self.clock.step()
         self.log.add({**values, "grad_norm": norm, "learning_rate": rate, **seconds}, tokens)
         self.step += 1

@@ -12,14 +12,17 @@ import torch
 from torch import nn
 
 from fastpost.models.saving import save_weights
+from fastpost.trainers import zero
 from fastpost.trainers.build import build
 from fastpost.trainers.checkpoint import OPTIMIZER, State, find, plain, read_state
 from fastpost.trainers.config import Training
+from fastpost.trainers.engines import Door
 from fastpost.trainers.given import Given
 from fastpost.trainers.log import say
-from fastpost.trainers.loop import seed_step, trainable
+from fastpost.trainers.loop import apply_gradients, seed_step, trainable
 from fastpost.trainers.optimizers import adamw, load_state_tensors
 from fastpost.trainers.world import ALONE, World
+from fastpost.trainers.zero import Zero
 
 # Fields that move every learning rate, unless that is constant.
 LENGTH = ("max_steps", "num_train_epochs")
@@ -50,7 +53,7 @@ class Start:
     """Where a run begins."""
 
     parts: Parts
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Zero
     state: State = field(default_factory=State)
     world: World = ALONE
 
@@ -61,6 +64,12 @@ class Start:
     @property
     def tokenizer(self) -> Any:
         return self.parts.tokenizer
+
+    def descend(self, rate: float, max_norm: float) -> float:
+        """One optimizer step on the gradients at hand, clipped; returns their norm before clipping."""
+        if isinstance(self.optimizer, Zero):
+            return self.optimizer.descend(rate)
+        return apply_gradients(self.parts.parameters, self.optimizer, rate, max_norm)
 
     def save_model(self, directory: Path) -> None:
         """What a checkpoint, and at the end the run itself, leaves for others to load."""
@@ -90,7 +99,7 @@ def start(config: Training, given: Given | None = None, build_parts: Build = pol
     parts.model.train()
     if not parts.parameters:
         raise ValueError("nothing would train: no parameter of the model has requires_grad")
-    optimizer = adamw(parts.parameters, config, parts.faster)
+    optimizer, world = _divided(adamw(parts.parameters, config, parts.faster), parts, config, world)
     if found is not None:
         load_state_tensors(optimizer, load_file(found / OPTIMIZER))
         _say_what_changed(config, then)
@@ -110,6 +119,16 @@ def _joined(parts: Parts, world: World) -> tuple[Parts, World]:
     found = {place: getattr(*place) for place in (*held, *faster)}
     parts = replace(parts, parameters=[found[place] for place in held])
     return replace(parts, faster={found[place]: times for place, times in faster.items()}), world
+
+
+def _divided(
+    optimizer: torch.optim.Optimizer, parts: Parts, config: Training, world: World
+) -> tuple[torch.optim.Optimizer | Zero, World]:
+    """The optimizer, of which under ZeRO each process has a part; its engine is then what passes go through."""
+    if world.size == 1 or not zero.stage():
+        return optimizer, world
+    divided = Zero(Door((parts.model, *parts.beside)), optimizer, config)
+    return divided, replace(world, door=divided.engine)
 
 
 def _check_shapes(config: Training, then: dict[str, Any], found: Path | None) -> None:

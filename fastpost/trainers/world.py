@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from fastpost.models.sharded import fsdp_modules
 from fastpost.models.trunk import causal_lm
 from fastpost.packing.plans import Pack
 from fastpost.packing.ranks import deal
@@ -36,7 +34,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    door: Door | DistributedDataParallel | None = None
+    door: Callable[..., Any] | None = None  # what passes of the model go through
     width: int = 1  # of the model
 
     @staticmethod
@@ -57,11 +55,8 @@ class World:
             module.to(the_device())
         if self.size == 1:
             return self
-        door = Door(modules)
         width = causal_lm(modules[0]).config.get_text_config().hidden_size
-        trains = any(p.requires_grad for p in door.parameters())
-        wrapped = engines.sharded(door) if shards else engines.averaged(door) if trains else None
-        return replace(self, door=wrapped, width=width)
+        return replace(self, door=engines.wrapped(Door(modules)), width=width)
 
     @property
     def first(self) -> bool:
@@ -83,29 +78,13 @@ class World:
     def turns(self, packs: Sequence[T]) -> Iterator[T]:
         """One after another; what their backward passes add up is averaged over the processes in the last."""
         for i, pack in enumerate(packs):
-            with nullcontext() if i + 1 == len(packs) else self._apart():
+            with nullcontext() if i + 1 == len(packs) else engines.apart(self.door):
                 yield pack
 
     def through(self, work: Callable[[], T]) -> T:
         """What a pass of the model gives, the loss that is to be differentiated included. A pass is once through and
         one backward pass."""
         return work() if self.door is None else self.door(work)
-
-    @contextmanager
-    def _apart(self) -> Iterator[None]:
-        """Gradients stay where they are."""
-        if isinstance(self.door, DistributedDataParallel):
-            with self.door.no_sync():
-                yield
-            return
-        roots = fsdp_modules(self.door)[:1] if isinstance(self.door, Door) else []
-        for root in roots:
-            root.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            for root in roots:
-                root.set_requires_gradient_sync(True)
 
     # ---- what all must know ----
 
