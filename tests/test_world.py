@@ -1,4 +1,4 @@
-"""Two processes, in DDP or sharded by FSDP2, train as one does on the same global batch, and resume as one does.
+"""Two processes, by DDP, FSDP2 or DeepSpeed, train as one does on the same global batch, and resume as one does.
 
 The rule is that of tests/rules.py: the truth is one process in float64, the yardstick one process in fp32.
 """
@@ -35,6 +35,7 @@ from world_runs import CASES, ENGINES, run, runs_of_rank, write
 pytestmark = pytest.mark.slow
 
 RESUMED = ("sft", "grpo", "grpo, KL, LoRA")
+REFUSED = {("zero1", "ppo, value first"), ("zero2", "ppo, value first")}
 HALF = {"max_steps": 4, "save_steps": 2}
 PATIENCE = timedelta(minutes=3)
 
@@ -49,8 +50,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=ENGINES)
 def both(request: pytest.FixtureRequest, folder: Path) -> Path:
     """Every case in two processes, under one engine; and some again, from their middle."""
+    if request.param.startswith("zero"):
+        pytest.importorskip("deepspeed")
     out = folder / request.param
-    jobs: list[tuple[str, Path, dict[str, Any]]] = [(name, out / name, {}) for name in CASES]
+    names = [name for name in CASES if (request.param, name) not in REFUSED]
+    jobs: list[tuple[str, Path, dict[str, Any]]] = [(name, out / name, {}) for name in names]
     for name in RESUMED:
         straight = out / f"{name}, straight"
         jobs.append((name, straight, HALF))
@@ -98,6 +102,8 @@ def assert_trained_alike(ours: Path, same: Path, truth: Path) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one(both: Path, folder: Path, name: str):
+    if (both.name, name) in REFUSED:
+        pytest.skip("refused by name")
     assert_trained_alike(both / name, alone(folder, name, False), alone(folder, name, True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -10,21 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import tiny
-from fastpost.trainers.config import Distill, Dpo, Grpo, Ppo, Reinforce, Reward, Rloo, Sft
+from fastpost.trainers.config import Cpo, Distill, Dpo, Grpo, Kto, Ppo, Reinforce, Reward, Rloo, Sft
 from fastpost.trainers.distill import distill
 from fastpost.trainers.dpo import dpo
 from fastpost.trainers.grpo import grpo
+from fastpost.trainers.kto import kto
 from fastpost.trainers.ppo import ppo
+from fastpost.trainers.reference_free import cpo
 from fastpost.trainers.reinforce import reinforce
 from fastpost.trainers.reward import reward
 from fastpost.trainers.rloo import rloo
 from fastpost.trainers.sft import sft
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-ENGINES = {"ddp": {}, "fsdp2": FSDP2}
+ZERO, STAGE = {"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_DEEPSPEED_ZERO_STAGE"
+ENGINES = {"ddp": {}, "fsdp2": FSDP2, "zero1": ZERO | {STAGE: "1"}, "zero2": ZERO | {STAGE: "2"}}
 LORA = {"lora_r": 4, "init_lora_weights": "gaussian"}
 
 
@@ -57,12 +62,19 @@ CAPITALS = {"reward_funcs": capitals}
 TAUGHT = {"teacher_model": "teacher"}
 BY_BOTH = {"lmbda": 0.5, "max_completion_length": 6, "seed": 1}  # a step on own answers, then one on the data's
 
+PPO = SAMPLED | {"num_generations": 1, "max_steps": 4}
+JUDGED = {"reward_model": "judge", "value_model": "judge"}  # whole models, four of them
+TWICE = {"max_steps": 8, "learning_rate": 2e-3}  # rounds; large steps would make clipped shares, of whole tokens, jump
+VALUE_FIRST = TWICE | {"value_warmup_rounds": 1, "num_ppo_epochs": 2, "num_mini_batches": 2}
+
 CASES = {
     "sft": Case(sft, Sft, "sums", ONE_EPOCH | {"eval_dataset": "sums"}),
     "sft, repacked": Case(sft, Sft, "sums", ONE_EPOCH | {"max_tokens_per_batch": 24, "gradient_checkpointing": True}),
     "sft, LoRA": Case(sft, Sft, "sums", ONE_EPOCH | LORA),
     "dpo": Case(dpo, Dpo, "pairs", ONE_EPOCH),
     "dpo, LoRA": Case(dpo, Dpo, "pairs", ONE_EPOCH | LORA | {"precompute_ref_log_probs": True}),
+    "kto": Case(kto, Kto, "labelled", ONE_EPOCH | {"eval_dataset": "labelled"}),
+    "cpo": Case(cpo, Cpo, "pairs", ONE_EPOCH),
     "distill": Case(distill, Distill, "sums", ONE_EPOCH | TAUGHT | {"eval_dataset": "sums"} | BY_BOTH),
     "distill, cached": Case(
         distill, Distill, "sums", ONE_EPOCH | {"lmbda": 0.0, "teacher_cache": "cache", "teacher_top_k": 8} | TAUGHT
@@ -76,22 +88,30 @@ CASES = {
     "grpo, no variance": Case(grpo, Grpo, "prompts", SAMPLED | {"max_steps": 1}, {"reward_funcs": nothing}),
     "rloo, LoRA": Case(rloo, Rloo, "prompts", SAMPLED | LORA, CAPITALS),
     "reinforce, LoRA": Case(reinforce, Reinforce, "prompts", SAMPLED | LORA, CAPITALS),
-    "ppo, LoRA": Case(ppo, Ppo, "prompts", SAMPLED | LORA | {"num_generations": 1, "max_steps": 4}, CAPITALS),
+    "ppo, LoRA": Case(ppo, Ppo, "prompts", PPO | LORA, CAPITALS),
+    "ppo, reward adapter": Case(ppo, Ppo, "prompts", PPO | LORA | {"reward_model": "rewarder"}),
+    "ppo": Case(ppo, Ppo, "prompts", PPO | JUDGED | TWICE | {"eval_dataset": "prompts"}, CAPITALS),
+    "ppo, value first": Case(ppo, Ppo, "prompts", PPO | LORA | VALUE_FIRST, CAPITALS),
 }
 
 
 def write(folder: Path) -> None:
-    """A model directory and the files."""
+    """Model directories and the files."""
     made = tiny.model("qwen3", tie_word_embeddings=True)
     made.save_pretrained(folder / "model")
-    AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1).save_pretrained(folder / "judge")
+    scores = AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=1)
+    scores.save_pretrained(folder / "judge")
+    lora = LoraConfig(task_type="SEQ_CLS", r=4, init_lora_weights=False, modules_to_save=["score"])
+    get_peft_model(copy.deepcopy(scores), lora).save_pretrained(str(folder / "rewarder"))
+    scores.double().save_pretrained(folder / "judge, exact")
     tiny.model("qwen3", seed=1).save_pretrained(folder / "teacher")
-    for name in ("model", "judge", "teacher"):
+    for name in ("model", "judge", "judge, exact", "teacher"):
         tiny.tokenizer().save_pretrained(folder / name)
     sums = [(f"{a}+{b}=", str(a + b) * (1 + a)) for a in range(5) for b in range(4)]
     rows = {
         "sums": [{"prompt": p, "completion": c} for p, c in sums],
         "pairs": [{"prompt": p, "chosen": c, "rejected": "x" * (1 + i % 4)} for i, (p, c) in enumerate(sums)],
+        "labelled": [{"prompt": p, "completion": c, "label": i % 3 > 0} for i, (p, c) in enumerate(sums)],
         "prompts": [{"prompt": f"{x} " * (1 + i % 3)} for i, x in enumerate("abcdefgh")],
     }
     for name, each in rows.items():
@@ -117,6 +137,8 @@ def run(folder: Path, name: str, out: Path, processes: int, *, exact: bool = Fal
     if "eval_dataset" in fields:
         fields["eval_dataset"] = folder / f"{fields['eval_dataset']}.jsonl"
     fields |= {name: folder / fields[name] for name in ("teacher_model", "teacher_cache") if name in fields}
+    beside = {name: fields[name] for name in ("reward_model", "value_model") if name in fields}
+    fields |= {name: folder / (f"{of}, exact" if exact and of == "judge" else of) for name, of in beside.items()}
     given = dict(case.given)
     if exact:
         kind = AutoModelForCausalLM if case.model == "model" else AutoModelForSequenceClassification
@@ -130,7 +152,7 @@ def run(folder: Path, name: str, out: Path, processes: int, *, exact: bool = Fal
 
 def runs_of_rank(rank: int, folder: Path, engine: str, jobs: list[tuple[str, Path, dict[str, Any]]]) -> None:
     """What one of two processes does: these jobs under this engine."""
-    os.environ |= {"RANK": str(rank)} | ENGINES[engine]
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} | ENGINES[engine]
     for name, out, changes in jobs:
         torch.manual_seed(0)
         run(folder, name, out, 2, **changes)

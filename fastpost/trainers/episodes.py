@@ -50,10 +50,11 @@ def microbatches(whole: Packed, rows: Sequence[int], config: Sampled, world: Wor
     lengths = whole.batch.lengths.tolist()
     lengths = [lengths[row] for row in rows]
     packs = world.share(bins(lengths, config), lengths)
-    return [_of_rows(whole, [rows[i] for i in each]).to(the_device()) for each in packs]
+    return [of_rows(whole, [rows[i] for i in each]).to(the_device()) for each in packs]
 
 
-def _of_rows(whole: Packed, rows: Sequence[int]) -> Packed:
+def of_rows(whole: Packed, rows: Sequence[int]) -> Packed:
+    """These sequences alone; of none of them, a placeholder."""
     return subset(whole, rows) if rows else stand_in(whole)
 
 
@@ -69,7 +70,7 @@ def _of_shared_prompts(
 
 
 def _of_parts(whole: Packed, parts: Sequence[Part]) -> AnyPack:
-    packed = _of_rows(whole, [*chain(*parts)])
+    packed = of_rows(whole, [*chain(*parts)])
     return share_prompts(packed, [len(part) for part in parts]) if parts else packed
 
 
@@ -108,7 +109,7 @@ def columns(
     found: list[Tensor] = []
     for rows in world.share(bins(lengths.tolist(), config), lengths.tolist()):
         with autocast(config):
-            given = said(_of_rows(whole, rows).to(the_device()))
+            given = said(of_rows(whole, rows).to(the_device()))
         found = found or [torch.zeros(whole.num_tokens) for _ in given]
         for column, numbers in zip(found, given, strict=True) if rows else ():
             column[positions_of(lengths, rows)] = numbers.float().cpu()

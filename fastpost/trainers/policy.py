@@ -60,7 +60,7 @@ def learn(
         packs, values = backward(stage.model, packs, objective, tokens, stage.config, run.world)
         run.update(facts | values, rollouts.num_tokens, learns=bool(packs))
     if run.first_round:
-        say_mismatch(packs)
+        say_mismatch(packs, run.world)
 
 
 def look(run: Run, stage: Stage, rollouts: Rollouts) -> None:
@@ -95,12 +95,13 @@ def scored(whole: Packed, stage: Stage, world: World = ALONE) -> Packed:
     return with_known(whole, ref_logp=ref_logp)
 
 
-def say_mismatch(packs: Sequence[AnyPack]) -> None:
-    """How far the sampler was from the policy that trains, from packs that have been through `backward`."""
+def say_mismatch(packs: Sequence[AnyPack], world: World = ALONE) -> None:
+    """How far the samplers were from the policy that trains, from packs of which each process knows old_logp."""
     batches = [p.batch for p in packs if p.batch.rollout_logp is not None and len(p.batch.kept)]
-    if batches:
-        sampler = torch.cat([batch.rollout_logp[batch.kept] for batch in batches])
-        say(mismatch(sampler, torch.cat([batch.old_logp[batch.kept] for batch in batches])).sentence)
+    found = world.gathered([(b.rollout_logp[b.kept].cpu(), b.old_logp[b.kept].cpu()) for b in batches])
+    if found:
+        sampler, trainer = zip(*found, strict=True)
+        say(mismatch(torch.cat(sampler), torch.cat(trainer)).sentence)
 
 
 def backward(

@@ -26,19 +26,20 @@ from fastpost import fused_loss, losses, metrics, token_stats
 from fastpost.advantages import gae, kl_in_reward, whiten
 from fastpost.models.roles import Roles
 from fastpost.packing import Packed
-from fastpost.packing.subsets import subset, with_known
+from fastpost.packing.subsets import with_known
 from fastpost.shared_prompt import AnyPack
 from fastpost.trainers.config import Ppo
-from fastpost.trainers.episodes import columns, episodes, microbatches, weighted, window_of
+from fastpost.trainers.episodes import columns, episodes, microbatches, of_rows, weighted, window_of
 from fastpost.trainers.given import GivenRewards
 from fastpost.trainers.loop import autocast, bins, evaluating, seed_of, the_device
 from fastpost.trainers.objectives import Objective, of_ppo
-from fastpost.trainers.policy import next_rollouts
+from fastpost.trainers.policy import next_rollouts, say_mismatch
 from fastpost.trainers.ppo_roles import cast, roles_of
 from fastpost.trainers.rollouts import Rollouts, first_group, greedy, judged, rollout_metrics, shaped_rewards
 from fastpost.trainers.run import Run
 from fastpost.trainers.stage import Stage
 from fastpost.trainers.world import ALONE, World
+from fastpost.trainers.zero import Zero
 from fastpost.types import IGNORE, Batch, Stats
 
 JUDGE = "reward_model"  # its name among the rewards
@@ -50,20 +51,22 @@ def ppo(config: Ppo, **given: Unpack[GivenRewards]) -> Any:
     value/ there."""
     stage, objective = Stage.of("ppo", config, given, build_parts=cast), of_ppo(config)
     roles = roles_of(stage)
-    if config.value_warmup_rounds and stage.begun.world.size > 1:
-        raise ValueError("value_warmup_rounds wants one process: in several the policy learns from the first round on")
+    if config.value_warmup_rounds and isinstance(stage.begun.optimizer, Zero):
+        raise ValueError("value_warmup_rounds must be 0 under ZeRO, which steps all parameters at once: use DDP, FSDP2")
     with stage.run() as run:
         run.kept.setdefault("kl_coef", config.kl_coef)
         for _ in run.steps():
-            rollouts = score(next_rollouts(run, stage), roles, config)
+            rollouts = score(next_rollouts(run, stage), roles, config, run.world)
             with run.clock.part("reference"):
                 whole = known(episodes(rollouts, config), roles, config, run.world)
+            if run.first_round:
+                say_mismatch([whole])
             whole, facts = advised(whole, rollouts, run.kept["kl_coef"], config)
             learn(run, whole, roles, objective, facts | rollout_metrics(rollouts, config.num_generations), rollouts)
             if config.target_kl is not None:
                 run.kept["kl_coef"] = adapted(run.kept["kl_coef"], facts["objective/kl"], len(rollouts.texts), config)
             if run.evaluates and "eval" in stage.data:
-                held_out = score(greedy(stage.task, stage.data["eval"]), roles, config)
+                held_out = score(greedy(stage.task, stage.data["eval"]), roles, config, run.world)
                 run.note({"eval_reward": float(held_out.scores.rewards.nanmean())})
             run.show(first_group(rollouts, config.num_generations, run.step))
     return run.finish()
@@ -73,18 +76,21 @@ def ppo(config: Ppo, **given: Unpack[GivenRewards]) -> Any:
 
 
 @torch.no_grad()
-def score(rollouts: Rollouts, roles: Roles, config: Ppo) -> Rollouts:
+def score(rollouts: Rollouts, roles: Roles, config: Ppo, world: World = ALONE) -> Rollouts:
     """With the number of the reward model, at the last token of each completion, added to that of the functions."""
     if "reward" not in roles:
         return rollouts
     began, whole = time.perf_counter(), episodes(rollouts, config)
     lengths = whole.batch.lengths.tolist()
     found = torch.zeros(len(lengths))
-    for rows in bins(lengths, config):
+    for rows in world.share(bins(lengths, config), lengths):
         with autocast(config):
-            found[rows] = roles.reward.at_ends(subset(whole, rows).to(the_device())).float().cpu()
+            packed = of_rows(whole, rows).to(the_device())
+            numbers = world.through(partial(roles.reward.at_ends, packed)).float().cpu()
+        if rows:  # a placeholder has a number, and no row
+            found[rows] = numbers
     weight = 1.0 if config.reward_weights is None else config.reward_weights[-1]
-    return judged(rollouts, JUDGE, found, weight, time.perf_counter() - began)
+    return judged(rollouts, JUDGE, world.summed(found), weight, time.perf_counter() - began)
 
 
 def known(whole: Packed, roles: Roles, config: Ppo, world: World = ALONE) -> Packed:
@@ -168,11 +174,12 @@ def backward(
     """Adds the gradient of a minibatch, to the policy and to the value, or to that alone; means for the log.
 
     Where the two have passes of their own, that of the policy is over, and its memory free, when the value's begins;
-    but not with several processes, whose engines want one backward pass.
+    but not with several processes, whose engines want one backward pass, and a gradient of all that trains.
     """
     policy, value, seen = roles.policy, roles.value, {}
     shared = value.shares_pass(policy)
     early = not shared and not value_alone and world.size == 1
+    value_last = early or (value_alone and world.size == 1)
     clip = {"cliprange": config.cliprange, "cliprange_value": config.cliprange_value}
 
     def both(packed: AnyPack) -> tuple[Tensor, Tensor, Stats, Tensor]:
@@ -195,9 +202,11 @@ def backward(
 
     for packed in world.turns(packs):
         loss, of_value, stats, numbers = world.through(partial(both, packed))
-        (of_value if early or value_alone else of_value + loss).backward()
+        (of_value if value_last else of_value + loss * (not value_alone)).backward()
         of_step = {"loss": metrics.total((loss + of_value) / world.size)}
         seen = metrics.joined(seen, of_step, metrics.ppo_update(stats, packed.batch, numbers, **clip))
+    for parameter in policy.parameters() if value_alone else ():
+        parameter.grad = None  # zeros would count as a step
     return metrics.floats(metrics.over_ranks(seen))
 
 
