@@ -79,19 +79,26 @@ MAY_IMPORT = {
     "doctor.checks": ("types", "files", "data", "doctor.columns"),
     "doctor": ("types", "files", "data", "packing", "models", "trainers", "doctor.columns", "doctor.checks"),
     "stages": ("types", "files", "data", "models", "rollout", "rewards", "trainers"),
+    "judging": (
+        *("", "types", "files", "data", "packing", "shared_prompt", "models", "rollout"),
+        *("trainers", "stages"),
+    ),
     "sums": (),
     "demo": ("", "types", "files", "data", "models", "rollout", "rewards", "trainers", "sums"),
     "report": ("watching", "trainers"),
     "planning": ("types", "core.quantised", "core.sweep", "core.eager", "models", "rollout", "trainers"),
-    "cli": ("", "types", "data", "models", "rewards", "trainers", "report", "planning", "doctor", "demo"),
+    "cli": ("", "types", "data", "models", "rewards", "trainers", "report", "planning", "doctor", "judging", "demo"),
 }
 # Doors that lead up, opened when called and not on import: (module, what it imports).
-DOORS = {("fastpost.types.head", "fastpost.models.heads")}
+DOORS = {
+    ("fastpost.types.head", "fastpost.models.heads"),
+    ("fastpost.rewards.load", "fastpost.judging.load"),
+}
 
 # Parts that import more than torch; `import fastpost` reaches none of them.
 WITH_EXTRAS = {
     *("files", "data", "models", "integrations", "rollout", "rewards"),
-    *("watching", "trainers", "report", "planning", "doctor", "stages", "sums", "demo", "cli"),
+    *("watching", "trainers", "report", "planning", "doctor", "stages", "judging", "sums", "demo", "cli"),
 }
 OUTSIDE = {part: {"torch"} for part in MAY_IMPORT.keys() - WITH_EXTRAS} | {
     "kernels": {"torch", "triton"},

@@ -1,4 +1,4 @@
-"""Reward functions by name: a built-in, a function in a user's file, or the directory of a reward model."""
+"""Reward functions by name: a built-in, a function in a user's file, a directory of a reward model, a judge's file."""
 
 from __future__ import annotations
 
@@ -57,10 +57,19 @@ def _model(directory: Path) -> Reward:
     return Reward(directory.resolve().name, reward_model(directory))
 
 
+def _judge(file: Path) -> Reward:
+    """What a judge says, by the name of its file."""
+    from fastpost.judging.load import load_judge
+
+    return Reward(file.stem, load_judge(file))
+
+
 def load_reward(spec: str) -> Reward:
-    """A built-in name, `file.py:function`, or a directory."""
+    """A built-in name, `file.py:function`, a directory, or a YAML file."""
     if Path(spec).expanduser().is_dir():
         return _model(Path(spec).expanduser())
+    if Path(spec).suffix in (".yaml", ".yml"):
+        return _judge(Path(spec).expanduser())
     path, colon, name = spec.rpartition(":")
     if not colon:
         if spec.endswith(".py"):
@@ -68,7 +77,9 @@ def load_reward(spec: str) -> Reward:
         if spec not in BUILTIN:
             hint = nearest(spec, list(BUILTIN))
             names = ", ".join(BUILTIN)
-            raise ValueError(f"reward {spec!r} is no built-in ({names}) and no directory or file.py:function{hint}")
+            raise ValueError(
+                f"reward {spec!r} is no built-in ({names}) and no directory, file.py:function or judge.yaml{hint}"
+            )
         return Reward(spec, BUILTIN[spec])
     module = _module(Path(path).expanduser(), spec)
     functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

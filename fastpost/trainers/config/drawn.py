@@ -71,7 +71,7 @@ class Rewarded:
     """How they are judged."""
 
     reward: tuple[str, ...] = option(
-        (), ROLLOUT, "built-in names, file.py:function, or directories of reward models; repeatable", needed=True
+        (), ROLLOUT, "built-in names, file.py:function, a reward model's directory, judge.yaml; repeatable", needed=True
     )
     reward_weights: tuple[float, ...] | None = option(None, ROLLOUT, "one for each reward; default: 1")
     reward_timeout: float = option(600.0, ROLLOUT, "seconds that a reward function may take for a batch", above=0)
