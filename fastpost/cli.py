@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "simpo": (configs.Simpo, "fastpost.trainers.reference_free:simpo"),
     "orpo": (configs.Orpo, "fastpost.trainers.reference_free:orpo"),
     "kto": (configs.Kto, "fastpost.trainers.kto:kto"),
+    "online-dpo": (configs.OnlineDpo, "fastpost.trainers.online_dpo:online_dpo"),
     "grpo": (configs.Grpo, "fastpost.trainers.grpo:grpo"),
     "rloo": (configs.Rloo, "fastpost.trainers.rloo:rloo"),
     "ppo": (configs.Ppo, "fastpost.trainers.ppo:ppo"),

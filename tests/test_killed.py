@@ -34,6 +34,7 @@ VERBS: dict[str, dict[str, object]] = {
     "kto": PAIRS,
     "reward": PAIRS,
     "distill": {"dataset": "sums.jsonl", "teacher_model": "teacher", "lmbda": 0.5, "max_completion_length": 6},
+    "online-dpo": SAMPLED,
     "grpo": SAMPLED | {"num_generations": 2},
     "rloo": SAMPLED,
     "reinforce": SAMPLED,

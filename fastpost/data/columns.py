@@ -14,7 +14,8 @@ from fastpost.files import Row, Rows
 from fastpost.types import nearest
 
 Verb = Literal[
-    "sft", "reward", "dpo", "orpo", "simpo", "cpo", "kto", "grpo", "rloo", "reinforce", "ppo", "distill"
+    "sft", "reward", "dpo", "orpo", "simpo", "cpo", "kto",
+    "online-dpo", "grpo", "rloo", "reinforce", "ppo", "distill",
 ]  # fmt: skip
 Columns = tuple[str, ...]
 
@@ -31,6 +32,7 @@ FORMATS: dict[Verb, tuple[Columns, ...]] = {
     "simpo": PAIRS,
     "cpo": PAIRS,
     "kto": (("prompt", "completion", "label"), *PAIRS),
+    "online-dpo": PROMPTS,
     "grpo": PROMPTS,
     "rloo": PROMPTS,
     "reinforce": PROMPTS,

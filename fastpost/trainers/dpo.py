@@ -19,7 +19,7 @@ from fastpost.losses.mixed import mixed
 from fastpost.losses.preference import chosen_nll
 from fastpost.packing import Packed
 from fastpost.trainers.checkpoint import check_output_dir
-from fastpost.trainers.config import Dpo
+from fastpost.trainers.config import Contrasted, Dpo
 from fastpost.trainers.examples import read_examples
 from fastpost.trainers.given import GivenReference, read_data
 from fastpost.trainers.loop import without_dropout
@@ -59,6 +59,11 @@ def dpo(config: Dpo, **given: Unpack[GivenReference]) -> Any:
 
 
 def objective_of(config: Dpo) -> Objective:
+    """The losses with their knobs, and what the log shows of them."""
+    return Objective(loss_of(config), partial(_shown, config))
+
+
+def loss_of(config: Contrasted) -> Loss:
     """The losses with their knobs. ValueError for a knob that none of them has."""
     chosen = [_named(name) for name in config.loss_type]
     defaults = {field.name: field.default for field in fields(config)}
@@ -72,7 +77,7 @@ def objective_of(config: Dpo) -> Objective:
         raise ValueError("loss_type aot and aot_unpaired look at a whole microbatch: they cannot be mixed with others")
     weights = config.loss_weights or (1.0,) * len(bound)
     alone = len(bound) == 1 and weights == (1.0,)
-    return Objective(bound[0] if alone else mixed(bound, weights), partial(_shown, config))
+    return bound[0] if alone else mixed(bound, weights)
 
 
 def _named(name: str) -> Loss:

@@ -43,8 +43,15 @@ class GivenRewards(Given, total=False):
     reward_funcs: Callable | list[Callable]  # of TRL's signature; beside those that the config names
 
 
+class GivenPreferences(GivenRewards, GivenReference, total=False):
+    """Those of a verb that has its own completions compared."""
+
+    prefer: Callable  # (prompts, firsts, seconds) -> how probably the first is the better, each; beside the rewards
+
+
 # What a verb is given, where that is more than `Given`.
 MORE: dict[Verb, type] = {"dpo": GivenReference, "kto": GivenReference, "distill": GivenTeacher}
+MORE["online-dpo"] = GivenPreferences
 MORE |= dict.fromkeys(("grpo", "rloo", "reinforce", "ppo"), GivenRewards)
 MODELS = ("model", "ref_model", "teacher_model")
 

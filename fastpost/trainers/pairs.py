@@ -54,7 +54,7 @@ def tokens_of(pairs: Sequence[Pair]) -> int:
 
 
 def backward(
-    model: Any, window: Sequence[Pair], objective: Objective, config: Pairs, world: World = ALONE
+    model: Any, window: Sequence[Pair], objective: Objective, config: Training, world: World = ALONE
 ) -> dict[str, float]:
     """Adds the gradient of the mean loss over all pairs of the window, and of a router's; returns means."""
     lengths = lengths_of(window)

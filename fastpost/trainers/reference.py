@@ -18,7 +18,7 @@ from fastpost.models.role import Role
 from fastpost.models.switch import Switch
 from fastpost.shared_prompt import AnyPack
 from fastpost.trainers.build import build
-from fastpost.trainers.config import Dpo, Kto, Training
+from fastpost.trainers.config import Dpo, Kto, OnlineDpo, Training
 from fastpost.trainers.given import Given, GivenReference
 from fastpost.trainers.loop import autocast
 from fastpost.trainers.start import Start
@@ -77,7 +77,7 @@ class Reference:
         return token_stats(hidden, head, packed.batch.target, temperature=temperature).logp
 
 
-def reference_of(start: Start, config: Dpo | Kto, given: GivenReference) -> Reference:
+def reference_of(start: Start, config: Dpo | Kto | OnlineDpo, given: GivenReference) -> Reference:
     """The one that is given or named, or the model as it was."""
     other = given.get("ref_model")
     if other is not None:

@@ -28,7 +28,7 @@ UNENDED = 0.9  # share of completions
 COIN = 0.5  # share of pairs
 RATIO = 0.5  # mean importance weight: half of every gradient is lost
 
-ON_POLICY = {"grpo", "rloo", "reinforce", "ppo"}
+ON_POLICY = {"online-dpo", "grpo", "rloo", "reinforce", "ppo"}
 # These are numbers in every line of a healthy run. Others may be null: the length of completions that ended where none
 # did, a reward function that applied to nothing.
 NUMBERS = (

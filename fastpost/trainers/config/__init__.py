@@ -8,8 +8,9 @@ from fastpost.trainers.config.distill import Distill
 from fastpost.trainers.config.drawn import Engined, Rewarded
 from fastpost.trainers.config.groups import DATA, GROUPS, LOSS, MODEL, PLAN, ROLLOUT, RUN, STEPS
 from fastpost.trainers.config.loaded import Loaded
+from fastpost.trainers.config.online import OnlineDpo
 from fastpost.trainers.config.policy import Clipped, Grpo, Ppo, Reinforce, Rloo
-from fastpost.trainers.config.preference import Cpo, Dpo, Kto, Orpo, Pairs, Preference, Reward, Simpo
+from fastpost.trainers.config.preference import Contrasted, Cpo, Dpo, Kto, Orpo, Pairs, Preference, Reward, Simpo
 from fastpost.trainers.config.sampled import Sampled
 from fastpost.trainers.config.supervised import Sft
 from fastpost.trainers.config.tools import Demo, Merge
@@ -25,6 +26,7 @@ __all__ = [
     "RUN",
     "STEPS",
     "Clipped",
+    "Contrasted",
     "Cpo",
     "Demo",
     "Distill",
@@ -34,6 +36,7 @@ __all__ = [
     "Kto",
     "Loaded",
     "Merge",
+    "OnlineDpo",
     "Orpo",
     "Pairs",
     "Ppo",

@@ -33,14 +33,8 @@ class Pairs(Preference):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dpo(Pairs):
-    """Direct preference optimisation on pairs, against the model as it was; and its kin. arXiv:2305.18290"""
-
-    ref_model: str | None = option(None, MODEL, "directory of another reference; default: the model as it was")
-    reference_free: bool = option(False, LOSS, "a reference that finds all answers equally likely")
-    precompute_ref_log_probs: bool = option(
-        False, STEPS, "the reference reads every row once, before training, and is gone; default: at each of its steps"
-    )
+class Contrasted:
+    """Which losses of the DPO family are descended, by their knobs."""
 
     loss_type: tuple[PairLoss, ...] = option(("dpo",), LOSS, "one, or several to be added up")
     loss_weights: tuple[float, ...] | None = option(None, LOSS, "one for each loss_type; default: 1", least=0)
@@ -59,8 +53,8 @@ class Dpo(Pairs):
     use_weighting: bool = option(False, LOSS, "weigh pairs by how likely the policy finds them (WPO)")
     rpo_alpha: float = option(0.0, LOSS, "weight of the chosen answer's likelihood beside the loss (RPO)", least=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_losses(self) -> None:
+        """ValueError unless there is a loss, and a weight for each."""
         if not self.loss_type:
             raise ValueError("loss_type must name at least one loss, dpo say")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
@@ -68,6 +62,21 @@ class Dpo(Pairs):
                 f"loss_weights must be one for each of the {len(self.loss_type)} of loss_type, got "
                 f"{len(self.loss_weights)}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dpo(Pairs, Contrasted):
+    """Direct preference optimisation on pairs, against the model as it was; and its kin. arXiv:2305.18290"""
+
+    ref_model: str | None = option(None, MODEL, "directory of another reference; default: the model as it was")
+    reference_free: bool = option(False, LOSS, "a reference that finds all answers equally likely")
+    precompute_ref_log_probs: bool = option(
+        False, STEPS, "the reference reads every row once, before training, and is gone; default: at each of its steps"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_losses()
         if self.reference_free and (self.ref_model or self.precompute_ref_log_probs):
             raise ValueError("reference_free has no reference: leave out ref_model and precompute_ref_log_probs")
 

@@ -31,11 +31,13 @@ class Sampled(Training, Rewarded, Engined):
         None, ROLLOUT, "taken from the reward of a completion that did not end", above=0
     )
 
+    rows_are_completions: ClassVar[bool] = True  # else each is a prompt, with all of its completions
     updates_field: ClassVar[str] = ""  # the field that multiplies optimizer steps on the same rollouts
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_groups(self)
+        if self.rows_are_completions:
+            check_groups(self)
         self.backend  # noqa: B018  # what does not go together is refused there
         if self.max_steps > 0 and self.max_steps % self.updates_per_round:
             above = self.max_steps + -self.max_steps % self.updates_per_round
