@@ -31,6 +31,7 @@ from rules import assert_gradient_close_to_truth
 from timeless import timeless
 
 LENGTHS = (3, 5, 2, 4)
+ONE_TURN, TURNS = ("xxx", "xxxxx", "xx", "xxxx"), ("x.x", "xx..x", "x.", ".xx.")  # . is what a tool said
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +82,14 @@ def config_of(files: Path, out: Path | str = "o", **changes) -> Ppo:
     return Ppo(**(fields | changes))
 
 
-def rollouts_of() -> Rollouts:
+def rollouts_of(own: tuple[str, ...] = ONE_TURN) -> Rollouts:
     draw = torch.Generator().manual_seed(2)
     ids = lambda n: torch.randint(5, 97, (n,), generator=draw).tolist()  # noqa: E731
     prompts = [Prompt("p", ids(4), {}), Prompt("q", ids(2), {}), Prompt("r", ids(3), {}), Prompt("s", ids(1), {})]
-    completions = [Completion(ids(n), finished=n != 5) for n in LENGTHS]
+    completions = [
+        Completion(ids(n), finished=n != 5, own=[mark == "x" for mark in marks])
+        for n, marks in zip(LENGTHS, own, strict=True)
+    ]
     rewards = torch.tensor([1.0, -0.5, 0.3, 2.0])
     return Rollouts(prompts, completions, ["t"] * 4, Scores(rewards, {"f": rewards}, {}), {"step_time/reward": 1.0})
 
@@ -104,7 +108,7 @@ def plain_loss(roles: Roles, rollouts: Rollouts, config: Ppo) -> Tensor:
     logps, values, advantages, returns = [], [], [], []
     for i, (prompt, completion) in enumerate(zip(rollouts.prompts, rollouts.completions, strict=True)):
         ids = torch.tensor(prompt.input_ids + completion.ids)
-        at = torch.arange(len(prompt.input_ids) - 1, len(ids) - 1)
+        at = torch.tensor([len(prompt.input_ids) + i - 1 for i, own in enumerate(completion.mask) if own])
         logp, ref = (
             (plain(roles, name, ids)[0] / config.temperature).log_softmax(-1)[at, ids[at + 1]]
             for name in ("policy", "reference")
@@ -142,10 +146,13 @@ def trained(roles: Roles) -> list[nn.Parameter]:
     return [p for tensors in roles.trainable().values() for p in tensors]
 
 
+@pytest.mark.parametrize("own", [ONE_TURN, TURNS], ids=["one turn", "turns"])
 @pytest.mark.parametrize("changes", [{}, {"value_model": "policy"}], ids=["two passes", "one pass"])
 @pytest.mark.parametrize("rows", [4, 1])
-def test_an_update_has_the_gradient_of_the_papers_equations(files: Path, rows: int, changes: dict):
-    config, rollouts = config_of(files, per_device_train_batch_size=rows, gamma=0.9, **changes), rollouts_of()
+def test_an_update_has_the_gradient_of_the_papers_equations(
+    files: Path, rows: int, changes: dict, own: tuple[str, ...]
+):
+    config, rollouts = config_of(files, per_device_train_batch_size=rows, gamma=0.9, **changes), rollouts_of(own)
     roles, objective = cast_roles(config), of_ppo(config)
     whole, facts = advised(known(episodes(rollouts, config), roles, config), rollouts, config.kl_coef, config)
     packs = weighted(microbatches(whole, range(4), config), objective, window_of(whole))

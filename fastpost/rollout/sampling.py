@@ -53,11 +53,22 @@ class Completion:
     logp[i] is log p(ids[i]) as the sampler saw it: at the sampling temperature (greedy: 1) and over the whole
     vocabulary, before repetition penalty, top-k, top-p and min-p. It is what a trainer's logp at this temperature is
     compared with. Empty where the sampler did not say.
+
+    One of several turns also holds what tools and users said: there own[i] is False and logp[i] NaN. No loss and no
+    statistic is of those tokens.
     """
 
     ids: list[int]
     finished: bool
     logp: list[float] = field(default_factory=list)
+    own: list[bool] = field(default_factory=list)  # empty: all of them
+    messages: list[dict[str, Any]] = field(default_factory=list)  # of all turns; empty: one, of its text
+    events: dict[str, int] = field(default_factory=dict)  # what happened between turns, counted
+
+    @property
+    def mask(self) -> list[bool]:
+        """Which tokens the policy sampled."""
+        return self.own or [True] * len(self.ids)
 
 
 @dataclass(frozen=True)

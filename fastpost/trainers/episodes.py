@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, compress
 
 import torch
 from torch import Tensor
@@ -25,12 +25,16 @@ from fastpost.weights import Window
 
 
 def episodes(rollouts: Rollouts, config: Sampled) -> Packed:
-    """Every completion behind its prompt, in their order; rollout_logp is the sampler's, where it gave one."""
+    """Every completion behind its prompt, in their order; rollout_logp is the sampler's, where it gave one. What a tool
+    or a user said in one is read, and not predicted."""
     kept = [c.finished or not config.mask_truncated_completions for c in rollouts.completions]
-    pairs = zip(rollouts.prompts, rollouts.completions, kept, strict=True)
-    examples = [Example([*p.input_ids, *c.ids], [False] * len(p.input_ids) + [k] * len(c.ids)) for p, c, k in pairs]
+    masks = [[own and k for own in c.mask] for c, k in zip(rollouts.completions, kept, strict=True)]
+    examples = [
+        Example([*p.input_ids, *c.ids], [False] * len(p.input_ids) + mask)
+        for p, c, mask in zip(rollouts.prompts, rollouts.completions, masks, strict=True)
+    ]
     said = [c.logp or [torch.nan] * len(c.ids) for c in rollouts.completions]
-    return pack(examples, rollout_logp=[x if k else [] for x, k in zip(said, kept, strict=True)])
+    return pack(examples, rollout_logp=[[*compress(x, mask)] for x, mask in zip(said, masks, strict=True)])
 
 
 def counts(whole: Packed) -> Tensor:  # (S,)

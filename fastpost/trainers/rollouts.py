@@ -34,8 +34,8 @@ class Rollouts:
     seconds: dict[str, float]
 
     @property
-    def lengths(self) -> Tensor:  # (S,) tokens of the completions
-        return torch.tensor([len(completion.ids) for completion in self.completions])
+    def lengths(self) -> Tensor:  # (S,) tokens of the completions that the policy sampled
+        return torch.tensor([sum(completion.mask) for completion in self.completions])
 
     @property
     def finished(self) -> Tensor:  # (S,) bool
@@ -75,7 +75,10 @@ def _rolled_out(
     repeated = [prompt for prompt in prompts for _ in range(num_generations)]
     token_ids = [completion.ids for completion in completions]
     texts = task.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-    answers = [prompt.answered(text) for prompt, text in zip(repeated, texts, strict=True)]
+    answers = [
+        completion.messages or prompt.answered(text)
+        for prompt, completion, text in zip(repeated, completions, texts, strict=True)
+    ]
     names = sorted({name for prompt in prompts for name in prompt.columns})
     columns = {name: [prompt.columns.get(name) for prompt in repeated] for name in names}
     questions = [prompt.prompt for prompt in repeated]
