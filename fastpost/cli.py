@@ -21,6 +21,7 @@ from typing import Any
 from fastpost.doctor.config import Doctor
 from fastpost.planning import config as planned
 from fastpost.report.config import Report
+from fastpost.stages import config as staged
 from fastpost.trainers import config as configs
 from fastpost.trainers.options import bare, is_needed, placeholder
 from fastpost.types import nearest
@@ -40,6 +41,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "ppo": (configs.Ppo, "fastpost.trainers.ppo:ppo"),
     "reinforce": (configs.Reinforce, "fastpost.trainers.reinforce:reinforce"),
     "distill": (configs.Distill, "fastpost.trainers.distill:distill"),
+    "best-of-n": (staged.BestOfN, "fastpost.stages.best_of_n:best_of_n"),
     "merge": (configs.Merge, "fastpost.trainers.merge:merge"),
     "demo": (configs.Demo, "fastpost.demo:demo"),
     "report": (Report, "fastpost.report.command:report"),

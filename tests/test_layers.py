@@ -87,7 +87,10 @@ MAY_IMPORT = {
     "demo": ("", "types", "files", "data", "models", "rollout", "rewards", "trainers", "sums"),
     "report": ("watching", "trainers"),
     "planning": ("types", "core.quantised", "core.sweep", "core.eager", "models", "rollout", "trainers"),
-    "cli": ("", "types", "data", "models", "rewards", "trainers", "report", "planning", "doctor", "judging", "demo"),
+    "cli": (
+        *("", "types", "data", "models", "rewards", "trainers", "report", "planning", "doctor", "judging", "stages"),
+        "demo",
+    ),
 }
 # Doors that lead up, opened when called and not on import: (module, what it imports).
 DOORS = {

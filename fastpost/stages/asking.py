@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastpost.data import Prompt, prompt_examples
+from fastpost.data import Prompt, check_columns, prompt_examples
 from fastpost.files import read_rows
 from fastpost.stages.config import Asking
 from fastpost.stages.groups import Answer, Group
@@ -28,9 +28,9 @@ FREE = ("output_dir", "generation_batch_size", "reward_timeout")  # they decide 
 
 def read_prompts(config: Asking, tokenizer: Any) -> list[Prompt]:
     """Those of the data set; what was left out of it is said."""
-    prompts, counts = prompt_examples(
-        read_rows(config.dataset), tokenizer, config.max_prompt_length, path=config.dataset
-    )
+    rows = read_rows(config.dataset)
+    check_columns(rows, "grpo", config.dataset)
+    prompts, counts = prompt_examples(rows, tokenizer, config.max_prompt_length, path=config.dataset)
     say(f"dataset: {counts}")
     return prompts
 

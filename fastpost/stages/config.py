@@ -26,3 +26,10 @@ class Asking(Loaded, Engined):
 @dataclass(frozen=True, kw_only=True)
 class Judging(Asking, Rewarded):
     """And how its answers are judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfN(Judging):
+    """The best of N answers to each prompt, by any reward: a data set, and the score against N."""
+
+    num_generations: int = option(16, ROLLOUT, "N, answers to a prompt", above=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,3 +27,8 @@ class Group:
     prompt: Any  # text or messages
     columns: Mapping[str, Any]  # what else the row has
     answers: list[Answer]
+
+
+def judged(answers: Iterable[Answer]) -> list[tuple[float, Answer]]:
+    """Those that a reward function applied to, each behind its reward."""
+    return [(answer.reward, answer) for answer in answers if answer.reward is not None]

@@ -11,18 +11,18 @@ from typing import Any
 
 def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """JSON lines, as every verb reads them."""
-    _write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_bytes(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def write_json(file: Path, value: Any) -> None:
-    _write(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_bytes(file, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _write(file: Path, text: str) -> None:
+def write_bytes(file: Path, data: bytes) -> None:
     """Aside, fsynced, renamed."""
     aside = file.with_name(f".{file.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as opened:
-        opened.write(text)
+    with aside.open("wb") as opened:
+        opened.write(data)
         opened.flush()
         os.fsync(opened.fileno())
     os.replace(aside, file)
