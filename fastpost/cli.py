@@ -30,6 +30,7 @@ from fastpost.types import nearest
 VERBS: dict[str, tuple[type, str]] = {
     "sft": (configs.Sft, "fastpost.trainers.sft:sft"),
     "reward": (configs.Reward, "fastpost.trainers.reward:reward"),
+    "prm": (configs.Prm, "fastpost.trainers.prm:prm"),
     "dpo": (configs.Dpo, "fastpost.trainers.dpo:dpo"),
     "cpo": (configs.Cpo, "fastpost.trainers.reference_free:cpo"),
     "simpo": (configs.Simpo, "fastpost.trainers.reference_free:simpo"),
