@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpost.doctor.config import Doctor
+from fastpost.judging.config import JudgePairs
 from fastpost.planning import config as planned
 from fastpost.report.config import Report
 from fastpost.stages import config as staged
@@ -45,6 +46,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "best-of-n": (staged.BestOfN, "fastpost.stages.best_of_n:best_of_n"),
     "merge": (configs.Merge, "fastpost.trainers.merge:merge"),
     "demo": (configs.Demo, "fastpost.demo:demo"),
+    "judge": (JudgePairs, "fastpost.judging.command:judge"),
     "report": (Report, "fastpost.report.command:report"),
     "doctor": (Doctor, "fastpost.doctor.command:doctor"),
     "plan sft": (planned.PlannedSft, "fastpost.planning.command:plan"),
