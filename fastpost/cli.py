@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpost.doctor.config import Doctor
-from fastpost.judging.config import JudgePairs
+from fastpost.evaluation.config import Eval
 from fastpost.planning import config as planned
 from fastpost.report.config import Report
 from fastpost.stages import config as staged
@@ -31,7 +31,6 @@ from fastpost.types import nearest
 VERBS: dict[str, tuple[type, str]] = {
     "sft": (configs.Sft, "fastpost.trainers.sft:sft"),
     "reward": (configs.Reward, "fastpost.trainers.reward:reward"),
-    "prm": (configs.Prm, "fastpost.trainers.prm:prm"),
     "dpo": (configs.Dpo, "fastpost.trainers.dpo:dpo"),
     "cpo": (configs.Cpo, "fastpost.trainers.reference_free:cpo"),
     "simpo": (configs.Simpo, "fastpost.trainers.reference_free:simpo"),
@@ -46,7 +45,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "best-of-n": (staged.BestOfN, "fastpost.stages.best_of_n:best_of_n"),
     "merge": (configs.Merge, "fastpost.trainers.merge:merge"),
     "demo": (configs.Demo, "fastpost.demo:demo"),
-    "judge": (JudgePairs, "fastpost.judging.command:judge"),
+    "eval": (Eval, "fastpost.evaluation.command:evaluate"),
     "report": (Report, "fastpost.report.command:report"),
     "doctor": (Doctor, "fastpost.doctor.command:doctor"),
     "plan sft": (planned.PlannedSft, "fastpost.planning.command:plan"),

@@ -83,13 +83,16 @@ MAY_IMPORT = {
         *("", "types", "files", "data", "packing", "shared_prompt", "models", "rollout"),
         *("trainers", "stages"),
     ),
+    "evaluation": (
+        *("", "types", "files", "data", "packing", "models", "rollout", "rewards", "trainers", "stages", "judging"),
+    ),
     "sums": (),
     "demo": ("", "types", "files", "data", "models", "rollout", "rewards", "trainers", "sums"),
     "report": ("watching", "trainers"),
     "planning": ("types", "core.quantised", "core.sweep", "core.eager", "models", "rollout", "trainers"),
     "cli": (
         *("", "types", "data", "models", "rewards", "trainers", "report", "planning", "doctor", "judging", "stages"),
-        "demo",
+        *("evaluation", "demo"),
     ),
 }
 # Doors that lead up, opened when called and not on import: (module, what it imports).
@@ -101,7 +104,8 @@ DOORS = {
 # Parts that import more than torch; `import fastpost` reaches none of them.
 WITH_EXTRAS = {
     *("files", "data", "models", "integrations", "rollout", "rewards"),
-    *("watching", "trainers", "report", "planning", "doctor", "stages", "judging", "sums", "demo", "cli"),
+    *("watching", "trainers", "report", "planning", "doctor", "stages", "judging", "evaluation"),
+    *("sums", "demo", "cli"),
 }
 OUTSIDE = {part: {"torch"} for part in MAY_IMPORT.keys() - WITH_EXTRAS} | {
     "kernels": {"torch", "triton"},

@@ -51,6 +51,7 @@ def asked(
     jury: Jury | None = None,
     turn: str = "0",  # another gives other samples, and is other work
     keys: Sequence[int] | None = None,  # of the prompts; None: their places
+    keep_ids: bool = False,  # answers have their tokens as well
 ) -> Iterator[Group]:
     """The groups of all prompts, in their order: what is done already is not done again."""
     pairs = list(zip(range(len(prompts)) if keys is None else keys, prompts, strict=True))
@@ -59,7 +60,7 @@ def asked(
         batch = pairs[first : first + size]
         left = [(key, prompt) for key, prompt in batch if f"{turn}/{key}" not in journal]
         if left:
-            groups = _groups(policy, jury, left, num_generations, turn)
+            groups = _groups(policy, jury, left, num_generations, turn, keep_ids)
             done = {f"{turn}/{key}": [asdict(a) for a in group] for (key, _), group in zip(left, groups, strict=True)}
             journal.add(done)
         for key, prompt in batch:
@@ -69,7 +70,7 @@ def asked(
 
 @torch.no_grad()
 def _groups(
-    policy: Policy, jury: Jury | None, pairs: Sequence[tuple[int, Prompt]], n: int, turn: str
+    policy: Policy, jury: Jury | None, pairs: Sequence[tuple[int, Prompt]], n: int, turn: str, keep_ids: bool
 ) -> list[list[Answer]]:
     """n answers to each prompt."""
     keys, prompts = [key for key, _ in pairs], [prompt for _, prompt in pairs]
@@ -78,7 +79,7 @@ def _groups(
         found = policy.sampler([prompt.input_ids for prompt in prompts], sampling, n, keys)
     texts = policy.tokenizer.batch_decode([completion.ids for completion in found], skip_special_tokens=True)
     answers = [
-        Answer(text, len(c.ids), c.finished, sum(c.logp) if c.logp else None)
+        Answer(text, len(c.ids), c.finished, sum(c.logp) if c.logp else None, ids=c.ids if keep_ids else None)
         for text, c in zip(texts, found, strict=True)
     ]
     if jury is not None:

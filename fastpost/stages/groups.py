@@ -17,6 +17,7 @@ class Answer:
     logp: float | None = None  # the sum over its tokens, as the sampler saw them; None: it did not say
     reward: float | None = None  # the weighted sum; None: nobody judged it, or no function applied
     rewards: Mapping[str, float | None] | None = None  # of each function
+    ids: list[int] | None = None  # its tokens, where they were to be kept
 
 
 @dataclass(frozen=True)

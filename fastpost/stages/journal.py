@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +71,12 @@ def _check(file: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
                 f"{file} holds work that was done with {name} {then.get(name)!r}, not {now.get(name)!r}: go on with "
                 "that, or choose another output_dir"
             )
+
+
+def through(journal: Journal, name: str, n: int, size: int, work: Callable[[Sequence[int]], list[Any]]) -> list[Any]:
+    """What work gives for 0..n-1, so many at a time, each kept in the journal as name/i when it is done."""
+    left = [i for i in range(n) if f"{name}/{i}" not in journal]
+    for first in range(0, len(left), size):
+        batch = left[first : first + size]
+        journal.add({f"{name}/{i}": value for i, value in zip(batch, work(batch), strict=True)})
+    return [journal[f"{name}/{i}"] for i in range(n)]

@@ -14,6 +14,19 @@ from fastpost.trainers.log import say
 from fastpost.trainers.loop import autocast, the_device
 
 
+def frozen(config: Asking, path: str) -> tuple[Any, Any]:
+    """A model that is not trained, on the device, and its tokenizer."""
+    device = the_device()
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    model, tokenizer = load_model(
+        path,
+        dtype=auto if config.dtype == "auto" else config.dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return model.requires_grad_(False).to(device).eval(), tokenizer
+
+
 @dataclass(frozen=True)
 class Policy:
     """A model and how it is asked."""
@@ -27,15 +40,8 @@ class Policy:
     @staticmethod
     def of(config: Asking, path: str | None = None) -> Policy:
         """The config's model, or another that is asked in the same way."""
-        path, device = config.model if path is None else path, the_device()
-        auto = "bfloat16" if device.type == "cuda" else "float32"
-        model, tokenizer = load_model(
-            path,
-            dtype=auto if config.dtype == "auto" else config.dtype,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
-        model.requires_grad_(False).to(device).eval()
+        path = config.model if path is None else path
+        model, tokenizer = frozen(config, path)
         sampling = config.sampling(config.seed)
         name = base_of(path) if is_adapter(path) else path
         sampler = sampler_for(config.backend, model, tokenizer, name, sampling, say, config.generation_batch_size)

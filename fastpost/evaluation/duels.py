@@ -1,0 +1,71 @@
+"""Whose answer is better, prompt by prompt: by the rewards that were given, or by a judge, through a journal.
+
+A judge.yaml sees both answers at once, in both orders; any other reward scores each alone, and the higher score wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastpost.data import Prompt
+from fastpost.evaluation.config import Eval
+from fastpost.evaluation.winning import preference
+from fastpost.judging import Panel
+from fastpost.rewards import Reward
+from fastpost.stages.groups import Group
+from fastpost.stages.journal import Journal, through
+from fastpost.stages.jury import Jury
+
+Wins = list[float | None]  # of each prompt: how far the second answer is preferred, 0 to 1; None: nobody knows
+
+
+def won(
+    config: Eval,
+    judge: Reward | None,  # None: the rewards
+    paths: tuple[str, str],
+    names: tuple[str, str],
+    first: Sequence[Group],
+    second: Sequence[Group],
+) -> Wins:
+    """By the first answer of each group."""
+    if judge is None:
+        return [_preferred(a.answers[0].reward, b.answers[0].reward) for a, b in zip(first, second, strict=True)]
+
+    def work(of: Sequence[int]) -> list[Any]:
+        pairs = [first[i] for i in of], [second[i] for i in of]
+        if isinstance(judge.function, Panel):
+            return _compared(judge.function, *pairs)
+        scores = [_scored(judge, groups, config.reward_timeout) for groups in pairs]
+        return [_preferred(x, y) for x, y in zip(*scores, strict=True)]
+
+    file = Path(config.output_dir) / "wins" / f"{names[1]}-{names[0]}.jsonl"
+    journal = Journal(file, {"judge": config.judge, "first": config.facts(paths[0]), "second": config.facts(paths[1])})
+    return through(journal, "wins", len(first), config.generation_batch_size, work)
+
+
+def _compared(panel: Panel, first: Sequence[Group], second: Sequence[Group]) -> Wins:
+    prompts, names = [_prompt(group) for group in first], sorted({name for group in first for name in group.columns})
+    earlier, later = (
+        [prompt.answered(group.answers[0].text) for prompt, group in zip(prompts, groups, strict=True)]
+        for groups in (first, second)
+    )
+    columns = {name: [group.columns.get(name) for group in first] for name in names}
+    return [found.p for found in panel.prefer([prompt.prompt for prompt in prompts], later, earlier, columns)]
+
+
+def _scored(judge: Reward, groups: Sequence[Group], timeout: float) -> list[float | None]:
+    answers = [group.answers[0] for group in groups]
+    ids = [answer.ids or [] for answer in answers]
+    judged = Jury([judge], None, timeout).judged([_prompt(group) for group in groups], answers, ids)
+    return [answer.reward for answer in judged]
+
+
+def _preferred(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else preference(first, second)
+
+
+def _prompt(group: Group) -> Prompt:
+    """As a judge needs it: nobody generates from it."""
+    return Prompt(group.prompt, [], dict(group.columns))
