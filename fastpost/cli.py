@@ -20,6 +20,7 @@ from typing import Any
 
 from fastpost.doctor.config import Doctor
 from fastpost.evaluation.config import Eval
+from fastpost.judging.config import JudgePairs
 from fastpost.planning import config as planned
 from fastpost.report.config import Report
 from fastpost.stages import config as staged
@@ -31,6 +32,7 @@ from fastpost.types import nearest
 VERBS: dict[str, tuple[type, str]] = {
     "sft": (configs.Sft, "fastpost.trainers.sft:sft"),
     "reward": (configs.Reward, "fastpost.trainers.reward:reward"),
+    "prm": (configs.Prm, "fastpost.trainers.prm:prm"),
     "dpo": (configs.Dpo, "fastpost.trainers.dpo:dpo"),
     "cpo": (configs.Cpo, "fastpost.trainers.reference_free:cpo"),
     "simpo": (configs.Simpo, "fastpost.trainers.reference_free:simpo"),
@@ -45,6 +47,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "best-of-n": (staged.BestOfN, "fastpost.stages.best_of_n:best_of_n"),
     "merge": (configs.Merge, "fastpost.trainers.merge:merge"),
     "demo": (configs.Demo, "fastpost.demo:demo"),
+    "judge": (JudgePairs, "fastpost.judging.command:judge"),
     "eval": (Eval, "fastpost.evaluation.command:evaluate"),
     "report": (Report, "fastpost.report.command:report"),
     "doctor": (Doctor, "fastpost.doctor.command:doctor"),

@@ -51,8 +51,8 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, answer: Answer):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, answer: Answer, port: int):
+        super().__init__(("127.0.0.1", port), Handler)
         self.answer, self.lock = answer, threading.Lock()
         self.seen: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -63,9 +63,9 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(answer: Answer) -> Iterator[Server]:
-    """A server for as long as the block runs."""
-    server = Server(answer)
+def serving(answer: Answer, port: int = 0) -> Iterator[Server]:
+    """A server for as long as the block runs, at any port that is free."""
+    server = Server(answer, port)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:

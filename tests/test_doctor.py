@@ -81,8 +81,8 @@ def test_without_a_model_only_what_needs_no_tokenizer_is_said(capsys, tmp_path):
 def test_json_says_the_same(capsys, tmp_path, model):
     code, found = diagnosis(capsys, written(tmp_path, PAIRS), "--model", model, "--max_length", 9)
     assert code == 0 and found["rows"] == 8
-    assert found["sound"] == [verb for verb in FORMATS if verb != "sft"]
-    assert found["unusable"] == {"sft": "no column 'completion'"}
+    assert found["sound"] == [verb for verb in FORMATS if verb not in ("sft", "prm")]
+    assert found["unusable"] == {"sft": "no column 'completion'", "prm": "no column 'completions' and 'labels'"}
     compared = next(reading for reading in found["readings"] if "dpo" in reading["verbs"])
     assert compared["verbs"] == ["dpo", "orpo", "simpo", "cpo"] and compared["counts"]["examples"] == 8
     assert compared["samples"][0] == {

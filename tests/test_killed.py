@@ -33,6 +33,7 @@ VERBS: dict[str, dict[str, object]] = {
     "orpo": PAIRS,
     "kto": PAIRS,
     "reward": PAIRS,
+    "prm": {"dataset": "steps.jsonl"},
     "distill": {"dataset": "sums.jsonl", "teacher_model": "teacher", "lmbda": 0.5, "max_completion_length": 6},
     "online-dpo": SAMPLED,
     "grpo": SAMPLED | {"num_generations": 2},
@@ -53,6 +54,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sums": [{"prompt": asked, "completion": str(c)} for asked, c in sums],
         "pairs": [{"prompt": asked, "chosen": str(c), "rejected": str(c + 1)} for asked, c in sums],
         "prompts": [{"prompt": asked} for asked, _ in sums],
+        "steps": [{"prompt": x, "completions": ["so", str(c)], "labels": [True, c % 2 == 0]} for x, c in sums],
     }
     for name, each in rows.items():
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))

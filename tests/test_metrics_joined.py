@@ -23,6 +23,7 @@ FAMILIES: dict[str, Callable[[Stats, Batch], dict[str, metrics.Part]]] = {
     "displacement": metrics.displacement,
     "kto": metrics.kto,
     "reward": lambda stats, batch: metrics.reward(batch.per_sequence(batch.return_)),
+    "steps": lambda stats, batch: metrics.steps(stats.logp, batch.return_),
     "policy": metrics.policy,
     "GSPO": lambda stats, batch: metrics.policy(stats, batch, importance_sampling_level="sequence"),
     "clip_extremes": metrics.clip_extremes,

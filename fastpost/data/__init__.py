@@ -6,6 +6,7 @@ sft         sequences to imitate
 pairs       where a pair's prompt ends; its two answers
 preference  pairs whose tokens are compared: dpo, orpo, simpo, cpo
 reward      pairs whose ends are scored
+steps       solutions with a label for each step: prm
 unpaired    completions with a label: kto
 prompts     what is generated from
 distill     what a teacher is asked about: any of these
@@ -21,6 +22,7 @@ from fastpost.data.preference import preference_examples
 from fastpost.data.prompts import Prompt, prompt_examples, prompts
 from fastpost.data.reward import reward_examples
 from fastpost.data.sft import sft_examples
+from fastpost.data.steps import Stepped, step_examples
 from fastpost.data.unpaired import Unpaired, joined, unpaired_examples
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Messages",
     "Pair",
     "Prompt",
+    "Stepped",
     "Unpaired",
     "Verb",
     "check_columns",
@@ -42,5 +45,6 @@ __all__ = [
     "reward_examples",
     "sft_examples",
     "split_pair",
+    "step_examples",
     "unpaired_examples",
 ]

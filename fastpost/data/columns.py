@@ -14,7 +14,7 @@ from fastpost.files import Row, Rows
 from fastpost.types import nearest
 
 Verb = Literal[
-    "sft", "reward", "dpo", "orpo", "simpo", "cpo", "kto",
+    "sft", "reward", "prm", "dpo", "orpo", "simpo", "cpo", "kto",
     "online-dpo", "grpo", "rloo", "reinforce", "ppo", "distill",
 ]  # fmt: skip
 Columns = tuple[str, ...]
@@ -22,11 +22,13 @@ Columns = tuple[str, ...]
 IMITATED: tuple[Columns, ...] = (("prompt", "completion"), ("messages",), ("text",))
 PAIRS: tuple[Columns, ...] = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 PROMPTS: tuple[Columns, ...] = (("prompt",),)
+STEPS: tuple[Columns, ...] = (("prompt", "completions", "labels"),)
 
 # Any one of these sets of columns will do; the first that is there is taken.
 FORMATS: dict[Verb, tuple[Columns, ...]] = {
     "sft": IMITATED,
     "reward": PAIRS,
+    "prm": STEPS,
     "dpo": PAIRS,
     "orpo": PAIRS,
     "simpo": PAIRS,
@@ -73,6 +75,9 @@ def check_columns(rows: Rows, verb: Verb, path: str | PathLike[str]) -> None:
             where = f"{row_at(path, i)}, column {name!r}"
             if name == "label":
                 _check_label(row.get(name), where)
+                continue
+            if name in ("completions", "labels"):
+                _check_steps(row, name, where)
                 continue
             kind = _kind(row.get(name), where, KINDS.get(name, ("text", "messages")))
             if kind != (found := found or kind):
@@ -134,6 +139,21 @@ def _check_text(text: str, where: str) -> None:
 def _check_label(value: Any, where: str) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{where} must be true or false, got {_shown(value)}")
+
+
+def _check_steps(row: Row, name: str, where: str) -> None:
+    """Of a solution: texts, and as many labels, true or false or a probability."""
+    values, steps = row.get(name), row.get("completions")
+    if not isinstance(values, list) or not values or len(values) != len(steps or ()):
+        what = "the steps, one text or more" if name == "completions" else f"one for each of {len(steps or ())} steps"
+        raise ValueError(f"{where} must be a list, {what}, got {_shown(values)}")
+    for i, value in enumerate(values):
+        if name == "completions" and not isinstance(value, str):
+            raise ValueError(f"{where}[{i}] must be text, got {_shown(value)}")
+        if name == "labels" and not (isinstance(value, bool | int | float) and 0 <= value <= 1):
+            raise ValueError(f"{where}[{i}] must be true, false or a probability, got {_shown(value)}")
+        if isinstance(value, str):
+            _check_text(value, f"{where}[{i}]")
 
 
 def _check_margin(value: Any, where: str) -> None:

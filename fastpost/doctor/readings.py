@@ -16,6 +16,7 @@ from fastpost.data import (
     prompt_examples,
     reward_examples,
     sft_examples,
+    step_examples,
     unpaired_examples,
 )
 from fastpost.data.columns import IMITATED
@@ -87,6 +88,11 @@ def _labelled(source: Source) -> tuple[list[Unit], Counts]:
     return [{names[one.label]: joined(one.prompt_ids, one.completion_ids, None)} for one in found], counts
 
 
+def _stepped(source: Source) -> tuple[list[Unit], Counts]:
+    found, counts = step_examples(source.rows, source.tokenizer, source.config.max_length, "\n", **source.limits)
+    return [{"": _plain(one.input_ids)} for one in found], counts
+
+
 def _prompted(source: Source) -> tuple[list[Unit], Counts]:
     found, counts = prompt_examples(source.rows, source.tokenizer, source.config.max_prompt_length, **source.limits)
     return [{"": _plain(one.input_ids)} for one in found], counts
@@ -114,7 +120,7 @@ def reader_of(rows: Rows, verb: Verb) -> Reader:
         return _taught
     if verb in ("sft", "distill"):
         return _imitated if format_of(rows, verb) in IMITATED else _prompted
-    readers: dict[Verb, Reader] = {"reward": _scored, "kto": _labelled}
+    readers: dict[Verb, Reader] = {"reward": _scored, "prm": _stepped, "kto": _labelled}
     return readers.get(verb, _compared if verb in ("dpo", "orpo", "simpo", "cpo") else _prompted)
 
 

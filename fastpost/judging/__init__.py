@@ -13,7 +13,10 @@ verdicts   replies -> preferences and scores
 judge      a judge, and several
 agreement  with labels
 bias       for a place, for length, for its own answers
-command    `fastpost judge`
+pairs      rows -> pairs to judge
+report     what verdicts say of the judge
+config     what `fastpost judge` is told
+command    what it does
 """
 
 from fastpost.judging.judge import Judge, Panel

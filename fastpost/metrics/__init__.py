@@ -29,6 +29,7 @@ from fastpost.metrics.parts import (
 )
 from fastpost.metrics.ppo import ppo_rollout, ppo_update
 from fastpost.metrics.rollouts import completions, importance_ratio, length_correlation, sampler_difference
+from fastpost.metrics.steps import steps
 from fastpost.metrics.tokens import (
     clip_extremes,
     entropy_collapse,
@@ -68,6 +69,7 @@ __all__ = [
     "sampler_difference",
     "sft",
     "smallest",
+    "steps",
     "total",
     "unclipped",
     "values",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from fastpost.models.scalar import load_scored
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
+
+PRM = "prm.json"  # beside the weights of a model that scores steps: what ends one
 
 
 def load_reward_model(
@@ -41,6 +44,12 @@ def load_reward_model(
         _check_task(path, where)
         model = load_adapter(model, path)
     return model, tokenizer
+
+
+def step_separator(path: str | PathLike[str]) -> str | None:
+    """What ends a step, of a directory of a model that scores steps; None of any other."""
+    file = Path(path) / PRM
+    return json.loads(file.read_text(encoding="utf-8"))["step_separator"] if file.is_file() else None
 
 
 def _check_task(path: str | PathLike[str], where: str) -> None:

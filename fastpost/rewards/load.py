@@ -50,11 +50,16 @@ def given_reward(function: Callable[..., Any]) -> Reward:
     return Reward(getattr(function, "__name__", type(function).__name__), function)
 
 
-def _model(directory: Path) -> Reward:
-    """What a reward model says, by the name of its directory."""
+def _model(directory: Path, way: str | None = None) -> Reward:
+    """What a reward model says, by the name of its directory; of one that scores steps, one number of all."""
+    from fastpost.models.reward_model import step_separator
     from fastpost.rewards.model import reward_model
+    from fastpost.rewards.steps import step_rewards
 
-    return Reward(directory.resolve().name, reward_model(directory))
+    name = directory.resolve().name
+    if way is not None:
+        return Reward(f"{name}_{way}", step_rewards(directory, way))
+    return Reward(name, reward_model(directory) if step_separator(directory) is None else step_rewards(directory))
 
 
 def _judge(file: Path) -> Reward:
@@ -65,12 +70,14 @@ def _judge(file: Path) -> Reward:
 
 
 def load_reward(spec: str) -> Reward:
-    """A built-in name, `file.py:function`, a directory, or a YAML file."""
+    """A built-in name, `file.py:function`, a directory or `directory:way`, or a YAML file."""
     if Path(spec).expanduser().is_dir():
         return _model(Path(spec).expanduser())
     if Path(spec).suffix in (".yaml", ".yml"):
         return _judge(Path(spec).expanduser())
     path, colon, name = spec.rpartition(":")
+    if colon and Path(path).expanduser().is_dir():
+        return _model(Path(path).expanduser(), name)
     if not colon:
         if spec.endswith(".py"):
             raise ValueError(f"reward {spec!r} names a file but no function in it: write {spec}:function")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from os import PathLike
 from typing import Any
 
@@ -33,24 +34,33 @@ class RewardModel:
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """The score of each."""
         rows = [self._ids(p, c, i) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
-        found = torch.empty(len(rows))
-        lengths = [len(row) for row in rows]
-        for part in plan(lengths, max(TOKENS, *lengths)):
-            found[part] = self._scores([rows[i] for i in part])
-        return found.tolist()
+        return torch.cat(scores_at(self.model, rows, [[len(row) - 1] for row in rows])).tolist()
 
     def _ids(self, prompt: Any, completion: Any, i: int) -> list[int]:
         ids = whole(self.tokenizer, prompt + completion, {}, f"sample {i}").input_ids
-        room = positions(self.model)
-        if room is not None and len(ids) > room:
-            raise ValueError(f"sample {i} has {len(ids)} tokens for a reward model of {room} positions")
+        check_room(self.model, len(ids), f"sample {i}")
         return ids
 
-    @torch.no_grad()
-    def _scores(self, rows: list[list[int]]) -> Tensor:  # (S,)
-        packed = pack([Example(ids, [False] * len(ids)) for ids in rows]).to(causal_lm(self.model).device)
-        ends = (packed.batch.lengths.cumsum(0) - 1).to(packed.input_ids.device)
-        return scores(own_scalar(self.model, "the reward model"), hidden_states(self.model, packed)[0, ends]).cpu()
+
+def check_room(model: Any, length: int, where: str) -> None:
+    """ValueError where a model cannot read so many tokens."""
+    room = positions(model)
+    if room is not None and length > room:
+        raise ValueError(f"{where} has {length} tokens for a reward model of {room} positions")
+
+
+@torch.no_grad()
+def scores_at(model: Any, rows: Sequence[list[int]], ends: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The scores of sequences of tokens at these places of each."""
+    found: dict[int, Tensor] = {}
+    lengths = [len(row) for row in rows]
+    for part in plan(lengths, max(TOKENS, *lengths)):
+        packed = pack([Example(rows[i], [False] * len(rows[i])) for i in part]).to(causal_lm(model).device)
+        starts = accumulate((lengths[i] for i in part), initial=0)
+        at = [start + end for start, i in zip(starts, part, strict=False) for end in ends[i]]
+        said = scores(own_scalar(model, "the reward model"), hidden_states(model, packed)[0, at]).cpu()
+        found |= zip(part, said.split([len(ends[i]) for i in part]), strict=True)
+    return [found[i] for i in range(len(rows))]
 
 
 def reward_model(path: str | PathLike[str]) -> RewardModel:

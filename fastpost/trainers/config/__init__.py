@@ -11,6 +11,7 @@ from fastpost.trainers.config.loaded import Loaded
 from fastpost.trainers.config.online import OnlineDpo
 from fastpost.trainers.config.policy import Clipped, Grpo, Ppo, Reinforce, Rloo
 from fastpost.trainers.config.preference import Contrasted, Cpo, Dpo, Kto, Orpo, Pairs, Preference, Reward, Simpo
+from fastpost.trainers.config.prm import Prm
 from fastpost.trainers.config.sampled import Sampled
 from fastpost.trainers.config.supervised import Sft
 from fastpost.trainers.config.tools import Demo, Merge
@@ -41,6 +42,7 @@ __all__ = [
     "Pairs",
     "Ppo",
     "Preference",
+    "Prm",
     "Reinforce",
     "Reward",
     "Rewarded",

@@ -1,0 +1,86 @@
+"""Rows -> solutions with a label at the end of each step: TRL's stepwise columns prompt, completions and labels.
+
+A solution is its prompt, and behind it each step with the separator, in tokens of their own; a step's label lies on the
+last token of its separator. That is the layout of the PRMTrainer that TRL had, without an EOS, and what scores steps
+later (`fastpost.rewards.steps`) writes the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from os import PathLike
+from typing import Any
+
+from fastpost.data.chat import Messages, render
+from fastpost.data.columns import row_at
+from fastpost.data.counts import Counts, counted
+from fastpost.files import Row, Rows
+from fastpost.packing import Example
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A solution in tokens, and where its steps end."""
+
+    input_ids: list[int]
+    ends: list[int]  # index of the last token of each step
+    labels: list[float]  # of each: how probably it is right
+
+
+def prompt_ids(tokenizer: Any, prompt: str | Messages, row: Row, where: str) -> list[int]:
+    """Up to where the first step begins."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    return render(tokenizer, prompt, row, where, open_turn=True)[0]
+
+
+def laid_out(tokenizer: Any, prompt: list[int], steps: Sequence[str], separator: str) -> tuple[list[int], list[int]]:
+    """The tokens of a prompt and its steps, and where each of these ends."""
+    between = tokenizer(separator, add_special_tokens=False).input_ids
+    if not between:
+        raise ValueError(f"step_separator {separator!r} has no tokens")
+    parts = [[*tokenizer(step, add_special_tokens=False).input_ids, *between] for step in steps]
+    ends = [end - 1 for end in accumulate(map(len, parts), initial=len(prompt))][1:]
+    return [*prompt, *(token for part in parts for token in part)], ends
+
+
+def steps_of(text: str, separator: str) -> list[str]:
+    """The steps of a completion, the one that no separator ends among them; of one without a text, that."""
+    return [step for step in text.split(separator) if step.strip()] or [text]
+
+
+def step_examples(
+    rows: Rows,
+    tokenizer: Any,
+    max_length: int | None,
+    step_separator: str,
+    *,
+    last_only: bool = False,
+    positions: int | None = None,
+    path: str | PathLike[str] = "",
+) -> tuple[list[Stepped], Counts]:
+    """One Stepped a row, cut at its end to max_length tokens; dropped where no step ends within them."""
+    notes: Counter[str] = Counter()
+    found = []
+    for i, row in enumerate(rows):
+        begun = prompt_ids(tokenizer, row["prompt"], row, row_at(path, i))
+        ids, ends = laid_out(tokenizer, begun, row["completions"], step_separator)
+        labelled = list(zip(ends, map(float, row["labels"]), strict=True))[-1 if last_only else 0 :]
+        kept = [(end, label) for end, label in labelled if max_length is None or end < max_length]
+        if not kept:
+            notes["masked"] += 1
+            continue
+        notes["truncated"] += max_length is not None and len(ids) > max_length
+        notes["empty"] += any(not step.strip() for step in row["completions"])
+        found.append(Stepped(ids[:max_length], *map(list, zip(*kept, strict=True))))  # type: ignore[arg-type]
+    kept = [(_marked(one),) for one in found]
+    return found, counted(len(rows), kept, notes, tokenizer, max_length, positions=positions, unit="solutions")
+
+
+def _marked(one: Stepped) -> Example:
+    """With its labelled tokens marked, to be counted."""
+    ends = set(one.ends)
+    return Example(one.input_ids, [i in ends for i in range(len(one.input_ids))])
