@@ -68,7 +68,9 @@ MAY_IMPORT = {
     "models": ("types", "core.quantised", "packing", "shared_prompt", "head"),
     "rollout": ("types", "packing", "head", "models"),
     "integrations": ("", "types", "core.door", "equation", "losses", "head", "models"),
-    "rewards": ("types", "packing", "head", "data", "models", "rollout"),
+    "sandbox.inside": (),
+    "sandbox": ("sandbox.inside",),
+    "rewards": ("types", "packing", "head", "data", "models", "rollout", "sandbox"),
     "watching": (),
     "trainers": (
         *("", "knobs", "types", "losses", "advantages", "weights", "metrics", "packing", "shared_prompt", "head"),
@@ -106,6 +108,7 @@ WITH_EXTRAS = {
     *("files", "data", "models", "integrations", "rollout", "rewards"),
     *("watching", "trainers", "report", "planning", "doctor", "stages", "judging", "evaluation"),
     *("sums", "demo", "cli"),
+    "sandbox.inside",
 }
 OUTSIDE = {part: {"torch"} for part in MAY_IMPORT.keys() - WITH_EXTRAS} | {
     "kernels": {"torch", "triton"},
