@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastpost.rewards import Reward, load_reward, score
-from fastpost.rewards.builtin import exact_match, last_number, number_match, think_format
+from fastpost.rewards.answers import exact_match, last_number, number_match
+from fastpost.rewards.formats import think_format
 
 PROMPTS = ["1+1", "2+2", "3+3"]
 COMPLETIONS = ["2", "5", "6"]
@@ -192,7 +193,7 @@ def test_a_reward_that_cannot_be_loaded_is_named_with_the_nearest(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("import no_such_module\n")
     for spec, message in {
-        "number_macth": r"no built-in \(exact_match, number_match, think_format\) .* mean 'number_match'",
+        "number_macth": r"no built-in \(exact_match, number_match, .*\) and .* mean 'number_match'",
         f"{file}:longst": r"has no function 'longst' \(did you mean 'longest'\?\)",
         f"{tmp_path}/mime.py:longest": r"does not exist \(did you mean 'mine.py'\?\)",
         f"{file}": r"names a file but no function in it: write .*mine.py:function",

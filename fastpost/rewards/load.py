@@ -1,4 +1,7 @@
-"""Reward functions by name: a built-in, a function in a user's file, a directory of a reward model, a judge's file."""
+"""Reward functions by name: a built-in, a function in a user's file, a directory of a reward model, a judge's file.
+
+A built-in with settings is written as a call, `repetition_penalty_reward(ngram_size=4)`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from fastpost.rewards.builtin import BUILTIN
+from fastpost.rewards.settings import called, configured
 from fastpost.types import nearest
 
 
@@ -69,25 +73,32 @@ def _judge(file: Path) -> Reward:
     return Reward(file.stem, load_judge(file))
 
 
+def _builtin(spec: str, name: str, settings: dict[str, Any]) -> Reward:
+    """One that comes with fastpost."""
+    if name not in BUILTIN:
+        hint = nearest(name, list(BUILTIN))
+        names = ", ".join(BUILTIN)
+        raise ValueError(
+            f"reward {spec!r} is no built-in ({names}) and no directory, file.py:function or judge.yaml{hint}"
+        )
+    return Reward(name, configured(spec, BUILTIN[name], settings))
+
+
 def load_reward(spec: str) -> Reward:
     """A built-in name, `file.py:function`, a directory or `directory:way`, or a YAML file."""
     if Path(spec).expanduser().is_dir():
         return _model(Path(spec).expanduser())
     if Path(spec).suffix in (".yaml", ".yml"):
         return _judge(Path(spec).expanduser())
+    if (call := called(spec)) is not None:
+        return _builtin(spec, *call)
     path, colon, name = spec.rpartition(":")
     if colon and Path(path).expanduser().is_dir():
         return _model(Path(path).expanduser(), name)
     if not colon:
         if spec.endswith(".py"):
             raise ValueError(f"reward {spec!r} names a file but no function in it: write {spec}:function")
-        if spec not in BUILTIN:
-            hint = nearest(spec, list(BUILTIN))
-            names = ", ".join(BUILTIN)
-            raise ValueError(
-                f"reward {spec!r} is no built-in ({names}) and no directory, file.py:function or judge.yaml{hint}"
-            )
-        return Reward(spec, BUILTIN[spec])
+        return _builtin(spec, spec, {})
     module = _module(Path(path).expanduser(), spec)
     functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
     function = getattr(module, name, None)

@@ -20,8 +20,8 @@ import torch
 
 from fastpost.data.steps import laid_out, prompt_ids, steps_of
 from fastpost.models.reward_model import load_reward_model, step_separator
-from fastpost.rewards.builtin import text_of
 from fastpost.rewards.model import check_room, scores_at
+from fastpost.rewards.texts import text_of
 from fastpost.types import nearest
 
 WAYS: Mapping[str, Callable[[Sequence[float]], float]] = {
