@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -77,8 +78,7 @@ def serving(answer: Answer, port: int = 0) -> Iterator[Server]:
 
 def asked(body: dict[str, Any]) -> list[str]:
     """What stands between the marks of the question: the request, and the answers."""
-    text = body["messages"][1]["content"]
-    return [part.split("\n", 1)[1].removesuffix("\n>>>") for part in text.split("<<< ")[1:] for part in [part.strip()]]
+    return re.findall(r"<<< .*?\n(.*?)\n>>>", body["messages"][1]["content"], re.DOTALL)
 
 
 def longer(handler: Handler, body: dict[str, Any]) -> None:

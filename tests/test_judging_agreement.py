@@ -78,10 +78,10 @@ def test_the_slope_of_two_lengths_is_the_log_odds_ratio():
 
 def test_the_slope_is_a_maximum_and_finds_what_drew_it():
     draw = random.Random(0)
-    x = [draw.gauss(0, 1) for _ in range(4000)]
+    x = [draw.gauss(0, 1) for _ in range(1000)]
     y = [float(draw.random() < 1 / (1 + math.exp(-(0.3 + 0.8 * each)))) for each in x]
     found = slope(x, y)
-    assert abs(found.value - 0.8) < 4 * found.se and 0.02 < found.se < 0.06
+    assert abs(found.value - 0.8) < 4 * found.se and 0.05 < found.se < 0.12
     a = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([a], max_iter=200, tolerance_grad=1e-12, tolerance_change=0)
 

@@ -142,7 +142,7 @@ def test_a_server_that_goes_away_costs_no_finished_work(tmp_path: Path):
     with serving(longer, server.server_address[1]) as again:
         assert judge(config) == straight and len(again.seen) == 2 * N - kept
     (tmp_path / "judge.yaml").write_text("model: another\nendpoint: http://localhost:1/v1\n")
-    with pytest.raises(ValueError, match="work that was done with judges"):
+    with pytest.raises(ValueError, match="work that was done with model of judge 0 'judge-1', not 'another'"):
         judge(config)
 
 

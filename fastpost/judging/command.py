@@ -39,7 +39,8 @@ def judge(config: JudgePairs) -> dict[str, Any]:
 def _facts(config: JudgePairs, panel: Panel) -> dict[str, Any]:
     """What decides what is found."""
     judges = [one.spec.facts | dict(one.cache.facts) for one in panel.judges]
-    return {"stage": "judge", "dataset": config.dataset, "seed": config.seed, "judges": judges}
+    each = {f"{name} of judge {i}": value for i, facts in enumerate(judges) for name, value in facts.items()}
+    return {"stage": "judge", "dataset": config.dataset, "seed": config.seed, "judges": len(judges), **each}
 
 
 def _names(config: JudgePairs, panel: Panel) -> set[str]:
@@ -64,8 +65,8 @@ def _judged(panel: Panel, pairs: list[Judged], journal: Journal, size: int) -> l
 
 
 def _answered(found: Preference) -> bool:
-    """Whether asking once more would change nothing: an answer without a verdict is one."""
-    return all(error == UNDECIDED for error in found.errors)
+    """Whether it need not be asked about again: an answer without a verdict is one."""
+    return found.p is not None or all(error == UNDECIDED for error in found.errors)
 
 
 def _row(pair: Judged, found: Preference | None) -> dict[str, Any]:

@@ -43,8 +43,12 @@ def _content(message: Mapping[str, Any]) -> str:
     return "\n".join([*parts, *calls])
 
 
-def _marked(name: str, text: str) -> str:
-    return f"<<< {name}\n{text}\n>>>"
+def _asked(system: str, **said: Any) -> tuple[Mapping[str, str], ...]:
+    """Each text between marks that are longer than any it holds, so that no answer can end itself and begin another."""
+    texts = {name: as_text(each) for name, each in said.items()}
+    width = 1 + max([2, *(len(run) for text in texts.values() for run in re.findall(r"[<>]+", text))])
+    marked = [f"{'<' * width} {name.replace('_', ' ')}\n{text}\n{'>' * width}" for name, text in texts.items()]
+    return {"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(marked)}
 
 
 def _system(spec: JudgeSpec, rubric: str, task: str, form: str) -> str:
@@ -74,9 +78,7 @@ def compare(
     meanings += [f"{TIE} if neither is"] * spec.ties
     task = f"You compare two answers to the same request: {', '.join(meanings)}."
     system = _system(spec, filled(spec.rubric, columns), task, f"Verdict: {' or '.join(options)}")
-    asked = [_marked("request", as_text(prompt))]
-    asked += [_marked(f"answer {FIRST}", as_text(first)), _marked(f"answer {SECOND}", as_text(second))]
-    return Request(_messages(system, asked), "Verdict", options, vote)
+    return Request(_asked(system, request=prompt, answer_A=first, answer_B=second), "Verdict", options, vote)
 
 
 def grade(spec: JudgeSpec, prompt: Any, answer: Any, columns: Mapping[str, Any], vote: int = 0) -> Request:
@@ -84,12 +86,8 @@ def grade(spec: JudgeSpec, prompt: Any, answer: Any, columns: Mapping[str, Any],
     worst, best = spec.scale
     task = f"You score an answer to a request by a whole number from {worst}, the worst, to {best}, the best."
     system = _system(spec, filled(spec.rubric, columns), task, "Score: N")
-    asked = [_marked("request", as_text(prompt)), _marked("answer", as_text(answer))]
-    return Request(_messages(system, asked), "Score", tuple(map(str, range(worst, best + 1))), vote)
-
-
-def _messages(system: str, asked: list[str]) -> tuple[Mapping[str, str], ...]:
-    return {"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(asked)}
+    options = tuple(map(str, range(worst, best + 1)))
+    return Request(_asked(system, request=prompt, answer=answer), "Score", options, vote)
 
 
 def reminded(request: Request, text: str) -> Request:
@@ -106,9 +104,10 @@ def reminded(request: Request, text: str) -> Request:
 def verdict_at(text: str, request: Request) -> tuple[int, str] | None:
     """Where the last verdict of a text is, and which; None where it has none, or names several options at once."""
     options = "|".join(map(re.escape, sorted(request.options, key=len, reverse=True)))
-    outof = rf"(?:\s*(?:/|out of)\s*{re.escape(request.options[-1])}\b)?" if request.lead == "Score" else ""
-    pattern = rf"{request.lead}\W{{0,3}}[:=][\s*_`\"'(\[]*({options})(?!\w|[.,]\d){outof}([^\n]*)"
-    found = list(re.finditer(pattern, text))
-    if not found or re.search(rf"(?<!\w)(?:{options})(?!\w)", found[-1][2]):
+    of = rf"(?:\s*(?:/|out of)\s*{re.escape(request.options[-1])}\b)?" if request.lead == "Score" else ""
+    said = re.compile(rf"(?i:{request.lead})\W{{0,3}}[:=][\s*_`\"'(\[]*({options})(?!\w|[.,]\d){of}")
+    another = re.compile(rf"[\s*_`\"')\]]*(?:[-\u2013/,]|or|to|and)[\s`]*(?:{options})\b")
+    found = list(said.finditer(text))
+    if not found or another.match(text, found[-1].end()):
         return None
     return found[-1].start(1), found[-1][1]
