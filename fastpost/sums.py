@@ -131,9 +131,13 @@ def make_tokenizer(texts: Iterable[str]) -> Any:
 
 def write_model(directory: Path, texts: Iterable[str], seed: int, hidden_size: int = 64) -> None:
     """A random model, and a tokenizer of such texts."""
+    write_random(directory, make_tokenizer(texts), seed, hidden_size)
+
+
+def write_random(directory: Path, tokenizer: Any, seed: int, hidden_size: int = 64) -> None:
+    """A random model for a tokenizer, and that."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = make_tokenizer(texts)
     torch.manual_seed(seed)
     shape = Qwen3Config(
         vocab_size=len(tokenizer),

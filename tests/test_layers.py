@@ -71,10 +71,11 @@ MAY_IMPORT = {
     "sandbox.inside": (),
     "sandbox": ("sandbox.inside",),
     "rewards": ("types", "packing", "head", "data", "models", "rollout", "sandbox"),
+    "turns": ("types", "files", "data", "models", "rollout", "rewards"),
     "watching": (),
     "trainers": (
         *("", "knobs", "types", "losses", "advantages", "weights", "metrics", "packing", "shared_prompt", "head"),
-        *("core.likeliest", "files", "data", "models", "integrations", "rollout", "rewards", "watching"),
+        *("core.likeliest", "files", "data", "models", "integrations", "rollout", "rewards", "turns", "watching"),
         "doctor.checks",
     ),
     "doctor.columns": ("types", "files", "data"),
@@ -105,7 +106,7 @@ DOORS = {
 
 # Parts that import more than torch; `import fastpost` reaches none of them.
 WITH_EXTRAS = {
-    *("files", "data", "models", "integrations", "rollout", "rewards"),
+    *("files", "data", "models", "integrations", "rollout", "rewards", "turns"),
     *("watching", "trainers", "report", "planning", "doctor", "stages", "judging", "evaluation"),
     *("sums", "demo", "cli"),
     "sandbox.inside",

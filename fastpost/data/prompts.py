@@ -34,16 +34,22 @@ def prompt_examples(
     *,
     positions: int | None = None,
     path: str | PathLike[str] = "",
+    tools: list[Any] | None = None,
 ) -> tuple[list[Prompt], Counts]:
-    """One Prompt a row; a prompt longer than max_prompt_length is left out: the end of it is what asks."""
+    """One Prompt a row; a prompt longer than max_prompt_length is left out: the end of it is what asks.
+
+    `tools`: there may be several turns, and these are the schemas of what the chat template shows.
+    """
     notes: Counter[str] = Counter()
     found = []
     for i, row in enumerate(rows):
         prompt, where = row["prompt"], row_at(path, i)
+        if tools is not None:
+            _check_turns(row, where)
         if isinstance(prompt, str):
             ids = tokenizer(prompt).input_ids
         else:
-            ids, _ = render(tokenizer, prompt, row, where, open_turn=True)
+            ids, _ = render(tokenizer, prompt, row if tools is None else {**row, "tools": tools}, where, open_turn=True)
         if not ids:
             raise ValueError(f"{where}: the prompt {prompt!r} has no tokens, so there is nothing to generate from")
         if max_prompt_length is not None and len(ids) > max_prompt_length:
@@ -57,6 +63,13 @@ def prompt_examples(
         len(rows), kept, notes, tokenizer, max_prompt_length, positions=positions, predicts=False, unit="prompts"
     )
     return found, counts
+
+
+def _check_turns(row: Row, where: str) -> None:
+    if isinstance(row["prompt"], str):
+        raise ValueError(f"{where}: turns need a conversation, but the prompt is text: write it as a list of messages")
+    if row.get("tools"):
+        raise ValueError(f"{where} has a column 'tools' of its own, beside the tools of the run: leave out one of them")
 
 
 def prompts(rows: Rows, tokenizer: Any, max_prompt_length: int | None) -> list[Prompt]:

@@ -26,20 +26,33 @@ class Reward:
     function: Callable[..., Any]
 
 
-def _module(file: Path, spec: str) -> Any:
+def _module(file: Path, what: str) -> Any:
     """A user's file, run as a module of its own."""
     if not file.is_file():
         near = [other.name for other in file.parent.glob("*.py")] if file.parent.is_dir() else []
-        raise ValueError(f"reward {spec!r}: the file {str(file)!r} does not exist{nearest(file.name, near)}")
+        raise ValueError(f"{what}: the file {str(file)!r} does not exist{nearest(file.name, near)}")
     found = importlib.util.spec_from_file_location(file.stem, file)
     if found is None or found.loader is None:
-        raise ValueError(f"reward {spec!r}: {str(file)!r} is not a Python file")
+        raise ValueError(f"{what}: {str(file)!r} is not a Python file")
     module = importlib.util.module_from_spec(found)
     try:
         found.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"reward {spec!r}: {file} could not be imported: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{what}: {file} could not be imported: {type(error).__name__}: {error}") from error
     return module
+
+
+def user_function(spec: str, kind: str) -> Callable[..., Any]:
+    """`file.py:function`; `kind` says in messages what it is: a reward, a tool."""
+    what, (path, colon, name) = f"{kind} {spec!r}", spec.rpartition(":")
+    if not colon:
+        raise ValueError(f"{what} must be file.py:function")
+    module = _module(Path(path).expanduser(), what)
+    functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{what}: {path} has no function {name!r}{nearest(name, functions)}")
+    return function
 
 
 def given_reward(function: Callable[..., Any]) -> Reward:
@@ -99,9 +112,4 @@ def load_reward(spec: str) -> Reward:
         if spec.endswith(".py"):
             raise ValueError(f"reward {spec!r} names a file but no function in it: write {spec}:function")
         return _builtin(spec, spec, {})
-    module = _module(Path(path).expanduser(), spec)
-    functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"reward {spec!r}: {path} has no function {name!r}{nearest(name, functions)}")
-    return Reward(name, function)
+    return Reward(name, user_function(spec, "reward"))

@@ -21,7 +21,7 @@ class Request:
     keys: Sequence[int]  # N
 
 
-def _end_tokens(lm: Any, tokenizer: Any) -> frozenset[int]:
+def end_tokens(lm: Any, tokenizer: Any) -> frozenset[int]:
     """The tokenizer's EOS, and those the model came with: chat models end turns and texts with different tokens."""
     configured = lm.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
@@ -75,6 +75,6 @@ def request(
         _check_room(prompt_ids, sampling.max_completion_length, room)
     keys = range(len(prompt_ids)) if keys is None else keys
     _check_keys(keys, len(prompt_ids))
-    ends = Ends(_end_tokens(lm, tokenizer), sampling.stop, tokenizer)
+    ends = Ends(end_tokens(lm, tokenizer), sampling.stop, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends.tokens, default=0)
     return Request(lm, ends, pad, keys)

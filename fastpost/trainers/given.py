@@ -41,6 +41,7 @@ class GivenRewards(Given, total=False):
     """Those of a verb whose policy samples."""
 
     reward_funcs: Callable | list[Callable]  # of TRL's signature; beside those that the config names
+    tools: list[Callable]  # that the policy may call; beside those that the config names
 
 
 class GivenPreferences(GivenRewards, GivenReference, total=False):

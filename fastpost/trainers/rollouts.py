@@ -21,6 +21,7 @@ from fastpost.rollout.record import Asked, sampled
 from fastpost.trainers.config import Sampled
 from fastpost.trainers.log import say
 from fastpost.trainers.task import Task
+from fastpost.turns.metrics import turn_metrics
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _rolled_out(
     began = time.perf_counter()
     with task.precision:
         asked = Asked([p.input_ids for p in prompts], keys, task.sampling, num_generations, task.run)
-        completions = sampled(task.sampler, asked, task.where, step)
+        completions = sampled(task.sampler_of(prompts), asked, task.where, step)
     generated = time.perf_counter()
     repeated = [prompt for prompt in prompts for _ in range(num_generations)]
     token_ids = [completion.ids for completion in completions]
@@ -180,6 +181,7 @@ def rollout_metrics(rollouts: Rollouts, num_generations: int) -> dict[str, float
     values |= metrics.floats(of_lengths)
     for name, each in rollouts.scores.by_function.items():
         values |= {f"rewards/{name}/mean": each.nanmean(), f"rewards/{name}/std": _std(each)}
+    values |= turn_metrics(rollouts.completions)
     return {name: float(value) for name, value in (values | rollouts.scores.metrics).items()}
 
 

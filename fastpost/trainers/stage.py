@@ -16,7 +16,7 @@ from fastpost.trainers.reference import Reference
 from fastpost.trainers.run import Run
 from fastpost.trainers.sharing import shares_prompts
 from fastpost.trainers.start import Build, Start, policy, start
-from fastpost.trainers.task import Task, rewards_of, sampled_prompts
+from fastpost.trainers.task import Task, rewards_of, sampled_prompts, tools_of
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,13 @@ class Stage:
     ) -> Stage:
         """Data are looked at before the model is loaded, which takes longer. `refers`: there is to be a reference."""
         check_output_dir(config)
-        rewards = rewards_of(config, given)
+        rewards, tools = rewards_of(config, given), tools_of(config, given)
         rows = read_data(config, given, verb)
         begun = start(config, given, build_parts)
-        data, facts = read_examples(rows, verb, begun.tokenizer, partial(sampled_prompts, begun.tokenizer, config))
-        task = Task.of(config, rewards, begun.model, begun.tokenizer, begun.world)
+        data, facts = read_examples(
+            rows, verb, begun.tokenizer, partial(sampled_prompts, begun.tokenizer, config, tools)
+        )
+        task = Task.of(config, rewards, begun.model, begun.tokenizer, begun.world, tools)
         reference = Reference.of(begun, config, given) if refers else None
         with begun.world.whole():
             shared = isinstance(config, Clipped) and shares_prompts(begun.model, config)

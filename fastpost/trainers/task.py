@@ -22,6 +22,7 @@ from fastpost.trainers.given import GivenRewards
 from fastpost.trainers.log import say
 from fastpost.trainers.loop import autocast
 from fastpost.trainers.world import ALONE, World
+from fastpost.turns import Tool, Turns, load_tools, load_turns
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,23 @@ class Task:
     timeout: float | None = None  # seconds that a reward function may take
     where: Where | None = None  # what a sampler would not give again is recorded here
     run: str = ""  # of what else decides what is sampled
+    turns: Turns | None = None  # what is said between turns of the policy; None: it has one
+
+    def sampler_of(self, prompts: Sequence[Prompt]) -> Sampler:
+        return self.sampler if self.turns is None else self.turns.sampler(self.sampler, prompts)
 
     def seeded(self, seed: int) -> Task:
         return replace(self, sampling=replace(self.sampling, seed=seed))
 
     @staticmethod
-    def of(config: Sampled, rewards: Sequence[Reward], model: Any, tokenizer: Any, world: World = ALONE) -> Task:
+    def of(
+        config: Sampled,
+        rewards: Sequence[Reward],
+        model: Any,
+        tokenizer: Any,
+        world: World = ALONE,
+        tools: Sequence[Tool] = (),
+    ) -> Task:
         sampling = config.sampling()
         name = base_of(config.model) if is_adapter(config.model) else config.model
         sampler = sampler_for(config.backend, model, tokenizer, name, sampling, say, config.generation_batch_size)
@@ -60,7 +72,27 @@ class Task:
             config.reward_timeout,
             where,
             fingerprint(config),
+            _turns_of(config, tools, model, tokenizer) if tools or config.user else None,
         )
+
+
+def _turns_of(config: Sampled, tools: Sequence[Tool], model: Any, tokenizer: Any) -> Turns:
+    return load_turns(
+        tools,
+        model,
+        tokenizer,
+        config.tool_limits,
+        config.sampling(),
+        say,
+        max_tool_calling_iterations=config.max_tool_calling_iterations,
+        user=config.user,
+        max_user_turns=config.max_user_turns,
+    )
+
+
+def tools_of(config: Sampled, given: GivenRewards) -> list[Tool]:
+    """What the policy may call: those that the config names and that the caller gives."""
+    return load_tools(config.tools, given.get("tools") or [])
 
 
 def rewards_of(config: Rewarded, given: GivenRewards) -> list[Reward]:
@@ -78,9 +110,12 @@ def rewards_of(config: Rewarded, given: GivenRewards) -> list[Reward]:
     return found
 
 
-def sampled_prompts(tokenizer: Any, config: Sampled, name: str, rows: Rows) -> tuple[list[Prompt], Counts]:
+def sampled_prompts(
+    tokenizer: Any, config: Sampled, tools: Sequence[Tool], name: str, rows: Rows
+) -> tuple[list[Prompt], Counts]:
     """The prompts of "train" or "eval", none so long that a completion would not fit in a pack beside it."""
-    found, counts = prompt_examples(rows, tokenizer, config.max_prompt_length, path=name)
+    schemas = [tool.schema for tool in tools] if tools or config.user else None
+    found, counts = prompt_examples(rows, tokenizer, config.max_prompt_length, path=name, tools=schemas)
     longest = counts.longest + config.max_completion_length
     if config.max_tokens_per_batch is not None and longest > config.max_tokens_per_batch:
         raise ValueError(

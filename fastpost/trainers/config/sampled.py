@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fastpost.trainers.config.conversing import Conversing
 from fastpost.trainers.config.drawn import Engined, Rewarded
 from fastpost.trainers.config.groups import DATA, ROLLOUT, STEPS
 from fastpost.trainers.config.training import Training
@@ -12,7 +13,7 @@ from fastpost.trainers.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled(Training, Rewarded, Engined):
+class Sampled(Training, Rewarded, Engined, Conversing):
     """What these verbs are told besides."""
 
     learning_rate: float = option(1e-6, STEPS, "peak of the schedule", least=0)
