@@ -40,6 +40,17 @@ def test_a_part_of_the_tests():
     assert CodeTests(partial=True, **SMALL)(completions, tests=tests) == [0.5, 1.0, 2 / 3, 0.5]
 
 
+def test_data_sets_write_tests_in_several_ways():
+    human_eval = "def check(candidate):\n    assert candidate(1, 2) == 3\ncheck(add)"
+    kod_code = "from solution import add\ndef test_add():\n    assert add(1, 2) == 3\n"
+    mbpp = "assert math.isclose(add(1, 2), 3) and seen == []"
+    tests, setup = [human_eval, kod_code, mbpp], [None, None, "import math\nseen = []"]
+    reward = CodeTests(**SMALL)
+    assert reward([ADD] * 3, tests=tests, setup=setup) == [1.0, 1.0, 1.0]
+    assert reward([ADD.replace("+", "-")] * 3, tests=tests, setup=setup) == [0.0, 0.0, 0.0]
+    assert reward([ADD], tests=[mbpp], setup=["import no_such_module"]) == [0.0]
+
+
 def test_a_program_is_not_judged_by_what_it_says_of_itself():
     completions = [
         "print('passed'); raise SystemExit(0)",
@@ -71,6 +82,8 @@ def test_tests_that_are_none_are_named():
         CodeTests(**SMALL)([ADD], tests=[["assert add(1"]])
     with pytest.raises(ValueError, match=r"a test must be Python, or an object .* got \{'input': 3\}"):
         CodeTests(**SMALL)([ADD], tests=[[{"input": 3}]])
+    with pytest.raises(ValueError, match=r"the test 'def check\(f\).* defines things and tests nothing"):
+        CodeTests(**SMALL)([ADD], tests=["def check(f):\n    assert f(1, 2) == 3\n"])
     with pytest.raises(ValueError, match=r"'code_tests\(memory_mb=0\)': memory_mb must be above 0"):
         load_reward("code_tests(memory_mb=0)")
 

@@ -26,7 +26,8 @@ class CodeTests:
 
     A test is Python that uses what the code defines, `assert add(1, 2) == 3`, or {"input": ..., "output": ...}, for
     code that is a program: what it reads and what it has to print, spaces at the ends of lines aside. The column
-    holds a list of them, or one; empty: not judged (None). The code is the last fenced block after </think>, or all.
+    holds a list of them, or one; empty: not judged (None). A column `setup` is Python that goes before the tests. The
+    code is the last fenced block after </think>, or all of it.
     The rest are the limits of each process (sandbox/limits.py), and how many samples are run at a time (0: a CPU each).
     """
 
@@ -51,26 +52,27 @@ class CodeTests:
         self,
         completions: Sequence[Any],
         tests: Sequence[Any],
+        setup: Sequence[str | None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         **_: Any,
     ) -> list[float | None]:
         wanted = [_tests(one) for one in tests]
         codes = [code_of(text_of(completion)) for completion in completions]
         with ThreadPoolExecutor(self.workers or os.cpu_count()) as pool:
-            judged = list(pool.map(self._judged, codes, wanted))
+            judged = list(pool.map(self._judged, codes, wanted, [None] * len(codes) if setup is None else setup))
         if log_metric is not None:
             ended = Counter(status for _, status in judged)
             for status in ("error", "timeout", "cpu", "memory", "output", "files"):
                 log_metric(f"code_tests/{status}", ended[status] / max(1, len(judged)))
         return [reward for reward, _ in judged]
 
-    def _judged(self, code: str, tests: Sequence[Test]) -> tuple[float | None, Status]:
+    def _judged(self, code: str, tests: Sequence[Test], setup: str | None) -> tuple[float | None, Status]:
         """The reward, and how the code's processes ended: the first of them that did not end well."""
         if not tests:
             return None, "ok"
         limits = self._limits()
         asserts = [test for test in tests if isinstance(test, str)]
-        tested = sandbox.run_tests(code, asserts, limits) if asserts else None
+        tested = sandbox.run_tests(code, asserts, limits, setup=setup or "") if asserts else None
         passed = list(tested.passed) if tested else []
         worst: Status = tested.status if tested else "ok"
         for test in tests:
@@ -104,8 +106,19 @@ def _tests(given: Any) -> Sequence[Test]:
             continue
         if not isinstance(test, str):
             raise ValueError(f"a test must be Python, or an object of texts 'input' and 'output', got {test!r:.80}")
-        try:
-            ast.parse(test)
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(f"the test {test!r:.80} is not Python: {error}") from None
+        _check_python(test)
     return tests
+
+
+def _check_python(test: str) -> None:
+    """A test that only defines things would pass whatever the code is."""
+    try:
+        body = ast.parse(test).body
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"the test {test!r:.80} is not Python: {error}") from None
+    idle = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+    if all(isinstance(one, idle) and not getattr(one, "name", "").startswith("test_") for one in body):
+        raise ValueError(
+            f"the test {test!r:.80} defines things and tests nothing: call them, name a function test_..., or move it "
+            "to the column 'setup'"
+        )

@@ -95,7 +95,7 @@ def start(
         },
     }
     process = subprocess.Popen(
-        [os.path.realpath(sys.executable), "-I", "-S", "-B", "-X", "utf8", str(INSIDE), json.dumps(told)],
+        [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", str(INSIDE), json.dumps(told)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

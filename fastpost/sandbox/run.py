@@ -34,8 +34,8 @@ def run(source: str, stdin: str = "", limits: Limits | None = None) -> Outcome:
         return watch(start("program", payload, limits or Limits(), folder, stdin=stdin.encode(errors="replace")))
 
 
-def run_tests(source: str, tests: Sequence[str], limits: Limits | None = None) -> Tested:
-    """Tests in Python, `assert add(1, 2) == 3`, on the functions and classes that `source` defines.
+def run_tests(source: str, tests: Sequence[str], limits: Limits | None = None, *, setup: str = "") -> Tested:
+    """Tests in Python, `assert add(1, 2) == 3`, on the functions and classes of `source`, after the code `setup`.
 
     The answer and the tests are two processes: the answer never sees what is expected, and the verdict is not its own.
     """
@@ -44,7 +44,7 @@ def run_tests(source: str, tests: Sequence[str], limits: Limits | None = None) -
     with tempfile.TemporaryDirectory(prefix="sandbox-") as one, tempfile.TemporaryDirectory(prefix="sandbox-") as other:
         try:
             answer = start("answer", {"source": source}, limits, one, fds=(requests[0], replies[1]))
-            judge = start("tests", {"tests": list(tests)}, limits, other, fds=(requests[1], replies[0]))
+            judge = start("tests", {"setup": setup, "tests": list(tests)}, limits, other, fds=(requests[1], replies[0]))
         finally:
             for end in (*requests, *replies):  # each process has its own: where one ends, the other must see it
                 os.close(end)
