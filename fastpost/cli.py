@@ -45,6 +45,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "reinforce": (configs.Reinforce, "fastpost.trainers.reinforce:reinforce"),
     "distill": (configs.Distill, "fastpost.trainers.distill:distill"),
     "best-of-n": (staged.BestOfN, "fastpost.stages.best_of_n:best_of_n"),
+    "rejection": (staged.Rejection, "fastpost.stages.rejection:rejection"),
     "merge": (configs.Merge, "fastpost.trainers.merge:merge"),
     "demo": (configs.Demo, "fastpost.demo:demo"),
     "judge": (JudgePairs, "fastpost.judging.command:judge"),

@@ -94,7 +94,7 @@ def lines_of(out: Path) -> list[dict[str, object]]:
 
 def test_every_verb_that_trains_is_killed():
     trains = {name for name, (config, _) in commands.items() if issubclass(config, Training)}
-    assert VERBS.keys() == {name for name in trains if not name.startswith("plan ")}
+    assert VERBS.keys() == {name for name in trains if not name.startswith("plan ")} - {"rejection"}  # test_rejection
 
 
 @pytest.mark.parametrize("verb", VERBS)

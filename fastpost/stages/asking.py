@@ -6,7 +6,7 @@ stage gives is the same wherever it was stopped, and whatever its batches are, b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ def read_prompts(config: Asking, tokenizer: Any) -> list[Prompt]:
     return prompts
 
 
-def journal_of(config: Asking, name: str = "work") -> Journal:
-    """OUT/work.jsonl, of the fields that decide what is done."""
-    given = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in FREE}
+def journal_of(config: Asking, name: str = "work", free: Collection[str] = ()) -> Journal:
+    """OUT/work.jsonl, of the fields that decide what is done: not those that are `free` for all stages, or for this."""
+    given = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in {*FREE, *free}}
     return Journal(Path(config.output_dir) / f"{name}.jsonl", {"stage": type(config).__name__.lower(), **given})
 
 

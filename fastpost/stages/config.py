@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from fastpost.trainers.config import DATA, ROLLOUT, RUN, Engined, Loaded, Rewarded
+from fastpost.stages.hints import fields_of
+from fastpost.trainers.config import DATA, ROLLOUT, RUN, STEPS, Engined, Loaded, Rewarded, Sft
 from fastpost.trainers.options import REQUIRED, option, read_fields
 
 
@@ -33,3 +35,59 @@ class BestOfN(Judging):
     """The best of N answers to each prompt, by any reward: a data set, and the score against N."""
 
     num_generations: int = option(16, ROLLOUT, "N, answers to a prompt", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejection(Sft, Judging):
+    """Rounds of sampling, selection by reward, and SFT on what was selected (RAFT, STaR, ReST)."""
+
+    dataset: str = option("", DATA, "prompts, and the columns that the rewards read", needed=True)
+    eval_dataset: str | None = option(
+        None, DATA, "the same, held out; greedy answers are judged before the first round and after each"
+    )
+    num_generations: int = option(4, ROLLOUT, "answers to a prompt, in each round", above=0)
+    select: Literal["best", "top_k", "threshold"] = option(
+        "best", ROLLOUT, "what is trained on: of each prompt the best answer, the best select_top, or all that reach"
+        " select_threshold"
+    )  # fmt: skip
+    select_top: int = option(2, ROLLOUT, "top_k: answers of a prompt", above=0)
+    select_threshold: float | None = option(None, ROLLOUT, "reward below which an answer is never trained on")
+    deduplicate: bool = option(True, ROLLOUT, "of answers with the same text, to the same prompt, train on one")
+    hint: str | None = option(
+        None,
+        ROLLOUT,
+        "asks again where nothing reached select_threshold, by a template of the prompt and of columns, "
+        "'{prompt}The answer is {answer}.'; what comes of it is trained on without the hint (STaR)",
+    )
+    rounds: int = option(3, STEPS, "of sampling and SFT; the fields of SFT are those of each round", above=0)
+    train_from: Literal["base", "last"] = option(
+        "base", STEPS, "what a round trains: the model it all began with (STaR, ReST-EM), or the last round's (RAFT)"
+    )
+    resume_from_checkpoint: str | None = option(
+        None, RUN, "nothing, or 'latest', which is the same: this command always goes on from what is there"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.backend  # noqa: B018  # what does not go together is refused there
+        if self.select == "threshold" and self.select_threshold is None:
+            raise ValueError("select threshold keeps what reaches select_threshold: give that as well")
+        if self.hint is not None:
+            fields_of(self.hint)
+            if self.select_threshold is None:
+                raise ValueError("hint is for prompts where nothing reached select_threshold: give that as well")
+        if self.resume_from_checkpoint not in (None, "latest"):
+            raise ValueError(
+                f"resume_from_checkpoint must be left out, or 'latest', got {self.resume_from_checkpoint!r}: rejection "
+                "goes on from what is in output_dir"
+            )
+        if self.metric_for_best_model is not None:
+            raise ValueError(
+                "metric_for_best_model is of evaluations within a run, and a round of rejection has one after it: "
+                "leave it out; eval_dataset gives the score of each round's model"
+            )
+
+    @property
+    def selected_at_most(self) -> int | None:
+        """Answers of a prompt; None: all that are good enough."""
+        return {"best": 1, "top_k": self.select_top, "threshold": None}[self.select]
