@@ -44,6 +44,8 @@ VERBS: dict[str, tuple[type, str]] = {
     "ppo": (configs.Ppo, "fastpost.trainers.ppo:ppo"),
     "reinforce": (configs.Reinforce, "fastpost.trainers.reinforce:reinforce"),
     "distill": (configs.Distill, "fastpost.trainers.distill:distill"),
+    "prm-label": (staged.PrmLabel, "fastpost.stages.step_labels:prm_label"),
+    "guided": (staged.Guided, "fastpost.stages.guided:guided"),
     "best-of-n": (staged.BestOfN, "fastpost.stages.best_of_n:best_of_n"),
     "rejection": (staged.Rejection, "fastpost.stages.rejection:rejection"),
     "merge": (configs.Merge, "fastpost.trainers.merge:merge"),

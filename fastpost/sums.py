@@ -53,6 +53,11 @@ def worked(a: int, b: int, slips: Terms = (0, 0)) -> str:
     return f"{', '.join(steps)}. Answer: {answer + 100 * carry}"
 
 
+def in_lines(work: str) -> str:
+    """A worked sum, each step on a line of its own."""
+    return work.replace(", ", "\n").replace(". ", "\n")
+
+
 def mistaken(a: int, b: int, draw: random.Random) -> str:
     slip = draw.choice((-1, 1))
     return worked(a, b, draw.choice(((slip, 0), (0, slip))))
@@ -68,6 +73,7 @@ def files(
     """The rows of each file.
 
     demonstrations  few worked sums: they teach the procedure, and leave holes in the addition table
+    steps           the same sums, a line a step
     lessons         many
     prompts         those of the lessons, each with its answer
     pairs           of the same problems, worked and mistaken
@@ -85,6 +91,7 @@ def files(
     pairs = [_pair(row, mistaken(a, b, draw)) for row, (a, b) in zip(many, seen[demonstrations:], strict=True)]
     return {
         "demonstrations": few,
+        "steps": [row | {"completion": in_lines(row["completion"])} for row in few],
         "lessons": many,
         "prompts": [{"prompt": row["prompt"], "answer": row["answer"]} for row in many],
         "pairs": pairs,

@@ -1,7 +1,8 @@
 """Models and data for the recipes, from nothing and in seconds: `python recipes/make_data.py runs/sums`.
 
 The task is two-digit sums, worked digit by digit. Each file is read by the verbs that its columns are for:
-demonstrations.jsonl, lessons.jsonl, mixed.jsonl (sft: few, many, half of them without the work), pairs.jsonl (dpo),
+demonstrations.jsonl, steps.jsonl, lessons.jsonl, mixed.jsonl (sft: few, these with a line a step, many, half of them
+without the work), pairs.jsonl (dpo),
 preferences.jsonl (reward), prompts.jsonl (grpo, ppo, distill), held_out.jsonl and held_out_preferences.jsonl, whose
 numbers are in no other. model/ is a random model of 0.2 million parameters, large/ one of 0.4 with its tokenizer.
 """

@@ -52,6 +52,7 @@ def test_every_file_has_its_verbs_columns_and_pairs_differ_in_the_answer():
     rows = sums.files(0, 10, 40, 20)
     verbs = {
         "demonstrations": "sft",
+        "steps": "sft",
         "lessons": "sft",
         "prompts": "grpo",
         "pairs": "dpo",

@@ -91,3 +91,38 @@ class Rejection(Sft, Judging):
     def selected_at_most(self) -> int | None:
         """Answers of a prompt; None: all that are good enough."""
         return {"best": 1, "top_k": self.select_top, "threshold": None}[self.select]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepwise(Judging):
+    """Answers that go step by step."""
+
+    step_separator: str = option("\n", DATA, "text between steps; \\n: a new line")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "step_separator", self.step_separator.replace("\\n", "\n"))
+        if not self.step_separator:
+            raise ValueError("step_separator must be a text, a new line say, got an empty one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrmLabel(Stepwise):
+    """Steps of a policy's solutions, each labelled by whether it can still be completed. arXiv:2312.08935"""
+
+    num_generations: int = option(4, ROLLOUT, "solutions of a prompt", above=0)
+    num_completions: int = option(8, ROLLOUT, "K, completions from each step", above=0)
+    right_above: float = option(0.5, ROLLOUT, "a solution is right if its reward is above this")
+    labels: Literal["hard", "soft"] = option(
+        "hard", DATA, "hard: whether one of the completions is right; soft: what share of them"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guided(Stepwise):
+    """Beam search, step by step, by a reward of the answer so far: a process reward model. arXiv:2408.03314"""
+
+    num_beams: int = option(4, ROLLOUT, "B, answers that are kept at each step", above=0)
+    num_expansions: int = option(4, ROLLOUT, "M, next steps of each; the cost is that of the best of B x M", above=0)
+    max_completion_length: int = option(128, ROLLOUT, "tokens of a step", above=0)
+    max_solution_steps: int = option(32, ROLLOUT, "steps, after which the best so far is taken", above=0)
