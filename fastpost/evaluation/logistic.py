@@ -2,8 +2,7 @@
 
   maximise  sum_i w_i (y_i log s(x_i b) + (1 - y_i) log s(-x_i b)) - sum_j r_j b_j^2 / 2,  0 <= y <= 1
 
-A prior with r_j > 0 keeps b finite where a line divides the rows. Without a step that is too long each one climbs: it
-is halved until it does.
+A prior with r_j > 0 keeps b finite where a line divides the rows. A step that does not climb is halved until it does.
 """
 
 from __future__ import annotations
@@ -23,23 +22,28 @@ def fit(
     ridge: Tensor,  # (p,) r
 ) -> Tensor:  # (b, p)
     """The coefficients for each weighting."""
-    beta = x.new_zeros(len(weight), x.shape[1])
+    beta, squares = x.new_zeros(len(weight), x.shape[1]), (x[:, :, None] * x[:, None, :]).flatten(1)  # (n, p p)
+    height = _objective(x, y, weight, ridge, beta)
     for _ in range(STEPS):
         p = torch.sigmoid(beta @ x.T)  # (b, n)
         gradient = (weight * (y - p)) @ x - ridge * beta
-        curvature = torch.einsum("bn,ni,nj->bij", weight * p * (1 - p), x, x) + torch.diag(ridge)
-        step = torch.linalg.solve(curvature, gradient)
-        scale = x.new_ones(len(weight), 1)
-        before = _objective(x, y, weight, ridge, beta)
+        curvature = (weight * p * (1 - p) @ squares).unflatten(1, (len(ridge), -1)) + torch.diag(ridge)
+        step, before = torch.linalg.solve(curvature, gradient), height
         for _ in range(HALVINGS):
-            lower = _objective(x, y, weight, ridge, beta + scale * step) < before
+            height = _objective(x, y, weight, ridge, beta + step)
+            lower = (height < before) & ~_last(step, beta)  # at the top, rounding decides which is lower
             if not lower.any():
                 break
-            scale[lower] /= 2
-        beta = beta + scale * step
-        if (step.abs() <= torch.finfo(x.dtype).eps ** 0.5 * (1 + beta.abs())).all():
-            break  # Newton's method squares the error: this step was the last that matters
+            step[lower] /= 2
+        beta = beta + step
+        if _last(step, beta).all():
+            break
     return beta
+
+
+def _last(step: Tensor, beta: Tensor) -> Tensor:  # (b, p) -> (b,) bool
+    """Newton's method squares the error: no step after one below the root of eps matters."""
+    return (step.abs() <= torch.finfo(step.dtype).eps ** 0.5 * (1 + beta.abs())).all(1)
 
 
 def _objective(x: Tensor, y: Tensor, weight: Tensor, ridge: Tensor, beta: Tensor) -> Tensor:  # (b,)

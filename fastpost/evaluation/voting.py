@@ -32,16 +32,17 @@ def _others(counts: Sequence[int], most: int, room: int, silent: int) -> Ways:
 
 def wins(counts: Sequence[int], silent: int, k: int) -> list[Fraction]:
     """The probability of each answer to win among k of the samples."""
-    n, found = sum(counts) + silent, []
+    n, found = sum(counts) + silent, {}
     assert 1 <= k <= n
-    for a, count in enumerate(counts):
-        rest, won = [*counts[:a], *counts[a + 1 :]], Fraction(0)
+    for count in set(counts):  # answers that were given as often have one chance
+        rest, won = list(counts), Fraction(0)
+        rest.remove(count)
         for votes in range(1, min(count, k) + 1):
             for (taken, ties), number in _others(rest, votes, k - votes, silent).items():
                 if taken == k - votes:
                     won += Fraction(comb(count, votes) * number, 1 + ties)
-        found.append(won / comb(n, k))
-    return found
+        found[count] = won / comb(n, k)
+    return [found[count] for count in counts]
 
 
 def vote(answers: Sequence[Hashable | None]) -> tuple[Counter[Hashable], int]:
