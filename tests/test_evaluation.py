@@ -265,6 +265,14 @@ def test_what_votes_is_read_as_the_reward_reads_it(files: Path):
     assert extraction("auto", ["number_match"])("so 1,200.50 it is") == extraction("number", [])("1200.5")
     assert extraction("auto", ["exact_match"])("  4\n") == "4" and extraction("text", [])("  ") is None
     assert extraction(f"{files}/mine.py:first", [])("xyz") == "x"
+    read = extraction("auto", ["accuracy_reward"])
+    assert read(r"so \boxed{1} no, \boxed{ \frac{1}{2} }.") == r"\frac{1}{2}" and read(r"\boxed{\frac{1}") is None
+    assert (
+        read("it is 100.00") == read(r"\boxed{100}")
+        and read("I say 12.50") == read(r"\boxed{12.5}")
+        and read("I do not know") is None
+    )
+    assert extraction("auto", ["choice_match"])("The answer is (B).") == "B"
     with pytest.raises(ValueError, match="answer must be"):
         extraction("numbr", [])
 

@@ -40,7 +40,9 @@ class Eval(Judging):
     num_generations: int = option(8, ROLLOUT, "samples a prompt, beside the greedy answer; 0: none", least=0)
     right_above: float = option(0.5, ROLLOUT, "an answer is right whose first reward is above this")
     answer: str = option(
-        "auto", ROLLOUT, "what votes in maj@k: number (the last one), text, file.py:function; auto: by the reward"
+        "auto",
+        ROLLOUT,
+        "what votes in maj@k: number (the last), choice, boxed, text, file.py:function; auto: by the reward",
     )
     pairs_reward: tuple[str, ...] = option((), ROLLOUT, "rewards that pairs are shown to; default: reward; repeatable")
     judge: str | None = option(

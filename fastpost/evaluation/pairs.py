@@ -16,7 +16,7 @@ from fastpost.evaluation.intervals import Confidence, Estimate, proportion
 from fastpost.evaluation.winning import preference
 from fastpost.files import read_rows
 from fastpost.rewards import Reward, score
-from fastpost.rewards.builtin import text_of
+from fastpost.rewards.texts import text_of
 from fastpost.stages.journal import Journal, through
 
 FORMATTED = re.compile(r"^\s{0,3}(?:#{1,6} |[-*+] |\d+[.)] |```|>|\|)|\*\*[^*\n]+\*\*", re.MULTILINE)
