@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 from endpoints import Handler, asked, longer, serving
 from fastpost.judging import JudgeSpec, Panel, judge_of, load_judge
 from fastpost.judging.endpoint import LONGEST_WAIT, retry_after
+from fastpost.judging.transport import LARGEST
 from fastpost.judging.verdicts import UNDECIDED, Preference
 from fastpost.rewards import load_reward, score
 
@@ -78,16 +79,27 @@ def drips(handler: Handler, _: dict) -> None:
         time.sleep(0.05)
 
 
+def drips_its_head(handler: Handler, _: dict) -> None:
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+    for i in range(100):
+        handler.wfile.write(b"X-%d: 0\r\n" % i)
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
 FAULTS = {
     "hangs": lambda handler, body: time.sleep(3),
     "drips": drips,
+    "drips its head": drips_its_head,
     "garbage": lambda handler, body: handler.send(200, b"\xff\x00<html>"),
     "no completion": lambda handler, body: handler.send(200, b'{"choices": []}'),
     "a list": lambda handler, body: handler.send(200, b"[1]"),
     "no text": lambda handler, body: handler.send(200, b'{"choices": [{"message": {"content": 3}}]}'),
     "429": lambda handler, body: handler.send(429, b"slow down", {"Retry-After": "0"}),
     "500": lambda handler, body: handler.send(500, b"oops"),
+    "500, cut off": lambda handler, body: handler.send(500, b"oo", length=100),
     "truncates": lambda handler, body: handler.send(200, b'{"choices": [{"mess', length=500),
+    "floods": lambda handler, body: handler.send(200, b" " * (LARGEST + 1)),
     "drops": lambda handler, body: handler.connection.shutdown(socket.SHUT_RDWR),
 }
 

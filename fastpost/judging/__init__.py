@@ -8,6 +8,7 @@ spec       the file that describes a judge
 wording    what it is asked, and what its words mean
 asking     requests -> replies, kept on the disk
 endpoint   replies over HTTP
+transport  an answer of a server, or an error, in time
 local      replies of a model that is loaded here
 verdicts   replies -> preferences and scores
 judge      a judge, and several

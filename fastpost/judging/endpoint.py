@@ -14,7 +14,6 @@ import math
 import random
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -24,10 +23,10 @@ from itertools import accumulate
 from typing import Any
 
 from fastpost.judging.asking import Reply
+from fastpost.judging.transport import posted
 from fastpost.judging.wording import Request, verdict_at
 
 LONGEST_WAIT = 120.0  # seconds, whatever the server asks for
-LARGEST = 16 * 2**20  # bytes of an answer
 BUSY = {408, 409, 425, 429}
 SETTLED = {301, 302, 303, 307, 308, 401, 402, 403, 404, 405}  # the same for every request
 UNREACHED = "cannot be reached"
@@ -43,13 +42,6 @@ class _Again(Exception):
 
 class _Refused(Exception):
     """This question is, and would be again."""
-
-
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """A key is for the server that it was given for."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -88,7 +80,7 @@ class Endpoint:
         body, why = json.dumps(self._body(request)).encode(), ""
         for trial in range(self.retries + 1):
             try:
-                return _read(self._posted(body), request)
+                return _read(self._answered(body), request)
             except _Refused as refused:
                 return Reply(error=str(refused))
             except _Again as again:
@@ -102,27 +94,21 @@ class Endpoint:
         asked |= {"temperature": self.temperature, "max_tokens": self.max_tokens}
         return asked | ({"logprobs": True, "top_logprobs": 20} if self.logprobs else {})
 
-    def _posted(self, body: bytes) -> bytes:
+    def _answered(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
         try:
-            with urllib.request.build_opener(_Stay).open(request, timeout=self.timeout) as response:
-                return _within(response, time.monotonic() + self.timeout)
-        except urllib.error.HTTPError as error:
-            raise self._refused(error) from None
+            answer = posted(f"{self.url.rstrip('/')}/chat/completions", body, headers, self.timeout)
         except (OSError, http.client.HTTPException) as error:
             raise _again(error, self.timeout) from None
-
-    def _refused(self, error: urllib.error.HTTPError) -> Exception:
-        """What a status other than 2xx means. 400 may mean that this question is too long, and others are not."""
-        with error:
-            said = " ".join(error.read(2000).decode(errors="replace").split())[:200]
-        why = f"answers HTTP {error.code}{f': {said}' if said else ''}"
-        if error.code in BUSY or error.code >= 500:
-            return _Again(why, retry_after(error.headers.get("Retry-After")))
-        if error.code in SETTLED:
-            return ValueError(f"the judge's endpoint {self.url} {why}")
-        return _Refused(why)
+        if 200 <= answer.status < 300:
+            return answer.body
+        said = " ".join(answer.body.decode(errors="replace").split())[:200]
+        why = f"answers HTTP {answer.status}{f': {said}' if said else ''}"
+        if answer.status in BUSY or answer.status >= 500:
+            raise _Again(why, retry_after(answer.retry_after))
+        if answer.status in SETTLED:
+            raise ValueError(f"the judge's endpoint {self.url} {why}")
+        raise _Refused(why)  # this one: it may be too long, and others are not
 
 
 def _again(error: OSError | http.client.HTTPException, timeout: float) -> _Again:
@@ -132,19 +118,6 @@ def _again(error: OSError | http.client.HTTPException, timeout: float) -> _Again
     if isinstance(error, urllib.error.URLError):
         return _Again(f"{UNREACHED}: {reason}")
     return _Again(f"breaks off: {type(error).__name__}: {error}")
-
-
-def _within(response: Any, deadline: float) -> bytes:
-    """All of it: the socket's own time-out begins again with each byte, and some servers drip."""
-    parts, size = [], 0
-    while part := response.read1(65_536):
-        parts.append(part)
-        size += len(part)
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        if size > LARGEST:
-            raise _Again(f"answers more than {LARGEST} bytes")
-    return b"".join(parts)
 
 
 def retry_after(said: str | None) -> float:
