@@ -28,6 +28,7 @@ from fastpost.models.scalar import load_scored
 from fastpost.rewards import load_reward
 from fastpost.rewards.steps import StepRewards
 from fastpost.trainers.config import Prm
+from fastpost.trainers.examples import read_examples
 from fastpost.trainers.prm import backward, prm
 from rules import assert_close_to_truth, assert_gradient_close_to_truth
 
@@ -86,6 +87,13 @@ def test_a_conversation_is_answered_step_by_step():
 def test_text_falls_into_steps_where_it_is_separated():
     assert steps_of("a;b;", ";") == steps_of(" a;;b"[1:], ";") == ["a", "b"]
     assert steps_of("", ";") == [""] and steps_of(";", ";") == [";"]
+
+
+def test_steps_are_no_conversation_that_wants_a_template(capsys: pytest.CaptureFixture):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    read_examples({"train": STEPS}, "prm", tokenizer, lambda name, rows: step_examples(rows, tokenizer, None, ";"))
+    assert "UNSOUND" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,13 @@ def say_problems(name: str, problems: Problems) -> None:
 def _problems(rows: Rows, verb: Verb, counts: Counts, tokenizer: Any) -> Problems:
     """What the line of the counts does not say yet."""
     found = Problems(unsound=count_problems(counts).unsound)
-    talks = any(isinstance(rows[0][name], list) for name in format_of(rows, verb) or ())
+    talks = any(_is_conversation(rows[0][name]) for name in format_of(rows, verb) or ())
     return found + tokenizer_problems(tokenizer) + template_problems(rows if talks else [], tokenizer)
+
+
+def _is_conversation(value: Any) -> bool:
+    """And not the steps of a solution."""
+    return isinstance(value, list) and all(isinstance(message, Mapping) for message in value)
 
 
 def _facts(counts: Counts, problems: Problems) -> dict[str, Any]:
