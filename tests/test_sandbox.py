@@ -109,6 +109,14 @@ ENDLESS = {
         """,
         "files",
     ),
+    "threads": (
+        """
+        import threading, time
+        threading.stack_size(1 << 15)
+        while True: threading.Thread(target=time.sleep, args=(600,)).start()
+        """,
+        "threads",
+    ),
     "a number of a billion digits": ("print(len(str(9 ** 9 ** 9)))", "cpu"),
     "a program that cannot be compiled": ("x = " + "(" * 10_000, "memory|error"),
 }
@@ -198,6 +206,7 @@ def test_no_signal_reaches_another_process():
 
 
 def test_no_limit_is_raised_and_no_call_by_number_gets_through():
+    refused("import mmap\nmmap.mmap(-1, 4096).madvise(100)\nprint('DONE')")  # MADV_HWPOISON, which root may
     refused("import resource\nresource.setrlimit(resource.RLIMIT_CPU, (99, 99))\nprint('DONE')")
     direct = """
         import ctypes, os

@@ -62,7 +62,7 @@ class CodeTests:
             judged = list(pool.map(self._judged, codes, wanted, [None] * len(codes) if setup is None else setup))
         if log_metric is not None:
             ended = Counter(status for _, status in judged)
-            for status in ("error", "timeout", "cpu", "memory", "output", "files"):
+            for status in ("error", "timeout", "cpu", "memory", "output", "files", "threads"):
                 log_metric(f"code_tests/{status}", ended[status] / max(1, len(judged)))
         return [reward for reward, _ in judged]
 

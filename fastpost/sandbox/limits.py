@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Status = Literal["ok", "error", "timeout", "cpu", "memory", "output", "files"]
+Status = Literal["ok", "error", "timeout", "cpu", "memory", "output", "files", "threads"]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ INSIDE = Path(__file__).with_name("inside")
 TICK = 0.05  # seconds between looks at the clock and at the files
 BLOCK = 1 << 16
 MOST_FILES = 1000
+MOST_THREADS = 100
 ENDED_BY: dict[int, Status] = {-signal.SIGXCPU: "cpu", -signal.SIGKILL: "cpu", 0: "ok"}
 
 
@@ -51,7 +52,16 @@ class Running:
             return "timeout"
         if max(map(len, self.printed.values())) > self.limits.output_kb << 10:
             return "output"
+        if _threads(self.process.pid) > MOST_THREADS:
+            return "threads"
         return "files" if _written(self.folder, self.process.pid) > self.limits.files_mb << 20 else None
+
+
+def _threads(pid: int) -> int:
+    try:
+        return os.stat(f"/proc/{pid}/task").st_nlink - 2  # a directory each
+    except OSError:
+        return 0
 
 
 def _written(folder: str, pid: int) -> int:
