@@ -36,6 +36,7 @@ def test_the_lectures_pipelines_are_there():
     assert stages["sft-best-of-n"] == ["sft", "best-of-n", "sft"]
     assert stages["sft-rejection"] == ["sft", "rejection"]
     assert stages["distill"] == ["sft", "sft", "distill"]
+    assert stages["tools"] == ["sft", "grpo"]
     assert all(f"`{name}`" in (RECIPES / "README.md").read_text() for name in NAMES)
 
 

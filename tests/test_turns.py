@@ -352,8 +352,62 @@ def test_templates_without_a_place_for_tools_are_refused():
     tokenizer.chat_template = talking.TEMPLATE.replace("<eos>", "")
     with pytest.raises(ValueError, match="eos_token_id"):
         Frame(tokenizer, ends, []).checked(tools=True, user=False)
+    tokenizer.chat_template = talking.TEMPLATE.replace("{{ m.content }}", "{{ m.content if m.role != 'tool' }}")
+    with pytest.raises(ValueError, match="does not show"):
+        Frame(tokenizer, ends, []).checked(tools=True, user=False)
     with pytest.raises(ValueError, match="list of messages"):
         prompt_examples([{"prompt": "2*3"}], tokenizer, None, tools=[])
+
+
+QWEN = "\n<|im_start|>user\n<tool_response>\nanswer\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+LLAMA = (
+    '<|start_header_id|>ipython<|end_header_id|>\n\n"answer"<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n'
+)
+TEMPLATES = {
+    "qwen2_5": (["<|im_end|>"], QWEN),
+    "qwen3": (["<|im_end|>"], QWEN),
+    "qwen3_5_think": (["<|im_end|>"], QWEN + "<think>\n"),
+    "llama3_1": (["<|eot_id|>", "<|eom_id|>"], LLAMA),
+    "gptoss": (
+        ["<|call|>", "<|return|>", "<|end|>"],
+        '<|start|>functions.tool to=assistant<|channel|>commentary<|message|>"answer"<|end|><|start|>assistant',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_models_templates_have_their_own_words_between_turns(name: str, file: Path):
+    trl = pytest.importorskip("trl")
+    ends, between = TEMPLATES[name]
+    tokenizer = talking.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ends})
+    tokenizer.bos_token = "<pad>"
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    marks = frozenset(tokenizer.convert_tokens_to_ids(ends))
+    frame = Frame(tokenizer, marks, [load_tool(f"{file}:calculator").schema]).checked(tools=True, user=False)
+    asked = [{"role": "user", "content": "2*3"}]
+    function = {"name": "tool", "arguments": {"expression": "2*3"}}
+    called = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    told = [{"role": "tool", "name": "tool", "content": "answer"}]
+    tail, _ = frame.tail([*asked, called], told, tokenizer.convert_tokens_to_ids(ends[0]), {})
+    assert tokenizer.decode(tail) == between
+    assert frame.corrector == ("user" if name == "gptoss" else "tool")
+
+
+def test_the_recipes_tools_calculate_and_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = Path(__file__).resolve().parent.parent / "recipes" / "tools" / "tools.py"
+    tools = load_tools([f"{file}:calculator", f"{file}:search"])
+    assert [tool.complaint({"query": "x", "expression": "1"}) is None for tool in tools] == [False, False]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.md").write_text("The sky is blue.\n\nGrass is green.")
+    monkeypatch.chdir(tmp_path)
+    bench = Bench({tool.name: (tool.file, tool.name) for tool in tools})
+    expressions = ["-(2+3)*4/8", "__import__('os').getcwd()", "9**9**9"]
+    said = bench.run([("calculator", {"expression": each}) for each in expressions])
+    assert [outcome.status for outcome in said] == ["ok", "error", "error"] and said[0].text == "-2.5"
+    (found,) = bench.run([("search", {"query": "what is green", "limit": 1})])
+    assert found.text == "a.md: Grass is green."
+    bench.close()
 
 
 def test_a_completion_of_one_turn_has_no_metrics_of_turns():

@@ -67,7 +67,9 @@ class Frame:
                     "response_template that says how to read one: set tokenizer.response_template"
                 )
             self._check_turn(CALLED)
-            self.tail([*ASKED, *CALLED], TOLD, end, {})
+            told, _ = self.tail([*ASKED, *CALLED], TOLD, end, {})
+            if TOLD[0]["content"] not in self.tokenizer.decode(told):
+                raise ValueError("the chat template does not show what a tool says, in messages of the role `tool`")
         if user:
             self._check_turn(SAID)
             self.tail([*ASKED, *SAID], ASKED, end, {})
