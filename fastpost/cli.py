@@ -48,6 +48,7 @@ VERBS: dict[str, tuple[type, str]] = {
     "guided": (staged.Guided, "fastpost.stages.guided:guided"),
     "best-of-n": (staged.BestOfN, "fastpost.stages.best_of_n:best_of_n"),
     "rejection": (staged.Rejection, "fastpost.stages.rejection:rejection"),
+    "constitution": (staged.Constitution, "fastpost.stages.constitution:constitution"),
     "merge": (configs.Merge, "fastpost.trainers.merge:merge"),
     "demo": (configs.Demo, "fastpost.demo:demo"),
     "judge": (JudgePairs, "fastpost.judging.command:judge"),

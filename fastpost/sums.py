@@ -136,12 +136,12 @@ def make_tokenizer(texts: Iterable[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
-def write_model(directory: Path, texts: Iterable[str], seed: int, hidden_size: int = 64) -> None:
+def write_model(directory: Path, texts: Iterable[str], seed: int, hidden_size: int = 64, positions: int = 256) -> None:
     """A random model, and a tokenizer of such texts."""
-    write_random(directory, make_tokenizer(texts), seed, hidden_size)
+    write_random(directory, make_tokenizer(texts), seed, hidden_size, positions)
 
 
-def write_random(directory: Path, tokenizer: Any, seed: int, hidden_size: int = 64) -> None:
+def write_random(directory: Path, tokenizer: Any, seed: int, hidden_size: int = 64, positions: int = 256) -> None:
     """A random model for a tokenizer, and that."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -154,7 +154,7 @@ def write_random(directory: Path, tokenizer: Any, seed: int, hidden_size: int = 
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=hidden_size // 4,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

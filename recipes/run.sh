@@ -8,7 +8,7 @@ shift
 if [ -f recipes/"$name"/make_data.py ] && [ ! -d runs/"$name"/data ]; then
     python recipes/"$name"/make_data.py runs/"$name"/data
 fi
-for config in recipes/"$name"/*.yaml; do
+for config in recipes/"$name"/[0-9]-*.yaml; do
     stage=$(basename "$config" .yaml)
     verb=${stage#*-}
     echo "fastpost $verb --config $config $*"

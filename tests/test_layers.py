@@ -81,13 +81,20 @@ MAY_IMPORT = {
     "doctor.columns": ("types", "files", "data"),
     "doctor.checks": ("types", "files", "data", "doctor.columns"),
     "doctor": ("types", "files", "data", "packing", "models", "trainers", "doctor.columns", "doctor.checks"),
-    "stages": ("types", "files", "data", "models", "rollout", "rewards", "trainers"),
+    "stages.journal": (),
+    "stages.rows": (),
+    "evaluation.refusal": (),
+    "stages": (
+        *("types", "files", "data", "models", "rollout", "rewards", "judging", "trainers"),
+        *("stages.journal", "stages.rows", "evaluation.refusal"),
+    ),
     "judging": (
         *("", "types", "files", "data", "packing", "shared_prompt", "models", "rollout"),
-        *("trainers", "stages"),
+        *("trainers", "stages.journal", "stages.rows"),
     ),
     "evaluation": (
         *("", "types", "files", "data", "packing", "models", "rollout", "rewards", "trainers", "stages", "judging"),
+        *("stages.journal", "stages.rows", "evaluation.refusal"),
     ),
     "sums": (),
     "demo": ("", "types", "files", "data", "models", "rollout", "rewards", "trainers", "sums"),

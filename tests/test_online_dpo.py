@@ -19,6 +19,7 @@ import preference_runs as runs
 import tiny
 from fastpost import metrics
 from fastpost.data import Prompt
+from fastpost.judging import Preference
 from fastpost.rewards import Scores
 from fastpost.rollout import Completion
 from fastpost.trainers.config import OnlineDpo
@@ -80,6 +81,8 @@ def test_who_compares_gives_both_their_probability():
     assert asked == [(["p", "q"], ["text 0", "text 2"], ["text 1", "text 3"])]
     assert found.scores.by_function["prefer"].tolist() == [0.25, 0.75, 0.5, 0.5]
     assert found.scores.rewards.tolist() == [0.5, 0.75, 0.5, 1.0]
+    undecided = preferred(rollouts, lambda *given: [Preference(0.25), Preference(None)])
+    assert undecided.scores.by_function["prefer"].tolist() == [0.25, 0.75, 0.5, 0.5]
     with pytest.raises(ValueError, match="prefer must return one probability a pair, got 1 for 2"):
         preferred(rollouts, lambda *given: [0.5])
     with pytest.raises(ValueError, match=r"prefer must return probabilities, got 1.5 for pair 1"):

@@ -17,8 +17,9 @@ from fastpost.trainers.config import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
-FILES = sorted(RECIPES.glob("*/*.yaml"))
+FILES = sorted(RECIPES.glob("*/[0-9]-*.yaml"))
 NAMES = sorted({file.parent.name for file in FILES})
+TOYS = ("constitution",)  # what a larger model would be taught by is not in their data
 FIELD = re.compile(r"^# (\w+: .+)$", re.MULTILINE)
 
 
@@ -44,6 +45,8 @@ def test_the_lectures_pipelines_are_there():
 def test_a_file_is_a_config_and_so_it_is_with_the_fields_of_a_larger_model(file: Path, tmp_path: Path):
     kind, text = VERBS[verb_of(file)][0], file.read_text()
     assert read_config(kind, ["--config", str(file)]).output_dir.startswith(f"runs/{file.parent.name}/")
+    if file.parent.name in TOYS or not issubclass(kind, Training):
+        return
     larger = FIELD.findall(text)
     merged = yaml.safe_load(text) | yaml.safe_load("\n".join(larger))
     if issubclass(kind, Training):
@@ -54,29 +57,31 @@ def test_a_file_is_a_config_and_so_it_is_with_the_fields_of_a_larger_model(file:
     read_config(kind, ["--config", str(tmp_path / "larger.yaml")])
 
 
-NO_MODEL = ("reward", "best-of-n")  # is left by these, or none that speaks
-# What every stage of a recipe takes and is quick with: from no right answer nothing is learnt, and not all have steps.
-FLAGS = {"sft-rejection": "--max_steps 100", "sft-best-of-n": "--seed 1"}
+# Steps of a stage, where a model that has learnt next to nothing will not do: from no right answer nothing is learnt.
+STEPS = {"sft-rejection": 100}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_one_command(name: str, tmp_path: Path):
-    """Of four steps a stage where they will do, elsewhere than in the repository."""
-    flags = FLAGS.get(name, "--max_steps 4")
+    """Of a few steps a stage that trains, elsewhere than in the repository."""
     shutil.copytree(RECIPES, tmp_path / "recipes")
+    stages = [file for file in FILES if file.parent.name == name]
+    trained = [file for file in stages if issubclass(VERBS[verb_of(file)][0], Training)]
+    for file in trained:
+        copy = tmp_path / file.relative_to(ROOT)
+        copy.write_text(yaml.safe_dump(yaml.safe_load(copy.read_text()) | {"max_steps": STEPS.get(name, 4)}))
     found = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
-        ["sh", "recipes/run.sh", name, *flags.split()],
+        ["sh", "recipes/run.sh", name, "--seed", "1"],
         cwd=tmp_path,
         env=os.environ | found,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    stages = [file for file in FILES if file.parent.name == name]
     assert [line for line in done.stdout.splitlines() if line.startswith("fastpost ")] == [
-        f"fastpost {verb_of(file)} --config recipes/{name}/{file.name} {flags}" for file in stages
+        f"fastpost {verb_of(file)} --config recipes/{name}/{file.name} --seed 1" for file in stages
     ]
-    scored = re.findall(rf"^runs/{name}/(\w+): [\d.]+% right$", done.stdout, re.MULTILINE)
-    assert len(scored) == sum(verb_of(file) not in NO_MODEL for file in stages)
+    scored = re.findall(rf"^runs/{name}/(\w+): [\d.]+% ", done.stdout, re.MULTILINE)
+    assert len(scored) == sum(verb_of(file) != "reward" for file in trained)

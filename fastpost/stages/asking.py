@@ -6,8 +6,8 @@ stage gives is the same wherever it was stopped, and whatever its batches are, b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from fastpost.data import Prompt, check_columns, prompt_examples
 from fastpost.files import read_rows
+from fastpost.models.trunk import positions
 from fastpost.stages.config import Asking
 from fastpost.stages.groups import Answer, Group
 from fastpost.stages.journal import Journal
@@ -26,12 +27,13 @@ from fastpost.trainers.loop import seed_of
 FREE = ("output_dir", "generation_batch_size", "reward_timeout")  # they decide no result
 
 
-def read_prompts(config: Asking, tokenizer: Any) -> list[Prompt]:
-    """Those of the data set; what was left out of it is said."""
-    rows = read_rows(config.dataset)
-    check_columns(rows, "grpo", config.dataset)
-    prompts, counts = prompt_examples(rows, tokenizer, config.max_prompt_length, path=config.dataset)
-    say(f"dataset: {counts}")
+def read_prompts(config: Asking, tokenizer: Any, path: str | None = None) -> list[Prompt]:
+    """Those of the data set, or of another; what was left out of it is said."""
+    path = config.dataset if path is None else path
+    rows = read_rows(path)
+    check_columns(rows, "grpo", path)
+    prompts, counts = prompt_examples(rows, tokenizer, config.max_prompt_length, path=path)
+    say(f"{path}: {counts}")
     return prompts
 
 
@@ -39,6 +41,32 @@ def journal_of(config: Asking, name: str = "work", free: Collection[str] = ()) -
     """OUT/work.jsonl, of the fields that decide what is done: not those that are `free` for all stages, or for this."""
     given = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in {*FREE, *free}}
     return Journal(Path(config.output_dir) / f"{name}.jsonl", {"stage": type(config).__name__.lower(), **given})
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Who is asked one thing after another, and where the answers are kept."""
+
+    policy: Policy
+    config: Asking
+    journal: Journal
+
+    def groups(
+        self, prompts: Mapping[int, Prompt], turn: str, num_generations: int = 1, jury: Jury | None = None
+    ) -> list[Group]:
+        """So many answers to each prompt, which has a key."""
+        how = {"jury": jury, "turn": turn, "keys": list(prompts)}
+        size = self.config.generation_batch_size
+        return list(asked(self.policy, list(prompts.values()), num_generations, self.journal, size, **how))
+
+    def answers(self, prompts: Mapping[int, Prompt], turn: str) -> dict[int, Answer]:
+        """One to each, by its key."""
+        return {group.key: group.answers[0] for group in self.groups(prompts, turn)}
+
+    def fits(self, prompt: Prompt) -> bool:
+        """Whether the model has positions for it, and for an answer."""
+        room = positions(self.policy.model)
+        return room is None or len(prompt.input_ids) + self.config.max_completion_length <= room
 
 
 def asked(

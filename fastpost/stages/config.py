@@ -126,3 +126,26 @@ class Guided(Stepwise):
     num_expansions: int = option(4, ROLLOUT, "M, next steps of each; the cost is that of the best of B x M", above=0)
     max_completion_length: int = option(128, ROLLOUT, "tokens of a step", above=0)
     max_solution_steps: int = option(32, ROLLOUT, "steps, after which the best so far is taken", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constitution(Judging):
+    """Constitutional AI: answers revised by principles, or compared by them. arXiv:2212.08073"""
+
+    constitution: str = option(REQUIRED, DATA, "YAML file: a list of principles, a sentence each")
+    phase: Literal["revise", "prefer"] = option(REQUIRED, ROLLOUT, "answers that are revised, or pairs that are judged")
+    revisions: int = option(1, ROLLOUT, "revise: of each answer, by a principle each", above=0)
+    num_generations: int = option(2, ROLLOUT, "prefer: answers to a prompt, two and two a pair", least=2)
+    judge: str | None = option(None, ROLLOUT, "prefer: YAML file of a judge; default: the model itself")
+    confidence: float = option(
+        0.5, ROLLOUT, "prefer: pairs whose better answer is less probable than this are left out", least=0.5, most=1
+    )
+    benign_dataset: str | None = option(
+        None, DATA, "revise: prompts that nothing is wrong with, to see whether revisions refuse them"
+    )
+    reward: tuple[str, ...] = option((), ROLLOUT, "what measures the answers, for the report alone; repeatable")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_generations % 2:
+            raise ValueError(f"num_generations must be even, for pairs, got {self.num_generations}")

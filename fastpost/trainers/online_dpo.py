@@ -87,7 +87,8 @@ def _probabilities(said: Sequence[Any], count: int) -> list[float]:
     """What `prefer` returned, numbers or verdicts with a `p`; None is undecided."""
     if len(said) != count:
         raise ValueError(f"prefer must return one probability a pair, got {len(said)} for {count}")
-    found = [0.5 if each is None else float(getattr(each, "p", each)) for each in said]
+    shares = [getattr(each, "p", each) for each in said]
+    found = [0.5 if p is None else float(p) for p in shares]
     for i, p in enumerate(found):
         if not 0 <= p <= 1:
             raise ValueError(f"prefer must return probabilities, got {p} for pair {i}")
