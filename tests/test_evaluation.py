@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 import torch
 
 import tiny
-from fastpost.cli import main
+from fastpost.cli import main, read_config
 from fastpost.evaluation.command import evaluate
 from fastpost.evaluation.comparison import difference
 from fastpost.evaluation.config import Eval
@@ -310,6 +310,11 @@ def test_the_command_prints_a_table(
 def test_what_does_not_go_together_is_refused_by_name(files: Path, tmp_path: Path, changes: dict, said: str):
     with pytest.raises(ValueError, match=said):
         config_of(files, tmp_path, "a", **changes)
+
+
+def test_the_recipe_is_a_config():
+    config = read_config(Eval, ["--config", str(ROOT / "recipes" / "eval.yaml")])
+    assert config.names == ["sft", "dpo", "grpo"] and config.ks == [1, 2, 4, 8, 16]
 
 
 def test_models_of_one_name_are_told_apart_by_their_paths(files: Path, tmp_path: Path):
