@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,9 @@ def test_a_file_is_a_config_and_so_it_is_with_the_fields_of_a_larger_model(file:
     read_config(kind, ["--config", str(tmp_path / "larger.yaml")])
 
 
-# Steps of a stage, where a model that has learnt next to nothing will not do: from no right answer nothing is learnt.
-STEPS = {"sft-rejection": 100}
+# What makes a recipe quick, of a verb that has these fields; from no right answer nothing is learnt.
+QUICK = {"max_steps": 4, "confidence": 0.5}
+STEPS = {"sft-rejection": {"max_steps": 100}}
 
 
 @pytest.mark.slow
@@ -68,9 +70,10 @@ def test_a_recipe_is_one_command(name: str, tmp_path: Path):
     shutil.copytree(RECIPES, tmp_path / "recipes")
     stages = [file for file in FILES if file.parent.name == name]
     trained = [file for file in stages if issubclass(VERBS[verb_of(file)][0], Training)]
-    for file in trained:
-        copy = tmp_path / file.relative_to(ROOT)
-        copy.write_text(yaml.safe_dump(yaml.safe_load(copy.read_text()) | {"max_steps": STEPS.get(name, 4)}))
+    for file in stages:
+        copy, known = tmp_path / file.relative_to(ROOT), {field.name for field in fields(VERBS[verb_of(file)][0])}
+        quick = {name: value for name, value in (QUICK | STEPS.get(name, {})).items() if name in known}
+        copy.write_text(yaml.safe_dump(yaml.safe_load(copy.read_text()) | quick))
     found = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
         ["sh", "recipes/run.sh", name, "--seed", "1"],
