@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 import fastpost as fp
@@ -64,6 +65,15 @@ def test_every_file_of_the_map_exists_and_every_module_is_on_it():
     assert [path for path in paths if not (ROOT / path).exists()] == []
     there = {path.name + "/" * path.is_dir() for path in (ROOT / "fastpost").iterdir() if path.name[0] not in "_."}
     assert {name for name in there if name.endswith((".py", "/"))} == set(named[1 : named.index("kernels/triton/")])
+
+
+def test_every_verb_has_its_method():
+    pytest.importorskip("transformers")
+    from fastpost.cli import VERBS
+
+    (rows,) = re.findall(r"^\| method \| verb \|\n(.*?)\n\n", README, re.DOTALL | re.MULTILINE)
+    named = {name for cell in re.findall(r"`([^`]+)`", rows) for name in cell.split()}
+    assert {verb.split()[0] for verb in VERBS} - {"demo"} == named - {"--reward"}
 
 
 def test_every_make_target_named_exists():
