@@ -250,9 +250,14 @@ def test_k_rounds_and_a_resume_give_the_bits_of_the_straight_run(files: Path, tm
 
 def test_the_reward_rises(files: Path, tmp_path: Path):
     changes = {"per_device_train_batch_size": 16, "learning_rate": 1e-2, "max_steps": 60}
-    ppo(config_of(files, tmp_path / "out", **changes))
-    rewards = [line["reward"] for line in read_lines(tmp_path / "out" / "metrics.jsonl")]
+    config = config_of(files, tmp_path / "out", **changes)
+    ppo(config)
+    lines = read_lines(tmp_path / "out" / "metrics.jsonl")
+    rewards = [line["reward"] for line in lines]
     assert rewards[-1] > rewards[0] + 0.1
+    sampled = [line["step"] // config.updates_per_round * config.rows_per_round for line in lines]
+    assert [line["episode"] for line in lines] == sampled
+    assert all(line["lr"] == line["learning_rate"] and line["eps"] > 0 for line in lines)
 
 
 def test_what_a_run_leaves_loads_as_policy_and_as_value(files: Path, tmp_path: Path):

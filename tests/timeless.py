@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-TIMES = ("tokens_per_second", "peak_memory_mb", "step_time/")
+TIMES = ("tokens_per_second", "eps", "peak_memory_mb", "step_time/")
 
 
 def timeless(line: dict[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,15 @@ class Log:
         self._audience = audience
         self._since = time.perf_counter()
         self.pending = {name: list(values) for name, values in pending.items()}
+        self._episode: int | None = None
+        self._told = 0  # of the episodes
+
+    def tally(self, episode: int) -> None:
+        """So many completions were sampled by now, those before a resume as well: from the first call on lines have
+        episode, eps (a second) and lr, as those of TRL's old PPOTrainer."""
+        if self._episode is None:
+            self._told = episode
+        self._episode = episode
 
     def add(self, values: Mapping[str, float], tokens: int) -> None:
         """One step's values, and how many tokens the model read in it."""
@@ -64,6 +73,10 @@ class Log:
         line["num_tokens"] = self.num_tokens
         line["tokens_per_second"] = round((self.num_tokens - self._written) / (now - self._since), 1)
         line["peak_memory_mb"] = round(peak_memory_mb(), 1)
+        if self._episode is not None:
+            line |= {"episode": self._episode, "lr": line["learning_rate"]}
+            line["eps"] = round((self._episode - self._told) / (now - self._since), 2)
+            self._told = self._episode
         if self.heard:
             append(self.path, [line])
         if self._audience is not None:

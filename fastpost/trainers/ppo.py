@@ -55,8 +55,10 @@ def ppo(config: Ppo, **given: Unpack[GivenRewards]) -> Any:
         raise ValueError("value_warmup_rounds must be 0 under ZeRO, which steps all parameters at once: use DDP, FSDP2")
     with stage.run() as run:
         run.kept.setdefault("kl_coef", config.kl_coef)
+        run.log.tally(run.taken * config.num_generations)
         for _ in run.steps():
             rollouts = score(next_rollouts(run, stage), roles, config, run.world)
+            run.log.tally(run.taken * config.num_generations)
             with run.clock.part("reference"):
                 whole = known(episodes(rollouts, config), roles, config, run.world)
             if run.first_round:
