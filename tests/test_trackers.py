@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("accelerate")
 
-from accelerate import tracking
+from accelerate import PartialState, tracking
+from accelerate.logging import get_logger
 
 from fastpost.watching.trackers import Trackers, open_trackers, tracker_classes
 
@@ -69,6 +70,13 @@ def test_a_tracker_is_told_settings_and_numbers(noted: list[Noted], tmp_path: Pa
     assert one.run_name == "fastpost" and one.given == {}
     plain = {"model": "m", "learning_rate": 1e-6, "bf16": "none", "reward": "a, b", "packed": True}
     assert one.calls == [("start",), ("settings", plain), ("log", {"loss": 0.5, "num_tokens": 1000}, 10), ("finish",)]
+
+
+def test_a_tracker_may_speak_through_accelerates_logger(noted: list[Noted], tmp_path: Path, monkeypatch: Any):
+    """As that of wandb does when it starts; the logger raises where there is no state."""
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    monkeypatch.setattr(Noted, "start", lambda self: get_logger("noted").debug("started"))
+    open_trackers(["noted"], tmp_path, SETTINGS, silent)
 
 
 def test_one_that_fails_is_left_out_and_the_others_go_on(noted: list[Noted]):

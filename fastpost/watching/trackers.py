@@ -55,8 +55,12 @@ def open_trackers(
 ) -> Trackers:
     """The trackers, started and told the settings."""
     name = run_name or directory.resolve().name
-    opened = []
-    for kind in tracker_classes(report_to):
+    kinds, opened = tracker_classes(report_to), []
+    if kinds:
+        from accelerate import PartialState
+
+        PartialState()  # without it accelerate's logger, which some of them speak through, raises
+    for kind in kinds:
         given = {RUN_NAME[kind.name]: name} if kind.name in RUN_NAME else {}
         if kind.requires_logging_directory:
             tracker = kind(name, str(directory / "runs"), **given)
