@@ -109,6 +109,7 @@ MAY_IMPORT = {
 DOORS = {
     ("fastpost.types.head", "fastpost.models.heads"),
     ("fastpost.rewards.load", "fastpost.judging.load"),
+    ("fastpost.trainers.comparing", "fastpost.judging"),
 }
 
 # Parts that import more than torch; `import fastpost` reaches none of them.

@@ -17,14 +17,17 @@ pytest.importorskip("transformers")
 
 import preference_runs as runs
 import tiny
+from endpoints import Handler, asked, serving
 from fastpost import metrics
+from fastpost.cli import main
 from fastpost.data import Prompt
 from fastpost.judging import Preference
 from fastpost.rewards import Scores
 from fastpost.rollout import Completion
+from fastpost.trainers.comparing import preferred
 from fastpost.trainers.config import OnlineDpo
 from fastpost.trainers.dpo import loss_of
-from fastpost.trainers.online_dpo import facts_of, online_dpo, pairs_of, preferred
+from fastpost.trainers.online_dpo import facts_of, online_dpo, pairs_of
 from fastpost.trainers.pairs import Objective, backward
 from fastpost.trainers.reference import Reference
 from fastpost.trainers.rollouts import Rollouts
@@ -70,7 +73,7 @@ def test_a_pair_is_the_best_and_the_worst_of_a_prompt_that_differ():
 
 def test_who_compares_gives_both_their_probability():
     rollouts = rollouts_of((0.25, 0.0, 0.0, 0.5))
-    rollouts = replace(rollouts, prompts=[rollouts.prompts[0]] * 2 + [rollouts.prompts[3]] * 2)
+    rollouts = replace(rollouts, prompts=[Prompt("p", [5], {"answer": "1"})] * 2 + [rollouts.prompts[3]] * 2)
     asked = []
 
     def prefer(*given: Any) -> list[float | None]:
@@ -78,15 +81,34 @@ def test_who_compares_gives_both_their_probability():
         return [0.25, None]
 
     found = preferred(rollouts, prefer)
-    assert asked == [(["p", "q"], ["text 0", "text 2"], ["text 1", "text 3"])]
+    assert asked == [(["p", "q"], ["text 0", "text 2"], ["text 1", "text 3"], {"answer": ["1", None]})]
     assert found.scores.by_function["prefer"].tolist() == [0.25, 0.75, 0.5, 0.5]
     assert found.scores.rewards.tolist() == [0.5, 0.75, 0.5, 1.0]
-    undecided = preferred(rollouts, lambda *given: [Preference(0.25), Preference(None)])
-    assert undecided.scores.by_function["prefer"].tolist() == [0.25, 0.75, 0.5, 0.5]
+    assert found.scores.metrics == {"judge/ties": 0, "judge/undecided": 0.5, "judge/missing_votes": 0}
     with pytest.raises(ValueError, match="prefer must return one probability a pair, got 1 for 2"):
         preferred(rollouts, lambda *given: [0.5])
     with pytest.raises(ValueError, match=r"prefer must return probabilities, got 1.5 for pair 1"):
         preferred(rollouts, lambda *given: [0.5, 1.5])
+
+
+def test_neither_ties_nor_pairs_without_a_verdict_are_learnt_from_and_all_are_counted():
+    swayed, tie = Preference(0.5, orders=(1.0, 0.0)), Preference(0.5, orders=(0.5, 0.5))
+    undecided = Preference(None, orders=(1.0, None), errors=("no verdict",))
+    said = [Preference(0.25, orders=(0.25, 0.25)), swayed, undecided, tie]
+    rollouts = rollouts_of((0.0,) * 8)
+    found = preferred(replace(rollouts, prompts=[rollouts.prompts[i // 2] for i in range(8)]), lambda *_: said)
+    assert found.scores.by_function["prefer"].tolist() == [0.25, 0.75] + [0.5] * 6
+    assert places(found, config_of()) == [(1, 0)]
+    shares = {"ties": 0.5, "undecided": 0.25, "missing_votes": 0.25, "flips": 1 / 3, "first_place_wins": 3 / 4}
+    assert found.scores.metrics == {f"judge/{name}": pytest.approx(value) for name, value in shares.items()}
+
+
+def test_a_conversation_is_compared_with_what_its_tools_said():
+    called = [{"role": "assistant", "content": ""}, {"role": "tool", "content": "7"}]
+    rollouts, seen = rollouts_of((0.0, 0.0)), []
+    completions = [replace(rollouts.completions[0], messages=called), rollouts.completions[1]]
+    preferred(replace(rollouts, completions=completions), lambda *given: seen.append(given[1:3]) or [0.5])
+    assert seen == [([called], ["text 1"])]
 
 
 # ---- a step ----
@@ -178,6 +200,34 @@ def test_the_reward_rises(files: Path, tmp_path: Path):
     assert {"objective/kl", "objective/rlhf_reward", "logps/chosen", "rewards/accuracies"} <= lines[0].keys()
 
 
+def by_capitals(handler: Handler, body: dict) -> None:
+    """A judge who sees no difference takes the first answer, and who sees a brace says nothing."""
+    a, b = capitals(asked(body)[1:])
+    system = body["messages"][0]["content"]
+    assert "more capitals, as in HELLO" in system
+    handler.say("?" if "{" in str(asked(body)[1:]) else f"Verdict: {'B' if b > a else 'A'}")
+
+
+def test_a_judge_of_a_file_compares_and_the_policy_learns_what_it_likes(files: Path, tmp_path: Path):
+    rows = [{"prompt": f"{x} ", "like": "HELLO"} for x in "abcdefgh"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving(by_capitals) as server:
+        judge = f"model: m\nendpoint: {server.url}\nrubric: more capitals, as in $like\nreasks: 0\n"
+        (tmp_path / "judge.yaml").write_text(judge)
+        given = {"model": files / "model", "dataset": tmp_path / "prompts.jsonl", "judge": tmp_path / "judge.yaml"}
+        given |= {"output_dir": tmp_path / "run", "max_completion_length": 6, "max_steps": 30, "logging_steps": 1}
+        words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+        assert main(["online-dpo", *words, "--learning_rate", "5e-3", "--save_steps", "0"]) == 0
+    lines = runs.lines(tmp_path / "run")
+    flips, ties, undecided = ([line[f"judge/{name}"] for line in lines] for name in ("flips", "ties", "undecided"))
+    assert 0 < sum(flips) < len(lines) and max(undecided) > 0
+    assert all(line["judge/first_place_wins"] >= 0.5 for line in lines)
+    assert all(line["frac_reward_zero_std"] == a + b for line, a, b in zip(lines, ties, undecided, strict=True))
+    seen = [sum(capitals(asked(body)[1:])) / 2 for body in server.seen]
+    early, late = seen[: len(seen) // 5], seen[-len(seen) // 5 :]
+    assert sum(late) / len(late) > sum(early) / len(early) + 0.1
+
+
 def test_prompts_whose_completions_are_all_as_good_teach_nothing(files: Path, tmp_path: Path):
     model = tiny.model("qwen3")
     before = [p.clone() for p in model.parameters()]
@@ -190,7 +240,18 @@ def test_prompts_whose_completions_are_all_as_good_teach_nothing(files: Path, tm
 @pytest.mark.parametrize(
     ("changes", "given", "said"),
     [
-        ({"num_generations": 3}, {"prefer": more_capitals}, "num_generations must be 2, got 3"),
+        (
+            {"num_generations": 3},
+            {"prefer": more_capitals},
+            "prefer compares two completions: .* must be 2, got 3",
+        ),
+        (
+            {"num_generations": 3, "judge": "no.yaml"},
+            {},
+            "judge compares two completions: num_generations must be 2, got 3",
+        ),
+        ({"judge": "no.yaml"}, {"prefer": more_capitals}, "leave out one of them"),
+        ({"judge": "no.yaml"}, {}, "cannot read the judge no.yaml"),
         ({"max_tokens_per_batch": 10}, {"prefer": more_capitals}, "hold the longest pair, 16 tokens, got 10"),
         ({"eval_dataset": "prompts.jsonl"}, {"prefer": more_capitals}, "an evaluation is by reward"),
         ({}, {}, "reward must name at least one function"),

@@ -63,6 +63,13 @@ HEALTHY: Mapping[str, Curves] = {
         "entropy": rises(1.2, 0.01),  # an SFT-like sharpening of given answers is no collapse
         "eval_loss": rises(0.693, 0.5),
     },
+    "online-dpo": {
+        "loss": rises(0.693, 0.6),
+        "reward": rises(0.5, 0.5),
+        "objective/kl": rises(0.0, 9.0),
+        "judge/flips": rises(0.3, 0.2, 0.1),
+        "judge/ties": rises(0.1, 0.3, 0.1),
+    },
     "kto": {"loss": rises(0.5, 0.4), "kl": rises(0.0, 4.0), "rewards/margins": rises(0.0, 1.0)},
     "reward": {
         "loss": rises(0.7, 0.5),
@@ -111,6 +118,7 @@ FAILURES: Mapping[str, list[tuple[str, Curves]]] = {
         ("grpo", {"completions/clipped_ratio": from_half(0.1, 1.0)}),
         ("ppo", {"val/num_eos_tokens": from_half(9.0, 0.0)}),
     ],
+    "judge goes by place": [("online-dpo", {"judge/flips": from_half(0.3, 0.7)})],
     "no better than a coin": [
         ("reward", {"accuracy": lambda at: 0.45 + noise(at, 0.02)}),
         ("reward", {"eval_accuracy": lambda at: 0.43}),

@@ -22,7 +22,8 @@ command    what it does
 
 from fastpost.judging.judge import Judge, Panel
 from fastpost.judging.load import judge_of, load_judge
+from fastpost.judging.report import verdict_metrics
 from fastpost.judging.spec import JudgeSpec
 from fastpost.judging.verdicts import Preference, Score
 
-__all__ = ["Judge", "JudgeSpec", "Panel", "Preference", "Score", "judge_of", "load_judge"]
+__all__ = ["Judge", "JudgeSpec", "Panel", "Preference", "Score", "judge_of", "load_judge", "verdict_metrics"]

@@ -1,4 +1,4 @@
-"""What a judge's verdicts on pairs say of the judge: a report as JSON, and as a table."""
+"""What a judge's verdicts on pairs say of the judge: a report as JSON, as a table, and in the log of a run."""
 
 from __future__ import annotations
 
@@ -48,6 +48,21 @@ def reported(pairs: Sequence[Judged], found: Sequence[Preference | None], own: C
         "place": asdict(place(preferences)),
         "length": asdict(length(preferences, labels, lengths)),
         "itself": None if by_itself is None else asdict(by_itself),
+    }
+
+
+def verdict_metrics(found: Sequence[Preference]) -> dict[str, float]:
+    """Of a step of a run. judge/ties, undecided: shares of the pairs; missing_votes: a pair; flips, first_place_wins:
+    as in a report, where pairs were judged in both orders."""
+    if not found:
+        return {}
+    winners, swayed = [one.winner for one in found], place(found)
+    shares = {"flips": swayed.flips, "first_place_wins": swayed.first_place_wins}
+    return {
+        "judge/ties": winners.count("tie") / len(found),
+        "judge/undecided": winners.count(None) / len(found),
+        "judge/missing_votes": sum(len(one.errors) for one in found) / len(found),
+        **{f"judge/{name}": number.value for name, number in shares.items() if number is not None},
     }
 
 

@@ -1,15 +1,14 @@
 """Online DPO (arXiv:2402.04792): pairs that the policy samples as it is now, ordered by whoever judges.
 
 A round is one optimizer step: num_generations completions of each prompt, their rewards, and of each prompt the best
-and the worst as a pair for the losses of DPO. Who judges is a reward function, a reward model, or a function that
-compares two completions, whose probability is then a reward of both. Prompts whose completions are all as good say
-nothing and make no pair; TRL takes the first for the better.
+and the worst as a pair for the losses of DPO. Who judges is a reward function, a reward model, or who compares two
+completions (`fastpost.trainers.comparing`). Prompts whose completions are all as good say nothing and make no pair; TRL
+takes the first for the better.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Unpack
@@ -20,6 +19,7 @@ from torch import Tensor
 from fastpost import Batch, Stats, metrics
 from fastpost.data import Pair
 from fastpost.packing import Example
+from fastpost.trainers.comparing import comparer, preferred
 from fastpost.trainers.config import OnlineDpo
 from fastpost.trainers.dpo import loss_of
 from fastpost.trainers.given import GivenPreferences
@@ -27,18 +27,15 @@ from fastpost.trainers.loop import without_dropout
 from fastpost.trainers.pairs import Objective, backward
 from fastpost.trainers.policy import look, next_rollouts
 from fastpost.trainers.reference import reference_of
-from fastpost.trainers.rollouts import Rollouts, judged, rollout_metrics, shaped_rewards
+from fastpost.trainers.rollouts import Rollouts, rollout_metrics, shaped_rewards
 from fastpost.trainers.stage import Stage
-from fastpost.trainers.world import ALONE, World
-
-JUDGE = "prefer"  # its name among the rewards
 
 
 def online_dpo(config: OnlineDpo, **given: Unpack[GivenPreferences]) -> Any:
     """Trains config.model on the prompts of config.dataset and leaves the result in config.output_dir."""
-    objective, prefer = Objective(loss_of(config), partial(_shown, config)), given.get("prefer")
+    objective, prefer = Objective(loss_of(config), partial(_shown, config)), comparer(config, given)
     stage = Stage.of("online-dpo", config, given)
-    check_pairs(stage, config, prefer)
+    check_pairs(stage, config, compares=prefer is not None)
     if config.disable_dropout:
         without_dropout(stage.model)
     reference = reference_of(stage.begun, config, given).scored
@@ -56,43 +53,19 @@ def online_dpo(config: OnlineDpo, **given: Unpack[GivenPreferences]) -> Any:
     return run.finish()
 
 
-def check_pairs(stage: Stage, config: OnlineDpo, prefer: Callable | None) -> None:
+def check_pairs(stage: Stage, config: OnlineDpo, compares: bool) -> None:
     """ValueError for what would fail in the middle of a run."""
     longest = max(len(prompt.input_ids) for prompt in stage.data["train"]) + config.max_completion_length
     cap = config.max_tokens_per_batch
     if cap is not None and 2 * longest > cap:
         raise ValueError(f"max_tokens_per_batch must hold the longest pair, {2 * longest} tokens, got {cap}")
-    if prefer is not None and config.num_generations != 2:
-        raise ValueError(f"prefer compares two completions: num_generations must be 2, got {config.num_generations}")
-    if prefer is not None and not stage.task.rewards and "eval" in stage.data:
-        raise ValueError("an evaluation is by reward, and prefer alone gives none: give reward too, or no eval_dataset")
+    if compares and not stage.task.rewards and "eval" in stage.data:
+        raise ValueError(
+            "an evaluation is by reward, and who compares two answers gives none: give reward too, or no eval_dataset"
+        )
 
 
-# ---- who is better ----
-
-
-def preferred(rollouts: Rollouts, prefer: Callable, world: World = ALONE) -> Rollouts:
-    """With the probability that a completion is the better of its two, added to its rewards."""
-    began = time.perf_counter()
-    each = [prompt.answered(text) for prompt, text in zip(rollouts.prompts, rollouts.texts, strict=True)]
-    asked = [prompt.prompt for prompt in rollouts.prompts[::2]]
-    mine = [world.slice(rows) for rows in (asked, each[::2], each[1::2])]
-    found = _probabilities(prefer(*mine), len(mine[0])) if mine[0] else []
-    first = torch.tensor(world.gathered(found))
-    both = torch.stack([first, 1 - first], 1).flatten()
-    return judged(rollouts, JUDGE, both, 1.0, time.perf_counter() - began)
-
-
-def _probabilities(said: Sequence[Any], count: int) -> list[float]:
-    """What `prefer` returned, numbers or verdicts with a `p`; None is undecided."""
-    if len(said) != count:
-        raise ValueError(f"prefer must return one probability a pair, got {len(said)} for {count}")
-    shares = [getattr(each, "p", each) for each in said]
-    found = [0.5 if p is None else float(p) for p in shares]
-    for i, p in enumerate(found):
-        if not 0 <= p <= 1:
-            raise ValueError(f"prefer must return probabilities, got {p} for pair {i}")
-    return found
+# ---- which pairs ----
 
 
 def pairs_of(rollouts: Rollouts, config: OnlineDpo) -> list[Pair]:

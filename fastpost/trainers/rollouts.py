@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastpost import metrics
 from fastpost.advantages import missing_eos_penalty, soft_overlong_punishment
-from fastpost.data import Prompt
+from fastpost.data import Messages, Prompt
 from fastpost.rewards import Scores, score
 from fastpost.rollout import Completion
 from fastpost.rollout.record import Asked, sampled
@@ -33,6 +33,10 @@ class Rollouts:
     texts: list[str]
     scores: Scores
     seconds: dict[str, float]
+
+    @property
+    def answers(self) -> list[str | Messages]:
+        return answers_of(self.prompts, self.completions, self.texts)
 
     @property
     def lengths(self) -> Tensor:  # (S,) tokens of the completions that the policy sampled
@@ -76,10 +80,7 @@ def _rolled_out(
     repeated = [prompt for prompt in prompts for _ in range(num_generations)]
     token_ids = [completion.ids for completion in completions]
     texts = task.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-    answers = [
-        completion.messages or prompt.answered(text)
-        for prompt, completion, text in zip(repeated, completions, texts, strict=True)
-    ]
+    answers = answers_of(repeated, completions, texts)
     names = sorted({name for prompt in prompts for name in prompt.columns})
     columns = {name: [prompt.columns.get(name) for prompt in repeated] for name in names}
     questions = [prompt.prompt for prompt in repeated]
@@ -92,6 +93,16 @@ def _rolled_out(
         say(f"step {step + 1}: no reward function applied to {unscored} of {len(texts)} completions")
     seconds = {"step_time/rollout": generated - began, "step_time/reward": time.perf_counter() - generated}
     return Rollouts(repeated, completions, texts, scores, seconds)
+
+
+def answers_of(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], texts: Sequence[str]
+) -> list[str | Messages]:
+    """Completions as whoever judges them sees them: of several turns all messages."""
+    return [
+        completion.messages or prompt.answered(text)
+        for prompt, completion, text in zip(prompts, completions, texts, strict=True)
+    ]
 
 
 def only_groups(rollouts: Rollouts, num_generations: int, groups: Sequence[int]) -> Rollouts:

@@ -98,11 +98,11 @@ def tools_of(config: Sampled, given: GivenRewards) -> list[Tool]:
 def rewards_of(config: Rewarded, given: GivenRewards) -> list[Reward]:
     """The reward functions that the config names and that the caller gives; none need be where another judges."""
     model = getattr(config, "reward_model", None) is not None
-    judged = model or given.get("prefer") is not None
+    compared = getattr(config, "judge", None) is not None or given.get("prefer") is not None
     funcs = given.get("reward_funcs") or []
     found = [load_reward(spec) for spec in config.reward]
     found += [given_reward(function) for function in (funcs if isinstance(funcs, list | tuple) else [funcs])]
-    if not found and not judged:
+    if not found and not model and not compared:
         raise ValueError("reward must name at least one function, a built-in or file.py:function; or give reward_funcs")
     weights, wanted = config.reward_weights, len(found) + model
     if weights is not None and len(weights) != wanted:

@@ -19,6 +19,8 @@ ADVICE = {
     "begin it from the reward model.",
     "completions do not end": "Raise max_completion_length. If they ramble: does the SFT data end in EOS, and is the "
     "chat template the model's own?",
+    "judge goes by place": "Read what it says; take a larger judge, reasons before the verdict, or a rubric that "
+    "tells the answers apart.",
     "no better than a coin": "See whether chosen and rejected are swapped, or differ only past max_length; else raise "
     "learning_rate or train longer.",
     "sampler mismatch": "Give sampler and trainer the same dtype, temperature and top_p, or correct by the token "

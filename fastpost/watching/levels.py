@@ -26,6 +26,7 @@ NORM_TO_CARE = 1.0  # the default of max_grad_norm; ten times next to nothing is
 CLIPPED = 0.3  # share of tokens without a gradient; 0.05 to 0.2 is usual (arXiv:2403.17031)
 UNENDED = 0.9  # share of completions
 COIN = 0.5  # share of pairs
+FLIPS = 0.5  # share of pairs; of hard ones a third is usual for large judges (arXiv:2306.05685)
 RATIO = 0.5  # mean importance weight: half of every gradient is lost
 
 ON_POLICY = {"online-dpo", "grpo", "rloo", "reinforce", "ppo"}
@@ -125,6 +126,13 @@ def no_better_than_a_coin(run: Run) -> Found:
     if held_out and held_out[-1][1] < COIN:
         return held_out[-1][0], f"The chosen answer is ahead in {held_out[-1][1]:.1%} of the held-out pairs."
     return None
+
+
+def judge_goes_by_place(run: Run) -> Found:
+    found = sustained(run("judge/flips"), lambda share: share > FLIPS, SPAN)
+    if found is None:
+        return None
+    return found[0], f"In {found[1]:.0%} of the pairs the judge's winner turns with the order of the two answers."
 
 
 def sampler_mismatch(run: Run) -> Found:

@@ -21,6 +21,7 @@ CHECKS: Mapping[str, Callable[[Run], Found]] = {
     "sampler mismatch": levels.sampler_mismatch,
     "critic explains nothing": levels.critic_explains_nothing,
     "both log-probabilities fall": trends.both_fall,
+    "judge goes by place": levels.judge_goes_by_place,
     "no better than a coin": levels.no_better_than_a_coin,
     "overfits": trends.overfits,
 }

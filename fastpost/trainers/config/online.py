@@ -16,6 +16,15 @@ class OnlineDpo(Sampled, Contrasted):
     """DPO on pairs that the policy samples as it trains, and rewards tell apart. arXiv:2402.04792"""
 
     ref_model: str | None = option(None, MODEL, "directory of another reference; default: the model as it was")
+    reward: tuple[str, ...] = option(
+        (),
+        ROLLOUT,
+        "built-in names, file.py:function, a reward model's directory, judge.yaml as one who scores; repeatable; "
+        "beside a judge or in its place",
+    )
+    judge: str | None = option(
+        None, ROLLOUT, "YAML file of a judge, or of several, who compares the two completions of a prompt (TRL's judge)"
+    )
     num_generations: int = option(
         2, ROLLOUT, "completions of a prompt, of which the best and the worst are its pair", least=2
     )
