@@ -48,7 +48,7 @@ def preferred(rollouts: Rollouts, prefer: Prefer, world: World = ALONE) -> Rollo
 
     began = time.perf_counter()
     prompts, answers = rollouts.prompts[::2], rollouts.answers
-    mine, firsts, seconds = (world.slice(rows) for rows in (prompts, answers[::2], answers[1::2]))
+    mine, firsts, seconds = world.slice(prompts), world.slice(answers[::2]), world.slice(answers[1::2])
     names = sorted({name for prompt in mine for name in prompt.columns})
     columns = {name: [prompt.columns.get(name) for prompt in mine] for name in names}
     asked = [prompt.prompt for prompt in mine]
