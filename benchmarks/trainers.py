@@ -45,6 +45,7 @@ Answer = TypeVar("Answer")
 Make = Callable[[Job, int], Ready]
 CONTESTANTS: dict[str, Make] = {"fastpost": trainers_ours.ready, "TRL": trainers_trl.ready}
 SETTINGS = ("sums", "head")
+UNLEARNED = "did not learn"
 COMPARED = 3  # losses; AdamW makes ever more of their rounding
 WATCHED = 2  # steps whose memory is watched: in the second there are moments
 TOGETHER = 1024 * torch.finfo(torch.float32).eps  # relative: of pairs, hundreds of log-probabilities cancel in a loss
@@ -112,7 +113,7 @@ def scored(line: Line, job: Job, folder: Path) -> Line:
     if line.status != "ok":
         return line
     before, after = (right_answers(Path(model), folder) for model in (job.model, job.out))
-    status = "ok" if rises(before, after, HELD_OUT) else "did not learn"
+    status = "ok" if rises(before, after, HELD_OUT) else UNLEARNED
     return replace(line, before=before, after=after, status=status)
 
 

@@ -1,6 +1,7 @@
 """The table of whole runs in docs/learn.md: `python benchmarks/trainers_table.py benchmarks/results/trainers/*.jsonl`.
 
-Of each setting, method, seed and contestant the newest run counts, from the last file; a row is the mean of its seeds.
+Of each setting, method, seed and contestant the newest run counts, from the last file; a row is the mean of its seeds,
+and whether its score rose is asked of them together.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from statistics import mean
 from typing import Any
 
 from harness import Machine
+from learn import rises
 from learn_report import PAGE
 from learn_task import HELD_OUT
 from tables import rewritten
-from trainers import SETTINGS, Line
+from trainers import SETTINGS, UNLEARNED, Line
 from trainers_task import COLUMNS, HEAD_STEPS, HIDDEN, LAYERS, VOCAB
 from trainers_trace import PARTS
 
@@ -55,16 +57,16 @@ def about(runs: dict[tuple[str, str], dict[str, list[Line]]]) -> str:
     versions = ", ".join(f"{name} {m.versions[name]}" for name in ("fastpost", "trl", "torch") if name in m.versions)
     return (
         f"{m.name}, {m.threads} thread; {lines[0].run[:10]}; {versions}; {seeds} seed{'s' * (seeds > 1)}. Seconds are "
-        "of the process, medians of the steps of a run; shares of a step are of the clock, on a machine that did other "
-        "work as well. Peak of live tensors in two steps, and of the process, interpreter and libraries included. "
+        "of the process, medians of the steps of a run; shares of a step are of the clock. The other core did "
+        "other work. Peak of live tensors in two steps, and of the process, interpreter and libraries included. "
         f"Scores are shares of {HELD_OUT} held-out sums. Large vocabulary: a random Llama of D {HIDDEN}, {LAYERS} "
         f"layers, V {VOCAB}, {HEAD_STEPS} steps."
     )
 
 
 def _cells(lines: Sequence[Line]) -> list[str]:
-    if wrong := [line.status for line in lines if line.status != "ok"]:
-        return [wrong[0], *[""] * (len(HEADS) - 3)]
+    if wrong := _wrong(lines):
+        return [wrong, *[""] * (len(HEADS) - 3)]
     shares = [mean((line.parts or {}).get(part, 0.0) / line.seconds for line in lines) for part in (*PARTS, "update")]
     first, cpu = lines[0], mean(line.cpu_seconds for line in lines)
     generated = f"{mean(1000 * line.cpu_seconds / line.tokens for line in lines):.3f}" if first.tokens else ""
@@ -72,6 +74,16 @@ def _cells(lines: Sequence[Line]) -> list[str]:
     score = "" if first.after is None else f"{_share(lines, 'before')} → {_share(lines, 'after')}"
     cells = [f"{share:.0%}" if share else "" for share in shares]
     return [f"{cpu:.3f}", *cells, generated, f"{peak:.0f}, {resident:.0f} MB", score]
+
+
+def _wrong(lines: Sequence[Line]) -> str | None:
+    """Why a row has no speed."""
+    if wrong := [line.status for line in lines if line.status not in ("ok", UNLEARNED)]:
+        return wrong[0]
+    if any(line.after is None for line in lines):
+        return None
+    before, after = (mean(getattr(line, name) for line in lines) for name in ("before", "after"))
+    return None if rises(before, after, HELD_OUT * len(lines)) else UNLEARNED
 
 
 def _share(lines: Sequence[Line], name: str) -> str:

@@ -84,11 +84,19 @@ def test_the_first_step_does_not_count():
 
 def test_the_newest_run_of_a_seed_is_in_the_table_and_one_that_is_wrong_has_no_speed(tmp_path: Path):
     file = tmp_path / "lines.jsonl"
-    lines = [line(cpu_seconds=9.0), line(), replace(line("TRL"), status="did not learn")]
+    lines = [line(cpu_seconds=9.0), line(), line("TRL", after=0.25, status="did not learn")]
     file.write_text("".join(json.dumps(asdict(each)) + "\n" for each in lines))
     text = trainers_table.markdown(trainers_table.read(file))
     assert "| sft, sums | **fastpost** | 0.100 |  |  |  | 100% |  | 0, 0 MB | 20% → 50% |" in text
     assert "| sft, sums | TRL | did not learn |" in text
+
+
+def test_a_row_learned_where_its_seeds_together_rose(tmp_path: Path):
+    file, chance = tmp_path / "lines.jsonl", {"after": 0.28, "status": "did not learn"}
+    file.write_text("".join(json.dumps(asdict(line(seed=seed, **chance))) + "\n" for seed in range(1)))
+    assert "| did not learn |" in trainers_table.markdown(trainers_table.read(file))
+    file.write_text("".join(json.dumps(asdict(line(seed=seed, **chance))) + "\n" for seed in range(2)))
+    assert "| 20% → 28% |" in trainers_table.markdown(trainers_table.read(file))
 
 
 # ---- the committed runs ----
