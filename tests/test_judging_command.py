@@ -17,12 +17,13 @@ import pytest
 pytest.importorskip("transformers")
 
 from endpoints import Handler, Server, asked, longer, serving
-from fastpost.cli import main
+from fastpost.cli import main, read_config
 from fastpost.data import preference_examples
 from fastpost.files import read_rows
 from fastpost.judging.command import judge
 from fastpost.judging.config import JudgePairs
 from fastpost.judging.pairs import read_judged
+from fastpost.judging.spec import read_specs
 
 ROOT = Path(__file__).resolve().parents[1]
 N = 60
@@ -49,6 +50,11 @@ def pairs(seed: int = 0) -> list[dict]:
         better, worse = (long, short) if i % 4 else (short, long)
         rows.append({"prompt": f"question {i}", "chosen": better, "rejected": worse, "chosen_model": "judge-1"})
     return rows
+
+
+def test_the_recipe_is_a_config_and_its_judge_a_judge():
+    config = read_config(JudgePairs, ["--config", str(ROOT / "recipes" / "judge.yaml")])
+    assert read_specs(ROOT / config.judge)[0].rubric == "$principle"
 
 
 def test_a_judge_of_length_is_found_out(tmp_path: Path, capsys):
