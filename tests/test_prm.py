@@ -225,7 +225,7 @@ def test_step_scores_are_those_of_what_loads_elsewhere_and_become_one_number(fil
     said = [[{"role": "assistant", "content": text}] for text in COMPLETIONS]
     asked = [[{"role": "user", "content": text}] for text in PROMPTS]
     assert len(reward(asked, said)) == 3
-    with pytest.raises(ValueError, match=r"steps become a reward by min, product, last, got 'lats'.*'last'"):
+    with pytest.raises(ValueError, match=r"steps become a reward by min, product, last, dense, got 'lats'.*'last'"):
         load_reward(f"{out}:lats")
     with pytest.raises(ValueError, match=r"does not score steps: it has no prm\.json"):
         load_reward(f"{files / 'scored'}:min")

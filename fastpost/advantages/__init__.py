@@ -2,6 +2,7 @@
 
 group        rewards of sequences, compared with those of their group
 gae          rewards of tokens, along each sequence
+steps        rewards of steps, at the tokens where they end
 shaping      what is added to a reward for its length or its missing end
 corrections  what multiplies an advantage: which tokens count, and how much
 
@@ -18,6 +19,7 @@ from fastpost.advantages.group import (
     sum_then_normalize,
 )
 from fastpost.advantages.shaping import missing_eos_penalty, soft_overlong_punishment
+from fastpost.advantages.steps import on_tokens, process_supervision, steps_centred
 
 __all__ = [
     "entropy_threshold",
@@ -28,11 +30,14 @@ __all__ = [
     "missing_eos_penalty",
     "normalize_then_sum",
     "off_policy_mask",
+    "on_tokens",
+    "process_supervision",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
     "reward_to_go",
     "rollout_correction",
     "soft_overlong_punishment",
+    "steps_centred",
     "sum_then_normalize",
     "top_entropy",
     "whiten",

@@ -7,9 +7,11 @@ later (`fastpost.rewards.steps`) writes the same.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from os import PathLike
 from typing import Any
@@ -49,7 +51,37 @@ def laid_out(tokenizer: Any, prompt: list[int], steps: Sequence[str], separator:
 
 def steps_of(text: str, separator: str) -> list[str]:
     """The steps of a completion, the one that no separator ends among them; of one without a text, that."""
-    return [step for step in text.split(separator) if step.strip()] or [text]
+    return [step for step, _ in ended_steps(text, separator)]
+
+
+def ended_steps(text: str, separator: str) -> list[tuple[str, int]]:
+    """The same, each with how much of the text there is where it ends: with its separator, the last one with all that
+    follows it."""
+    parts = text.split(separator)
+    ends = accumulate(len(part) + len(separator) for part in parts)
+    found = [(part, end) for part, end in zip(parts, ends, strict=True) if part.strip()] or [(text, len(text))]
+    return [*found[:-1], (found[-1][0], len(text))]
+
+
+def last_tokens(tokenizer: Any, ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """Of steps that end where the text of these tokens has so many characters, the index of the last token of each;
+    that of the last step is the very last one, an EOS say.
+
+    A token may hold the end of a step and the beginning of the next, and a character be of several tokens, so no
+    tokenisation of the parts would do: the text of the first n tokens is looked at.
+    """
+    text, found = text_of_tokens(tokenizer, ids), [0]
+
+    def has(begun: str, n: int) -> bool:
+        return text_of_tokens(tokenizer, ids[: n + 1]).startswith(begun)
+
+    for end in ends[:-1]:
+        found.append(bisect_left(range(len(ids) - 1), True, lo=found[-1], key=partial(has, text[:end])))
+    return [*found[1:], len(ids) - 1]
+
+
+def text_of_tokens(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def step_examples(

@@ -97,8 +97,9 @@ def _builtin(spec: str, name: str, settings: dict[str, Any]) -> Reward:
     return Reward(name, configured(spec, BUILTIN[name], settings))
 
 
-def load_reward(spec: str) -> Reward:
-    """A built-in name, `file.py:function`, a directory or `directory:way`, or a YAML file."""
+def load_reward(spec: str, *, of_steps: bool = False) -> Reward:
+    """A built-in name, `file.py:function`, a directory or `directory:way`, or a YAML file. `of_steps`: it may give a
+    number to every step."""
     if Path(spec).expanduser().is_dir():
         return _model(Path(spec).expanduser())
     if Path(spec).suffix in (".yaml", ".yml"):
@@ -107,6 +108,11 @@ def load_reward(spec: str) -> Reward:
         return _builtin(spec, *call)
     path, colon, name = spec.rpartition(":")
     if colon and Path(path).expanduser().is_dir():
+        if name == "dense" and not of_steps:
+            raise ValueError(
+                f"reward {spec!r} gives a number to every step, by which ppo and grpo learn; here one of a whole "
+                f"completion is wanted: {path}, {path}:product or {path}:last"
+            )
         return _model(Path(path).expanduser(), name)
     if not colon:
         if spec.endswith(".py"):

@@ -3,6 +3,7 @@
   min      the weakest step (arXiv:2312.08935)
   product  that all are right, if they were independent (arXiv:2305.20050)
   last     the last one, by which all before it have been read
+  dense    each at the token where it ends, for a policy that learns by that; where one number is shown, their mean
 
 `--reward DIR` takes the least, `--reward DIR:product` another. Steps are cut and laid out as `fastpost prm` trains on
 them: at its separator, which stands behind each.
@@ -14,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -24,10 +26,12 @@ from fastpost.rewards.model import check_room, scores_at
 from fastpost.rewards.texts import text_of
 from fastpost.types import nearest
 
+DENSE = "dense"
 WAYS: Mapping[str, Callable[[Sequence[float]], float]] = {
     "min": min,
     "product": math.prod,
     "last": lambda each: each[-1],
+    DENSE: fmean,
 }
 
 

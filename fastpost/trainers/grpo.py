@@ -18,6 +18,7 @@ from fastpost import advantages, metrics
 from fastpost.packing import Packed
 from fastpost.packing.subsets import with_known
 from fastpost.trainers.config import Grpo
+from fastpost.trainers.dense import placed
 from fastpost.trainers.episodes import episodes, packs_of
 from fastpost.trainers.given import GivenRewards
 from fastpost.trainers.objectives import of_grpo
@@ -30,11 +31,12 @@ from fastpost.trainers.stage import Stage
 def grpo(config: Grpo, **given: Unpack[GivenRewards]) -> Any:
     """Trains config.model on the prompts of config.dataset and leaves the result in config.output_dir."""
     stage, objective = Stage.of("grpo", config, given, refers=config.beta > 0), of_grpo(config)
+    check_dense(stage, config)
     with stage.run() as run:
         for _ in run.steps():
             rollouts = _sample(run, stage, config)
             whole = episodes(rollouts, config)
-            whole = with_known(whole, advantage=whole.batch.spread(_advantages(rollouts, config)))
+            whole = with_known(whole, advantage=_of_tokens(rollouts, whole, config))
             whole, facts = _corrected(whole, stage, config)
             packs = packs_of(whole, objective, stage, rollouts, run.world)
             if stage.reference is not None:
@@ -43,6 +45,20 @@ def grpo(config: Grpo, **given: Unpack[GivenRewards]) -> Any:
             learn(run, stage, objective, packs, whole, rollouts, facts)
             look(run, stage, rollouts)
     return run.finish()
+
+
+def check_dense(stage: Stage, config: Grpo) -> None:
+    """ValueError where tokens of one completion cannot have different advantages."""
+    whole = {
+        "importance_sampling_level": config.importance_sampling_level == "sequence",
+        "loss_type": config.loss_type in ("gmpo", "luspo", "vespo"),
+        "multi_objective_aggregation": config.multi_objective_aggregation == "normalize_then_sum",
+    }
+    for name in (name for name, wrong in whole.items() if wrong and stage.task.dense):
+        raise ValueError(
+            f"{name} {getattr(config, name)!r} judges a completion as one, and reward {stage.task.dense[0].name!r} its "
+            f"steps: leave out {name}, or give the reward without ':dense'"
+        )
 
 
 def _sample(run: Run, stage: Stage, config: Grpo) -> Rollouts:
@@ -64,8 +80,18 @@ def _sample(run: Run, stage: Stage, config: Grpo) -> Rollouts:
 
 def _varied(rollouts: Rollouts, G: int) -> list[int]:
     """The groups whose rewards are not all one."""
-    groups = rollouts.scores.rewards.view(-1, G)
+    groups = rollouts.rewards.view(-1, G)
     return (groups != groups[:, :1]).any(1).nonzero()[:, 0].tolist()
+
+
+def _of_tokens(rollouts: Rollouts, whole: Packed, config: Grpo) -> Tensor:  # (T,)
+    """What a completion earned, and where its steps are rewarded what is still to come of these."""
+    found = whole.batch.spread(_advantages(rollouts, config))
+    for steps in rollouts.steps.values():
+        rewards, at = placed(steps, rollouts.prompts, whole)
+        of_steps = (rewards, at, whole.batch, config.num_generations, config.scale_rewards)
+        found = found + steps.weight * advantages.process_supervision(*of_steps)
+    return found
 
 
 def _advantages(rollouts: Rollouts, config: Grpo) -> Tensor:  # (S,)

@@ -4,7 +4,8 @@ A round, of num_ppo_epochs x num_mini_batches optimizer steps:
 
   completions of the next prompts, and their scores: of reward functions, of a reward model, or the sum of both
   old_logp, ref_logp and the old values of every token, by one pass of each role
-  r_t = -kl_coef KL_t, and the score on the last token;  A_t by GAE, whitened;  return = A + V
+  r_t = -kl_coef KL_t, the score on the last token, and those of steps where these end
+  A_t by GAE, whitened;  return = A + V
   each minibatch: the clipped loss of the policy, vf_coef times the clipped loss of the value, one step
 
 Roles are of `fastpost.trainers.ppo_roles`. kl_coef may be adapted to hold a target (arXiv:1909.08593, section 2.2).
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor
 
 from fastpost import fused_loss, losses, metrics, token_stats
-from fastpost.advantages import gae, kl_in_reward, whiten
+from fastpost.advantages import gae, kl_in_reward, on_tokens, whiten
 from fastpost.models.roles import Roles
 from fastpost.packing import Packed
 from fastpost.packing.subsets import with_known
 from fastpost.shared_prompt import AnyPack
 from fastpost.trainers.config import Ppo
+from fastpost.trainers.dense import placed
 from fastpost.trainers.episodes import columns, episodes, microbatches, of_rows, weighted, window_of
 from fastpost.trainers.given import GivenRewards
 from fastpost.trainers.loop import autocast, bins, evaluating, seed_of, the_device
@@ -69,7 +71,7 @@ def ppo(config: Ppo, **given: Unpack[GivenRewards]) -> Any:
                 run.kept["kl_coef"] = adapted(run.kept["kl_coef"], facts["objective/kl"], len(rollouts.texts), config)
             if run.evaluates and "eval" in stage.data:
                 held_out = score(greedy(stage.task, stage.data["eval"]), roles, config, run.world)
-                run.note({"eval_reward": float(held_out.scores.rewards.nanmean())})
+                run.note({"eval_reward": float(held_out.rewards.nanmean())})
             run.show(first_group(rollouts, config.num_generations, run.step))
     return run.finish()
 
@@ -119,12 +121,15 @@ def advised(whole: Packed, rollouts: Rollouts, kl_coef: float, config: Ppo) -> t
     """With advantage and return_ of every token; and what the log shows of the rewards."""
     batch, kept, final = whole.batch, whole.batch.target != IGNORE, shaped_rewards(rollouts, config)
     rewards = kl_in_reward(final, batch.old_logp, batch.ref_logp, batch, kl_coef, config.kl_estimator)
+    of_steps = torch.zeros(whole.num_tokens)
+    for steps in rollouts.steps.values():
+        of_steps += steps.weight * on_tokens(*placed(steps, rollouts.prompts, whole), batch)
+    rewards = rewards + torch.where(kept, of_steps, 0.0)
     if config.whiten_rewards:
         rewards = whiten(rewards, kept, shift_mean=False)
     advantage, returns = gae(rewards, batch.old_value, batch, config.gamma, config.lam)
-    seen = metrics.ppo_rollout(
-        final.nan_to_num(0.0), batch, rollouts.finished, kl_coef=kl_coef, kl_estimator=config.kl_estimator
-    )
+    score = final.nan_to_num(0.0) + batch.per_sequence(of_steps)
+    seen = metrics.ppo_rollout(score, batch, rollouts.finished, kl_coef=kl_coef, kl_estimator=config.kl_estimator)
     facts = metrics.floats(seen) | {"objective/kl_coef": kl_coef}
     if not config.kl_coef:  # there was no reference to be far from
         facts = {name: value for name, value in facts.items() if name not in OF_REFERENCE}

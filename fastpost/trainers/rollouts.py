@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from statistics import mean
 from typing import Any
@@ -19,6 +19,7 @@ from fastpost.rewards import Scores, score
 from fastpost.rollout import Completion
 from fastpost.rollout.record import Asked, sampled
 from fastpost.trainers.config import Sampled
+from fastpost.trainers.dense import Steps, rewarded
 from fastpost.trainers.log import say
 from fastpost.trainers.task import Task
 from fastpost.turns.metrics import turn_metrics
@@ -33,6 +34,18 @@ class Rollouts:
     texts: list[str]
     scores: Scores
     seconds: dict[str, float]
+    steps: dict[str, Steps] = field(default_factory=dict)  # by the name of the reward that judges them
+
+    @property
+    def rewards(self) -> Tensor:  # (S,) with the mean reward of the steps: what is shown, and tells completions apart
+        if not self.steps:
+            return self.scores.rewards
+        of_steps = [steps.weight * steps.means.nan_to_num(0.0) for steps in self.steps.values()]
+        return self.scores.rewards.nan_to_num(0.0) + torch.stack(of_steps).sum(0)
+
+    @property
+    def by_function(self) -> dict[str, Tensor]:  # (S,) each
+        return self.scores.by_function | {name: steps.means for name, steps in self.steps.items()}
 
     @property
     def answers(self) -> list[str | Messages]:
@@ -88,11 +101,12 @@ def _rolled_out(
         given = (task.rewards, task.weights, questions, answers, token_ids, columns)
         scores = score(*given, step=step, timeout=task.timeout)
     else:
-        scores = Scores(torch.zeros(len(texts)), {}, {})  # a reward model will judge
+        scores = Scores(torch.zeros(len(texts)), {}, {})  # a reward model judges, or steps are
     if unscored := int(scores.rewards.isnan().sum()):
         say(f"step {step + 1}: no reward function applied to {unscored} of {len(texts)} completions")
+    steps = {dense.name: rewarded(dense, task.tokenizer, repeated, completions) for dense in task.dense}
     seconds = {"step_time/rollout": generated - began, "step_time/reward": time.perf_counter() - generated}
-    return Rollouts(repeated, completions, texts, scores, seconds)
+    return Rollouts(repeated, completions, texts, scores, seconds, steps)
 
 
 def answers_of(
@@ -119,6 +133,7 @@ def only_groups(rollouts: Rollouts, num_generations: int, groups: Sequence[int])
         [rollouts.texts[i] for i in rows],
         of_rows,
         rollouts.seconds,
+        {name: replace(steps, rows=[steps.rows[i] for i in rows]) for name, steps in rollouts.steps.items()},
     )
 
 
@@ -131,12 +146,17 @@ def joined(parts: Sequence[Rollouts]) -> Rollouts:
     shared = [name for name in scores[0].extra if all(name in each.extra for each in scores)]
     extra = {name: list(chain(*(each.extra[name] for each in scores))) for name in shared}
     by_function = {name: torch.cat([each.by_function[name] for each in scores]) for name in scores[0].by_function}
+    steps = {
+        name: replace(of, rows=list(chain(*(part.steps[name].rows for part in parts))))
+        for name, of in parts[0].steps.items()
+    }
     return Rollouts(
         list(chain(*(part.prompts for part in parts))),
         list(chain(*(part.completions for part in parts))),
         list(chain(*(part.texts for part in parts))),
         Scores(torch.cat([each.rewards for each in scores]), by_function, means, extra),
         {name: sum(part.seconds[name] for part in parts) for name in parts[0].seconds},
+        steps,
     )
 
 
@@ -147,7 +167,7 @@ def greedy(task: Task, prompts: Sequence[Prompt]) -> Rollouts:
 
 def greedy_reward(task: Task, prompts: Sequence[Prompt]) -> float:
     """Their mean reward."""
-    return float(greedy(task, prompts).scores.rewards.nanmean())
+    return float(greedy(task, prompts).rewards.nanmean())
 
 
 def judged(rollouts: Rollouts, name: str, numbers: Tensor, weight: float, seconds: float) -> Rollouts:
@@ -163,7 +183,7 @@ def judged(rollouts: Rollouts, name: str, numbers: Tensor, weight: float, second
 
 
 def shaped_rewards(rollouts: Rollouts, config: Sampled) -> Tensor:  # (S,); NaN: no function applied
-    """The scores, less what a completion pays for its length, or for not coming to an end."""
+    """The scores of whole completions, less what each pays for its length, or for not coming to an end."""
     found = rollouts.scores.rewards
     if config.missing_eos_penalty is not None:
         found = missing_eos_penalty(found, rollouts.finished, config.missing_eos_penalty)
@@ -179,7 +199,7 @@ def shaped_rewards(rollouts: Rollouts, config: Sampled) -> Tensor:  # (S,); NaN:
 
 def rollout_metrics(rollouts: Rollouts, num_generations: int) -> dict[str, float]:
     """Rewards and lengths, by TRL's names. All completions count here, those without an advantage too."""
-    rewards, alone = rollouts.scores.rewards, num_generations == 1
+    rewards, alone = rollouts.rewards, num_generations == 1
     groups = rewards.view(-1, num_generations)
     values: dict[str, Tensor | float] = {
         "reward": groups.nanmean(),
@@ -190,8 +210,10 @@ def rollout_metrics(rollouts: Rollouts, num_generations: int) -> dict[str, float
     lengths = rollouts.lengths
     of_lengths = metrics.completions(lengths, rollouts.finished) | metrics.length_correlation(rewards, lengths)
     values |= metrics.floats(of_lengths)
-    for name, each in rollouts.scores.by_function.items():
+    for name, each in rollouts.by_function.items():
         values |= {f"rewards/{name}/mean": each.nanmean(), f"rewards/{name}/std": _std(each)}
+    for name, steps in rollouts.steps.items():
+        values[f"rewards/{name}/steps"] = mean(len(row) for row in steps.rows)
     values |= turn_metrics(rollouts.completions)
     return {name: float(value) for name, value in (values | rollouts.scores.metrics).items()}
 
@@ -205,9 +227,10 @@ def _std(values: Tensor) -> Tensor:
 def first_group(rollouts: Rollouts, num_generations: int, step: int) -> Iterator[dict[str, Any]]:
     """A prompt and its completions, as lines of completions.jsonl; a reward that does not apply is null."""
     extra = {name: values for name, values in rollouts.scores.extra.items() if len(values) == len(rollouts.texts)}
-    columns = {"reward": rollouts.scores.rewards}
-    columns |= {f"rewards/{name}": values for name, values in rollouts.scores.by_function.items()}
+    columns = {"reward": rollouts.rewards}
+    columns |= {f"rewards/{name}": values for name, values in rollouts.by_function.items()}
     for i in range(num_generations):
         said = {"prompt": rollouts.prompts[i].prompt, "completion": rollouts.texts[i]}
         given = {name: None if values[i].isnan() else float(values[i]) for name, values in columns.items()}
-        yield {**{name: values[i] for name, values in extra.items()}, "step": step, **said, **given}
+        each = {f"rewards/{name}/steps": [reward for _, reward in of.rows[i]] for name, of in rollouts.steps.items()}
+        yield {**{name: values[i] for name, values in extra.items()}, "step": step, **said, **given, **each}

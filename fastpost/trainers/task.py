@@ -17,7 +17,8 @@ from fastpost.rollout.backends import sampler_for
 from fastpost.rollout.record import Where
 from fastpost.rollout.sampler import Sampler
 from fastpost.trainers.checkpoint import fingerprint
-from fastpost.trainers.config import Rewarded, Sampled
+from fastpost.trainers.config import Sampled
+from fastpost.trainers.dense import Dense, parted
 from fastpost.trainers.given import GivenRewards
 from fastpost.trainers.log import say
 from fastpost.trainers.loop import autocast
@@ -39,6 +40,7 @@ class Task:
     timeout: float | None = None  # seconds that a reward function may take
     where: Where | None = None  # what a sampler would not give again is recorded here
     run: str = ""  # of what else decides what is sampled
+    dense: Sequence[Dense] = ()  # who judges their steps
     turns: Turns | None = None  # what is said between turns of the policy; None: it has one
 
     def sampler_of(self, prompts: Sequence[Prompt]) -> Sampler:
@@ -59,12 +61,12 @@ class Task:
         sampling = config.sampling()
         name = base_of(config.model) if is_adapter(config.model) else config.model
         sampler = sampler_for(config.backend, model, tokenizer, name, sampling, say, config.generation_batch_size)
-        weights = config.reward_weights and config.reward_weights[: len(rewards)]
+        whole, weights, dense = parted(rewards, config.reward_weights and config.reward_weights[: len(rewards)])
         where = Where(Path(config.output_dir), world.rank)
         return Task(
             sampler,
             tokenizer,
-            rewards,
+            whole,
             weights,
             sampling,
             autocast(config),
@@ -72,6 +74,7 @@ class Task:
             config.reward_timeout,
             where,
             fingerprint(config),
+            dense,
             _turns_of(config, tools, model, tokenizer) if tools or config.user else None,
         )
 
@@ -95,12 +98,12 @@ def tools_of(config: Sampled, given: GivenRewards) -> list[Tool]:
     return load_tools(config.tools, given.get("tools") or [])
 
 
-def rewards_of(config: Rewarded, given: GivenRewards) -> list[Reward]:
+def rewards_of(config: Sampled, given: GivenRewards) -> list[Reward]:
     """The reward functions that the config names and that the caller gives; none need be where another judges."""
     model = getattr(config, "reward_model", None) is not None
     compared = getattr(config, "judge", None) is not None or given.get("prefer") is not None
     funcs = given.get("reward_funcs") or []
-    found = [load_reward(spec) for spec in config.reward]
+    found = [load_reward(spec, of_steps=config.rewards_steps) for spec in config.reward]
     found += [given_reward(function) for function in (funcs if isinstance(funcs, list | tuple) else [funcs])]
     if not found and not model and not compared:
         raise ValueError("reward must name at least one function, a built-in or file.py:function; or give reward_funcs")

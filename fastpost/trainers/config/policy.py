@@ -77,6 +77,8 @@ class Grpo(Clipped):
     sapo_temperature_pos: float = option(1.0, LOSS, "of sapo's gate where the advantage is positive", above=0)
     sapo_temperature_neg: float = option(1.05, LOSS, "and where it is not", above=0)
 
+    rewards_steps: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.multi_objective_aggregation == "normalize_then_sum" and (
@@ -164,6 +166,7 @@ class Ppo(Sampled):
     entropy_coef: float = option(0.0, LOSS, "of a bonus for entropy", least=0)
     value_warmup_rounds: int = option(0, LOSS, "rounds of rollouts at first from which the value alone learns", least=0)
 
+    rewards_steps: ClassVar[bool] = True
     updates_field: ClassVar[str] = "num_ppo_epochs x num_mini_batches"
 
     def __post_init__(self) -> None:

@@ -32,6 +32,7 @@ class Sampled(Training, Rewarded, Engined, Conversing):
         None, ROLLOUT, "taken from the reward of a completion that did not end", above=0
     )
 
+    rewards_steps: ClassVar[bool] = False  # whether a reward may give a number to every step
     rows_are_completions: ClassVar[bool] = True  # else each is a prompt, with all of its completions
     updates_field: ClassVar[str] = ""  # the field that multiplies optimizer steps on the same rollouts
 
