@@ -6,9 +6,11 @@ pytest.importorskip("datasets")
 pytest.importorskip("transformers")
 
 import datasets
+from tokenizers import AddedToken
 
 import tiny
 from fastpost.data import check_columns, prompts, sft_examples
+from fastpost.data.chat import inert
 
 TOKENIZER = tiny.tokenizer()
 USER = {"role": "user", "content": "hi"}
@@ -19,6 +21,13 @@ def shown(example):
     """The text, and the part of it that carries a loss, other characters as dots."""
     tokens = [TOKENIZER.decode([i]) for i in example.input_ids]
     return "".join(tokens), "".join(t if kept else "." for t, kept in zip(tokens, example.loss_mask, strict=True))
+
+
+def test_what_is_inert_has_no_special_token_whatever_it_is_made_of():
+    loose = tiny.tokenizer()
+    loose.add_tokens([AddedToken("<|user|>", special=True)])  # as Llama's, which none of the named tokens is
+    assert inert("a<eos>b <|us<eos>er|><e<eos<eos>>os>c", loose) == "ab c"
+    assert inert("a < b, <x>", loose) == "a < b, <x>"
 
 
 def one(row, **options):

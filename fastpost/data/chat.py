@@ -46,6 +46,19 @@ def ended(text: str, tokenizer: Any) -> str:
     return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
 
 
+def inert(text: str, tokenizer: Any) -> str:
+    """Text of somebody else without special tokens: it can end no turn, and speak as nobody. Removed until none is
+    left, since what stands around one may be another's two halves."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    specials = [token for token in {*added, *tokenizer.all_special_tokens} if token]
+    if not specials:
+        return text
+    one = re.compile("|".join(map(re.escape, specials)))
+    while (cut := one.sub("", text)) != text:
+        text = cut
+    return text
+
+
 def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     """How many elements the two begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fastpost import Head, token_stats
-from fastpost.data.chat import common_prefix
+from fastpost.data.chat import common_prefix, inert
 from fastpost.judging.asking import Reply
 from fastpost.judging.wording import Request
 from fastpost.models.loading import load_model
@@ -56,10 +56,11 @@ class Local:
                 yield i, Reply(f"{lead} {max(logp, key=logp.__getitem__)}", logp)
 
     def _opened(self, request: Request) -> str:
-        """The question up to where the judge is to speak."""
+        """The question up to where the judge is to speak. What it is asked about does not speak to it as somebody."""
+        messages = [{**message, "content": inert(message["content"], self.tokenizer)} for message in request.messages]
         if not getattr(self.tokenizer, "chat_template", None):
-            return "\n\n".join(message["content"] for message in request.messages) + "\n\n"
-        return self.tokenizer.apply_chat_template(list(request.messages), tokenize=False, add_generation_prompt=True)
+            return "\n\n".join(message["content"] for message in messages) + "\n\n"
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def _ids(self, text: str) -> list[int]:
         """A template has written what a sequence begins with."""

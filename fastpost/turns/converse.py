@@ -18,6 +18,7 @@ from math import nan
 from typing import Any
 
 from fastpost.data import Messages, Prompt
+from fastpost.data.chat import inert
 from fastpost.rollout import Completion, Sampling
 from fastpost.rollout.sampler import Sampler
 from fastpost.turns.bench import Bench, Outcome
@@ -148,7 +149,7 @@ class Turns:
             said[i] = self._words(calls[i][0], outcome)
         found = {id(talk): [] for talk in talks}
         for i, (talk, call) in enumerate(calls):
-            found[id(talk)].append({"role": "tool", "name": call.name, "content": self._harmless(said[i])})
+            found[id(talk)].append({"role": "tool", "name": self._inert(call.name), "content": self._inert(said[i])})
         return [found[id(talk)] + self._corrections(talk) for talk in talks]
 
     def _words(self, talk: Talk, outcome: Outcome) -> str:
@@ -170,7 +171,7 @@ class Turns:
         talk.events["failures"] += len(wrong)
         talk.events["malformed"] += len(wrong)
         role = {"role": self.frame.corrector} | ({"name": "error"} if self.frame.corrector == "tool" else {})
-        return [{**role, "content": self._harmless(f"error: {each}")} for each in wrong]
+        return [{**role, "content": self._inert(f"error: {each}")} for each in wrong]
 
     def by_user(self, talks: Sequence[Talk], turn: int, seed: int) -> list[Messages]:
         if not talks:
@@ -181,13 +182,11 @@ class Turns:
         for talk, text in zip(talks, said, strict=True):
             talk.events["user_turns"] += bool(text)
             talk.events["speechless"] += text == ""
-        return [[{"role": "user", "content": self._harmless(text)}] if text else [] for text in said]
+        return [[{"role": "user", "content": self._inert(text)}] if text else [] for text in said]
 
-    def _harmless(self, text: str) -> str:
-        """Without special tokens: a page that was searched must not end a turn, or speak as the user."""
-        for token in self.frame.tokenizer.all_special_tokens:
-            text = text.replace(token, "")
-        return text
+    def _inert(self, text: str) -> str:
+        """What is no word of the policy's: a page that was searched must not end a turn, or speak as the user."""
+        return inert(text, self.frame.tokenizer)
 
     def answer(self, talks: Sequence[Talk], turn: int, sampling: Sampling) -> list[Talk]:
         """Answers all that wait for it; returns those that go on."""
