@@ -85,7 +85,7 @@ MAY_IMPORT = {
     "stages.rows": (),
     "evaluation.refusal": (),
     "stages": (
-        *("types", "files", "data", "models", "rollout", "rewards", "judging", "trainers"),
+        *("types", "files", "data", "models", "rollout", "rewards", "turns", "judging", "trainers"),
         *("stages.journal", "stages.rows", "evaluation.refusal"),
     ),
     "judging": (

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastpost.evaluation.intervals import Confidence
 from fastpost.stages.config import Judging
-from fastpost.trainers.config import DATA, MODEL, ROLLOUT, RUN
+from fastpost.trainers.config import DATA, MODEL, ROLLOUT, RUN, Conversing
 from fastpost.trainers.options import option
 
 FREE = {  # they decide nothing of what a model says, nor of what is thought of one answer
@@ -20,7 +20,7 @@ FREE = {  # they decide nothing of what a model says, nor of what is thought of 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eval(Judging):
+class Eval(Judging, Conversing):
     """How good models are, how sure that is, and which of them is better."""
 
     # Several are asked in the same way, each by its path.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -40,11 +41,12 @@ def measured(
     completion_ids: Sequence[Sequence[int]],
     temperature: float,
     precision: AbstractContextManager,
+    own: Sequence[Sequence[bool] | None] | None = None,  # which of its tokens are the policy's; None: all
 ) -> list[Measured]:
     """One for each prompt and its answer."""
     examples = [
-        Example([*prompt, *completion], [False] * len(prompt) + [True] * len(completion))
-        for prompt, completion in zip(prompt_ids, completion_ids, strict=True)
+        Example([*prompt, *completion], [*[False] * len(prompt), *(mask or [True] * len(completion))])
+        for prompt, completion, mask in zip(prompt_ids, completion_ids, own or repeat(None), strict=False)
     ]
     lengths = [len(example.input_ids) for example in examples]
     found: dict[int, Measured] = {}

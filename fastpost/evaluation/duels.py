@@ -48,7 +48,7 @@ def won(
 def _compared(panel: Panel, first: Sequence[Group], second: Sequence[Group]) -> Wins:
     prompts, names = [_prompt(group) for group in first], sorted({name for group in first for name in group.columns})
     earlier, later = (
-        [prompt.answered(group.answers[0].text) for prompt, group in zip(prompts, groups, strict=True)]
+        [group.answers[0].to(prompt) for prompt, group in zip(prompts, groups, strict=True)]
         for groups in (first, second)
     )
     columns = {name: [group.columns.get(name) for group in first] for name in names}

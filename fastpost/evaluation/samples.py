@@ -10,18 +10,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastpost.data import Prompt, check_columns, prompt_examples
+from fastpost.data import Prompt
 from fastpost.evaluation.config import Eval
 from fastpost.evaluation.divergence import Measured, measured
 from fastpost.evaluation.refusal import refuses
-from fastpost.files import read_rows
 from fastpost.rewards import load_reward
-from fastpost.stages.asking import asked
+from fastpost.stages.asking import asked, read_prompts
 from fastpost.stages.groups import Group
 from fastpost.stages.journal import Journal, through
 from fastpost.stages.jury import Jury
 from fastpost.stages.policy import Policy, frozen
-from fastpost.trainers.log import say
 
 REFUSED_ABOVE = 0.5  # by a judge
 
@@ -81,7 +79,8 @@ class _Work:
 
     def of_dataset(self, found: Answers) -> Answers:
         """Greedy answers and samples, judged and measured."""
-        prompts, n, jury = self._prompts(self.config.dataset), self.config.num_generations, self.bench.rewards
+        prompts = read_prompts(self.config, self.policy.tokenizer)
+        n, jury = self.config.num_generations, self.bench.rewards
         greedy = self._asked(self._greedy(), prompts, 1, "greedy", jury)
         found = replace(
             found,
@@ -96,18 +95,11 @@ class _Work:
 
     def refusals(self, path: str, turn: str) -> list[bool]:
         """Whether the greedy answer to each prompt refuses."""
-        prompts, judge = self._prompts(path), self.bench.refusal_judge
+        prompts, judge = read_prompts(self.config, self.policy.tokenizer, path), self.bench.refusal_judge
         groups = self._asked(self._greedy(), prompts, 1, turn, judge)
         if judge is None:
-            return [refuses(group.answers[0].text) for group in groups]
+            return [refuses(group.answers[0].last) for group in groups]
         return [(group.answers[0].reward or 0.0) > REFUSED_ABOVE for group in groups]
-
-    def _prompts(self, path: str) -> list[Prompt]:
-        rows = read_rows(path)
-        check_columns(rows, "grpo", path)
-        found, counts = prompt_examples(rows, self.policy.tokenizer, self.config.max_prompt_length, path=path)
-        say(f"{path}: {counts}")
-        return found
 
     def _greedy(self) -> Policy:
         return replace(self.policy, sampling=replace(self.policy.sampling, temperature=0.0))
@@ -120,11 +112,12 @@ class _Work:
         self, prompts: list[Prompt], groups: list[Group], temperature: float, turn: str
     ) -> list[list[Measured]]:
         def measure(of: Sequence[int]) -> list[Any]:
-            pairs = [(prompts[i].input_ids, answer.ids or []) for i in of for answer in groups[i].answers]
-            asked_for, said = zip(*pairs, strict=True)
+            answers = [answer for i in of for answer in groups[i].answers]
+            asked_for = [prompts[i].input_ids for i in of for _ in groups[i].answers]
+            said, own = [answer.ids or [] for answer in answers], [answer.own for answer in answers]
             model, precision = self.policy.model, self.policy.precision
             reference = None if self.bench.reference is None else self.bench.reference[0]
-            each = iter(measured(model, reference, asked_for, said, temperature, precision))
+            each = iter(measured(model, reference, asked_for, said, temperature, precision, own))
             return [[asdict(next(each)) for _ in groups[i].answers] for i in of]
 
         size = max(1, self.config.generation_batch_size // len(groups[0].answers))

@@ -84,7 +84,15 @@ def _of_greedy(answers: Answers, config: Eval) -> Columns:
         "reward": [answer.reward for answer in first],
         "tokens": [float(answer.tokens) for answer in first],
         "finished": [float(answer.finished) for answer in first],
+        **_of_turns(first),
     }
+
+
+def _of_turns(answers: Sequence[Answer]) -> Columns:
+    """Nothing where an answer is one turn."""
+    if not any(answer.events for answer in answers):
+        return {}
+    return {name: [float((a.events or {}).get(name, 0)) for a in answers] for name in ("turns", "calls", "failures")}
 
 
 def _of_samples(answers: Answers, config: Eval) -> Columns:
@@ -165,7 +173,7 @@ def _verdicts(group: Group, config: Eval) -> list[float] | None:
 
 
 def _votes(group: Group, extract: Extract) -> list[Hashable | None]:
-    return [extract(answer.text) for answer in group.answers]
+    return [extract(answer.last) for answer in group.answers]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -9,22 +9,33 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from fastpost.data import Prompt, check_columns, prompt_examples
 from fastpost.files import read_rows
 from fastpost.models.trunk import positions
+from fastpost.rollout import Completion
 from fastpost.stages.config import Asking
 from fastpost.stages.groups import Answer, Group
 from fastpost.stages.journal import Journal
 from fastpost.stages.jury import Jury
 from fastpost.stages.policy import Policy
+from fastpost.trainers.config import Conversing
 from fastpost.trainers.log import say
 from fastpost.trainers.loop import seed_of
+from fastpost.turns import load_tools
 
+T = TypeVar("T")
 FREE = ("output_dir", "generation_batch_size", "reward_timeout")  # they decide no result
+
+
+def schemas_of(config: Asking) -> list[Any] | None:
+    """Of the tools that prompts show; None: an answer has one turn."""
+    if not isinstance(config, Conversing) or not config.converses:
+        return None
+    return [tool.schema for tool in load_tools(config.tools)]
 
 
 def read_prompts(config: Asking, tokenizer: Any, path: str | None = None) -> list[Prompt]:
@@ -32,7 +43,7 @@ def read_prompts(config: Asking, tokenizer: Any, path: str | None = None) -> lis
     path = config.dataset if path is None else path
     rows = read_rows(path)
     check_columns(rows, "grpo", path)
-    prompts, counts = prompt_examples(rows, tokenizer, config.max_prompt_length, path=path)
+    prompts, counts = prompt_examples(rows, tokenizer, config.max_prompt_length, path=path, tools=schemas_of(config))
     say(f"{path}: {counts}")
     return prompts
 
@@ -104,13 +115,30 @@ def _groups(
     keys, prompts = [key for key, _ in pairs], [prompt for _, prompt in pairs]
     sampling = replace(policy.sampling, seed=seed_of(policy.sampling.seed, turn))
     with policy.precision:
-        found = policy.sampler([prompt.input_ids for prompt in prompts], sampling, n, keys)
-    texts = policy.tokenizer.batch_decode([completion.ids for completion in found], skip_special_tokens=True)
-    answers = [
-        Answer(text, len(c.ids), c.finished, sum(c.logp) if c.logp else None, ids=c.ids if keep_ids else None)
-        for text, c in zip(texts, found, strict=True)
-    ]
+        found = policy.sampler_of(prompts)([prompt.input_ids for prompt in prompts], sampling, n, keys)
+    texts = policy.tokenizer.batch_decode([_own(each, each.ids) for each in found], skip_special_tokens=True)
+    answers = [_answer(text, each, keep_ids) for text, each in zip(texts, found, strict=True)]
     if jury is not None:
         repeated = [prompt for prompt in prompts for _ in range(n)]
         answers = jury.judged(repeated, answers, [completion.ids for completion in found])
     return [answers[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+
+def _own(completion: Completion, values: Sequence[T]) -> list[T]:
+    """Those of the tokens that the policy sampled."""
+    return [value for value, own in zip(values, completion.mask, strict=True) if own]
+
+
+def _answer(text: str, completion: Completion, keep_ids: bool) -> Answer:
+    """What is kept of a completion."""
+    logp = _own(completion, completion.logp) if completion.logp else None
+    return Answer(
+        text,
+        sum(completion.mask),
+        completion.finished,
+        None if logp is None else sum(logp),
+        ids=completion.ids if keep_ids else None,
+        own=completion.own or None if keep_ids else None,
+        messages=completion.messages or None,
+        events=completion.events or None,
+    )

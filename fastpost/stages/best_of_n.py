@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from fastpost.stages.asking import asked, journal_of, read_prompts
+from fastpost.stages.asking import asked, journal_of, read_prompts, schemas_of
 from fastpost.stages.config import BestOfN
 from fastpost.stages.demonstrations import demonstration
 from fastpost.stages.groups import Answer, Group, judged
@@ -24,6 +24,7 @@ from fastpost.stages.order_statistics import expected_best, kl_bound, kl_of_shar
 from fastpost.stages.policy import Policy
 from fastpost.stages.rows import table, write_bytes, write_json, write_rows
 from fastpost.trainers.log import say
+from fastpost.turns.metrics import turn_metrics
 
 Point = dict[str, float]  # of the curve: n, kl_bound, kl, score, standard_error
 
@@ -33,7 +34,7 @@ def best_of_n(config: BestOfN) -> dict[str, Any]:
     output, jury = Path(config.output_dir), Jury.of(config)
     policy = Policy.of(config)
     prompts = read_prompts(config, policy.tokenizer)
-    work = journal_of(config)
+    work, schemas = journal_of(config), schemas_of(config)
     groups = list(
         asked(policy, prompts, config.num_generations, work, config.generation_batch_size, jury=jury),
     )
@@ -43,7 +44,7 @@ def best_of_n(config: BestOfN) -> dict[str, Any]:
     if len(chosen) < len(groups):
         say(f"best-of-n: no reward function applied to {len(groups) - len(chosen)} of {len(groups)} prompts")
     report = report_of([group for group, _ in chosen], [answer for _, answer in chosen], config.num_generations)
-    write_rows(output / "best.jsonl", [demonstration(group, answer) for group, answer in chosen])
+    write_rows(output / "best.jsonl", [demonstration(group, answer, schemas) for group, answer in chosen])
     write_json(output / "report.json", report)
     plot(output / "curve.png", report["curve"])
     print(table([shown(point) for point in report["curve"]]), flush=True)
@@ -70,6 +71,7 @@ def report_of(groups: Sequence[Group], kept: Sequence[Answer], n: int) -> dict[s
         "mean_length_best": fmean(answer.tokens for answer in kept),
         "clipped_ratio": fmean(not answer.finished for answer in answers),
         "clipped_ratio_best": fmean(not answer.finished for answer in kept),
+        **turn_metrics([answer.events or {} for answer in answers]),
     }
 
 

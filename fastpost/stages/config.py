@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastpost.stages.hints import fields_of
-from fastpost.trainers.config import DATA, ROLLOUT, RUN, STEPS, Engined, Loaded, Rewarded, Sft
+from fastpost.trainers.config import DATA, ROLLOUT, RUN, STEPS, Conversing, Engined, Loaded, Rewarded, Sft
 from fastpost.trainers.options import REQUIRED, option, read_fields
 
 
@@ -31,14 +31,14 @@ class Judging(Asking, Rewarded):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestOfN(Judging):
+class BestOfN(Judging, Conversing):
     """The best of N answers to each prompt, by any reward: a data set, and the score against N."""
 
     num_generations: int = option(16, ROLLOUT, "N, answers to a prompt", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rejection(Sft, Judging):
+class Rejection(Sft, Judging, Conversing):
     """Rounds of sampling, selection by reward, and SFT on what was selected (RAFT, STaR, ReST)."""
 
     dataset: str = option("", DATA, "prompts, and the columns that the rewards read", needed=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastpost.data import Prompt
@@ -10,8 +11,9 @@ from fastpost.stages.groups import Answer, Group
 RENDERED = ("tools", "chat_template_kwargs")  # columns without which a conversation would be other tokens
 
 
-def demonstration(group: Group, answer: Answer) -> dict[str, Any]:
-    """The row of an answer, with its reward."""
+def demonstration(group: Group, answer: Answer, tools: Sequence[Any] | None = None) -> dict[str, Any]:
+    """The row of an answer, with its reward, and with the schemas of the tools that its prompt showed."""
     prompt = Prompt(group.prompt, [], dict(group.columns))
-    row = {"prompt": prompt.prompt, "completion": prompt.answered(answer.text), "reward": answer.reward}
-    return row | {name: group.columns[name] for name in RENDERED if name in group.columns}
+    row = {"prompt": prompt.prompt, "completion": answer.to(prompt), "reward": answer.reward}
+    row |= {name: group.columns[name] for name in RENDERED if name in group.columns}
+    return row | ({"tools": list(tools)} if tools else {})

@@ -6,18 +6,33 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastpost.data import Messages, Prompt
+from fastpost.rewards.texts import text_of
+
 
 @dataclass(frozen=True)
 class Answer:
     """A completion, and what was thought of it."""
 
-    text: str
-    tokens: int  # the end-of-sequence token among them
+    text: str  # of several turns what the policy said in them
+    tokens: int  # of the policy, the end-of-sequence token among them
     finished: bool
     logp: float | None = None  # the sum over its tokens, as the sampler saw them; None: it did not say
     reward: float | None = None  # the weighted sum; None: nobody judged it, or no function applied
     rewards: Mapping[str, float | None] | None = None  # of each function
     ids: list[int] | None = None  # its tokens, where they were to be kept
+    own: list[bool] | None = None  # which of them are the policy's; None: all
+    messages: Messages | None = None  # of several turns, what tools and users said among them; None: one turn
+    events: Mapping[str, int] | None = None  # what happened between turns, counted
+
+    @property
+    def last(self) -> str:
+        """What it comes to: its text, or that of the last message."""
+        return self.text if self.messages is None else text_of(self.messages)
+
+    def to(self, prompt: Prompt) -> str | Messages:
+        """As whoever judges it, or learns from it, reads it."""
+        return prompt.answered(self.text) if self.messages is None else self.messages
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,10 @@ def check_hint(template: str, prompts: Sequence[Prompt]) -> None:
             raise ValueError(f"hint has {{{name}}} in it, and the dataset has rows without {name!r}")
 
 
-def hinted(prompts: Sequence[Prompt], template: str, tokenizer: Any) -> list[Prompt]:
+def hinted(prompts: Sequence[Prompt], template: str, tokenizer: Any, tools: list[Any] | None = None) -> list[Prompt]:
     """The same prompts, asked with the tokens of the hint."""
     rows = [{**prompt.columns, "prompt": _with_hint(prompt, template)} for prompt in prompts]
-    asked, _ = prompt_examples(rows, tokenizer, None)
+    asked, _ = prompt_examples(rows, tokenizer, None, tools=tools)
     return [replace(prompt, input_ids=other.input_ids) for prompt, other in zip(prompts, asked, strict=True)]
 
 

@@ -34,7 +34,7 @@ class Jury:
             self.rewards,
             self.weights,
             [prompt.prompt for prompt in prompts],
-            [prompt.answered(answer.text) for prompt, answer in zip(prompts, answers, strict=True)],
+            [answer.to(prompt) for prompt, answer in zip(prompts, answers, strict=True)],
             completion_ids,
             {name: [prompt.columns.get(name) for prompt in prompts] for name in names},
             timeout=self.timeout,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from fastpost.data import Prompt
 from fastpost.models.adapters import base_of, is_adapter
 from fastpost.models.loading import load_model
 from fastpost.rollout import Sampler, Sampling, sampler_for
 from fastpost.stages.config import Asking
+from fastpost.trainers.config import Conversing
 from fastpost.trainers.log import say
 from fastpost.trainers.loop import autocast, the_device
+from fastpost.trainers.task import turns_of
+from fastpost.turns import Turns, load_tools
 
 
 def frozen(config: Asking, path: str) -> tuple[Any, Any]:
@@ -36,6 +41,10 @@ class Policy:
     sampler: Sampler
     sampling: Sampling
     precision: AbstractContextManager
+    turns: Turns | None = None  # what is said between its turns; None: it has one
+
+    def sampler_of(self, prompts: Sequence[Prompt]) -> Sampler:
+        return self.sampler if self.turns is None else self.turns.sampler(self.sampler, prompts)
 
     @staticmethod
     def of(config: Asking, path: str | None = None) -> Policy:
@@ -46,4 +55,6 @@ class Policy:
         name = base_of(path) if is_adapter(path) else path
         sampler = sampler_for(config.backend, model, tokenizer, name, sampling, say, config.generation_batch_size)
         sampler.update(model)
-        return Policy(model, tokenizer, sampler, sampling, autocast(config))
+        tools = load_tools(config.tools) if isinstance(config, Conversing) else []
+        turns = turns_of(config, tools, model, tokenizer, sampling) if isinstance(config, Conversing) else None
+        return Policy(model, tokenizer, sampler, sampling, autocast(config), turns)

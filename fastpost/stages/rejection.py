@@ -19,10 +19,11 @@ from statistics import fmean
 from typing import Any
 
 from fastpost.data import Prompt
+from fastpost.data.chat import check_generation_mask
 from fastpost.models.adapters import is_adapter
 from fastpost.models.loading import load_tokenizer
 from fastpost.models.saving import written_aside
-from fastpost.stages.asking import asked, journal_of, read_prompts
+from fastpost.stages.asking import asked, journal_of, read_prompts, schemas_of
 from fastpost.stages.config import Rejection
 from fastpost.stages.demonstrations import demonstration
 from fastpost.stages.diversity import distinct_answers, distinct_n
@@ -37,6 +38,7 @@ from fastpost.trainers import checkpoint
 from fastpost.trainers.config import Sft
 from fastpost.trainers.log import say
 from fastpost.trainers.sft import sft
+from fastpost.turns.metrics import turn_metrics
 
 Line = dict[str, Any]  # of the table
 FREE = (checkpoint.FREE - {"eval_dataset"}) | {"rounds"}  # they decide nothing of a round that is over
@@ -53,6 +55,7 @@ class Work:
     jury: Jury
     journal: Journal
     tokenizer: Any
+    schemas: list[Any] | None  # of the tools that prompts show
 
     def asked(self, policy: Policy, prompts: Sequence[Prompt], n: int, turn: str, **more: Any) -> list[Group]:
         size = self.config.generation_batch_size
@@ -81,7 +84,10 @@ def _begun(config: Rejection) -> Work:
     held_out = read_prompts(replace(config, dataset=config.eval_dataset), tokenizer) if config.eval_dataset else []
     if config.hint is not None:
         check_hint(config.hint, prompts)
-    return Work(config, prompts, held_out, jury, journal_of(config, free=FREE), tokenizer)
+    if config.converses:
+        check_generation_mask({"prompt": prompts[0].prompt}, tokenizer)
+    work = journal_of(config, free=FREE)
+    return Work(config, prompts, held_out, jury, work, tokenizer, schemas_of(config))
 
 
 def model_after(config: Rejection, number: int) -> str:
@@ -115,7 +121,7 @@ def _selected(work: Work, number: int) -> tuple[list[dict[str, Any]], Line]:
     kept = {group.key: (group, _kept(group, config)) for group in groups}
     failed = [key for key, (_, answers) in kept.items() if not answers]
     if config.hint is not None and failed:
-        prompts = hinted([work.prompts[key] for key in failed], config.hint, work.tokenizer)
+        prompts = hinted([work.prompts[key] for key in failed], config.hint, work.tokenizer, work.schemas)
         again = work.asked(policy, prompts, config.num_generations, f"round-{number}-hint", keys=failed)
         kept |= {group.key: (group, _kept(group, config)) for group in again}
     chosen = [(group, answer) for group, answers in kept.values() for answer in answers]
@@ -128,7 +134,7 @@ def _selected(work: Work, number: int) -> tuple[list[dict[str, Any]], Line]:
     rescued = sum(bool(kept[key][1]) for key in failed)
     line = line_of(groups, [answer for _, answer in chosen])
     line |= {"yield": 1 - len(failed) / len(groups), "hinted": rescued / len(groups)}
-    return [demonstration(group, answer) for group, answer in chosen], line
+    return [demonstration(group, answer, work.schemas) for group, answer in chosen], line
 
 
 def _kept(group: Group, config: Rejection) -> list[Answer]:
@@ -139,6 +145,7 @@ def line_of(groups: Sequence[Group], kept: Sequence[Answer]) -> Line:
     """What is known of all answers of a round, and of those that it trains on."""
     answers = [answer for group in groups for answer in group.answers]
     rewards = [reward for reward, _ in judged(answers)]
+    turns = turn_metrics([answer.events or {} for answer in answers])
     return {
         "reward": fmean(rewards) if rewards else None,
         "clipped_ratio": fmean(not answer.finished for answer in answers),
@@ -146,6 +153,7 @@ def line_of(groups: Sequence[Group], kept: Sequence[Answer]) -> Line:
         "rows": len(kept),
         "mean_length": fmean(answer.tokens for answer in kept),
         "distinct_2": distinct_n((answer.text for answer in kept), 2),
+        **({"calls": turns["tools/call_frequency"]} if turns else {}),
     }
 
 
@@ -156,6 +164,7 @@ def config_of_round(config: Rejection, number: int) -> Sft:
     given |= {"dataset": str(output / f"round-{number}.jsonl"), "eval_dataset": None, "seed": config.seed + number}
     given |= {"output_dir": model_after(config, number), "run_name": f"{config.run_name or output.name}-{number}"}
     given |= {"push_to_hub": config.push_to_hub and last, "hub_model_id": config.hub_model_id or output.name}
+    given["assistant_only_loss"] |= config.converses  # what tools and users said is not the model's to say
     given["resume_from_checkpoint"] = "latest" if Path(model_after(config, number)).exists() else None
     if config.train_from == "last":
         given["model"] = model_after(config, number - 1)

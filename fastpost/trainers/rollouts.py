@@ -214,7 +214,7 @@ def rollout_metrics(rollouts: Rollouts, num_generations: int) -> dict[str, float
         values |= {f"rewards/{name}/mean": each.nanmean(), f"rewards/{name}/std": _std(each)}
     for name, steps in rollouts.steps.items():
         values[f"rewards/{name}/steps"] = mean(len(row) for row in steps.rows)
-    values |= turn_metrics(rollouts.completions)
+    values |= turn_metrics([completion.events for completion in rollouts.completions])
     return {name: float(value) for name, value in (values | rollouts.scores.metrics).items()}
 
 

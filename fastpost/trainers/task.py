@@ -17,7 +17,7 @@ from fastpost.rollout.backends import sampler_for
 from fastpost.rollout.record import Where
 from fastpost.rollout.sampler import Sampler
 from fastpost.trainers.checkpoint import fingerprint
-from fastpost.trainers.config import Sampled
+from fastpost.trainers.config import Conversing, Sampled
 from fastpost.trainers.dense import Dense, parted
 from fastpost.trainers.given import GivenRewards
 from fastpost.trainers.log import say
@@ -75,17 +75,20 @@ class Task:
             where,
             fingerprint(config),
             dense,
-            _turns_of(config, tools, model, tokenizer) if tools or config.user else None,
+            turns_of(config, tools, model, tokenizer, sampling),
         )
 
 
-def _turns_of(config: Sampled, tools: Sequence[Tool], model: Any, tokenizer: Any) -> Turns:
+def turns_of(config: Conversing, tools: Sequence[Tool], model: Any, tokenizer: Any, sampling: Sampling) -> Turns | None:
+    """What is between the turns of a model; None: it has one."""
+    if not tools and not config.user:
+        return None
     return load_turns(
         tools,
         model,
         tokenizer,
         config.tool_limits,
-        config.sampling(),
+        sampling,
         say,
         max_tool_calling_iterations=config.max_tool_calling_iterations,
         user=config.user,

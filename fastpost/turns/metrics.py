@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from fastpost.rollout import Completion
+from collections.abc import Mapping, Sequence
 
 
-def turn_metrics(completions: Sequence[Completion]) -> dict[str, float]:
-    """Of completions that may have had several turns; nothing where none could.
+def turn_metrics(events: Sequence[Mapping[str, int]]) -> dict[str, float]:
+    """Of the events of completions that may have had several turns; nothing where none could.
 
     turns/mean                turns of the policy in a completion
     turns/limited, overlong   share of completions that were not answered: too many calls, or no room for the answer
@@ -18,12 +16,12 @@ def turn_metrics(completions: Sequence[Completion]) -> dict[str, float]:
     tools/failure_frequency   share of calls without a result: malformed, unknown, raised, late (TRL's)
     tools/malformed, timeouts, truncated   how many calls
     """
-    S = len(completions)
-    if not any(completion.events for completion in completions):
+    S = len(events)
+    if not any(events):
         return {}
 
     def total(name: str) -> int:
-        return sum(completion.events.get(name, 0) for completion in completions)
+        return sum(each.get(name, 0) for each in events)
 
     calls, answers = total("calls"), total("turns") - S
     return {

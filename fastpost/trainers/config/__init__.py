@@ -4,6 +4,7 @@ A field's metadata are its group, its one line of help with the unit, and its do
 keys and `--help` from them. A config that exists has been checked.
 """
 
+from fastpost.trainers.config.conversing import Conversing
 from fastpost.trainers.config.distill import Distill
 from fastpost.trainers.config.drawn import Engined, Rewarded
 from fastpost.trainers.config.groups import DATA, GROUPS, LOSS, MODEL, PLAN, ROLLOUT, RUN, STEPS
@@ -28,6 +29,7 @@ __all__ = [
     "STEPS",
     "Clipped",
     "Contrasted",
+    "Conversing",
     "Cpo",
     "Demo",
     "Distill",

@@ -30,5 +30,10 @@ class Conversing:
     max_user_turns: int = option(4, ROLLOUT, "times that the user answers in a completion", above=0)
 
     @property
+    def converses(self) -> bool:
+        """Whether a completion may have several turns, by these fields."""
+        return bool(self.tools or self.user)
+
+    @property
     def tool_limits(self) -> Limits:
         return Limits(self.tool_timeout, self.tool_memory_mb, self.tool_output_bytes)
