@@ -42,6 +42,22 @@ def test_work_of_another_run_is_refused_by_what_differs(tmp_path: Path):
         Journal(tmp_path / "work.jsonl", FACTS | {"top_k": 5})
 
 
+@pytest.mark.parametrize("changed", ["rows.jsonl", "mine.py", "model/model.safetensors"])
+def test_work_on_what_a_file_held_before_is_refused(tmp_path: Path, changed: str):
+    (tmp_path / "model").mkdir()
+    for name in ("rows.jsonl", "mine.py", "model/model.safetensors"):
+        (tmp_path / name).write_text("one")
+    facts = {"dataset": f"{tmp_path}/rows.jsonl", "reward": [f"{tmp_path}/mine.py:right"], "hint": "x" * 5000, "n": 3}
+    facts |= {"model": f"{tmp_path}/model"}
+    Journal(tmp_path / "work.jsonl", facts).add({"0": "a"})
+    (tmp_path / "model" / "metrics.jsonl").write_text("no part of a model")
+    assert "0" in Journal(tmp_path / "work.jsonl", facts)
+    (tmp_path / changed).write_text("other")
+    named = tmp_path / changed.removesuffix("/model.safetensors")
+    with pytest.raises(ValueError, match=f"done with the contents of {named} '[0-9a-f]+', not '[0-9a-f]+'"):
+        Journal(tmp_path / "work.jsonl", facts)
+
+
 def test_another_file_is_not_written_over(tmp_path: Path):
     (tmp_path / "work.jsonl").write_text("a diary\n")
     with pytest.raises(ValueError, match=r"is not what a stage wrote"):

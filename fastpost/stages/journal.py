@@ -1,24 +1,27 @@
 """Finished work on the disk, a line of JSON each: [key, value], in the order in which it was done.
 
 A stage that is killed and begun again by the same command finds there what it need not do again. The first line has
-the facts that decide results; a journal of other facts is refused by the first of them that differs. A line that was
-being written when the process died is no line.
+the facts that decide results, and what is in the files that they name: rows, functions, weights; a journal of others is
+refused by the first that differs. A line that was being written when the process died is no line.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+LARGE = (".safetensors", ".bin", ".arrow")
+
 
 class Journal:
     """What is done, by key; `add` puts more on the disk before it returns."""
 
     def __init__(self, file: Path, facts: Mapping[str, Any]):
-        self.file, facts = file, json.loads(json.dumps(facts))
+        self.file, facts = file, json.loads(json.dumps({**facts, **contents(facts)}))
         file.parent.mkdir(parents=True, exist_ok=True)
         whole, lines = _lines(file)
         if lines:
@@ -71,6 +74,23 @@ def _check(file: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
                 f"{file} holds work that was done with {name} {then.get(name)!r}, not {now.get(name)!r}: go on with "
                 "that, or choose another output_dir"
             )
+
+
+def contents(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of what the facts name, alone or in a list: a file, a function in one, a directory of weights."""
+    values = [each for x in facts.values() for each in (x if isinstance(x, list | tuple) else [x])]
+    texts = [each for each in values if each and isinstance(each, str)]
+    paths = dict.fromkeys(path for text in texts for path in (text, text.rpartition(":")[0]) if os.path.exists(path))
+    return {f"the contents of {path}": digest for path in paths if (digest := _digest(Path(path)))}
+
+
+def _digest(path: Path) -> str:
+    """Large files, which a directory has, by size and time; nothing for a directory of others."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    found = [(file.name, file.stat()) for file in sorted(path.iterdir()) if file.suffix in LARGE]
+    said = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in found]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16] if said else ""
 
 
 def through(journal: Journal, name: str, n: int, size: int, work: Callable[[Sequence[int]], list[Any]]) -> list[Any]:
