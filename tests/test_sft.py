@@ -172,6 +172,18 @@ def test_resuming_with_another_setting_says_so(files: Path, tmp_path: Path, caps
     assert "resuming with another learning_rate: 0.0001, in the checkpoint 0.003" in capsys.readouterr().err
 
 
+def test_resuming_with_other_rows_says_so(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((files / "sums.jsonl").read_text())
+    config = config_of(files, tmp_path / "out", dataset=rows, max_steps=3)
+    sft(config)
+    sft(replace(config, max_steps=4, resume_from_checkpoint="latest"))
+    assert "examples to train on" not in capsys.readouterr().err
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
+    sft(replace(config, max_steps=5, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3")))
+    assert "resuming with 19 examples to train on, not 20 as before" in capsys.readouterr().err
+
+
 def test_epochs_end_where_the_rows_do(files: Path, tmp_path: Path):
     sft(config_of(files, tmp_path / "out", max_steps=-1, num_train_epochs=1, save_steps=0))
     lines = read_lines(tmp_path / "out" / "metrics.jsonl")

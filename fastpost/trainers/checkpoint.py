@@ -45,6 +45,7 @@ class State:
     best: dict[str, float] | None = None  # {"step": ..., "value": ...} of metric_for_best_model
     extra: int = 0  # of the rows, those that rounds took besides their own
     pending: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # of the log's next line
+    examples: int = 0  # that there were to train on; 0: it was not noted
 
 
 # ---- writing ----

@@ -61,6 +61,10 @@ class Run:
         self.total = self.step + left * iterations
         if not left and self.world.first:
             say(f"nothing is left to train: {self.step} steps are done; max_steps or num_train_epochs say how many")
+        if (then := start.state.examples) not in (0, rows) and self.world.first:
+            say(
+                f"resuming with {rows} examples to train on, not the {then} of before: their order is another from here on"
+            )
         self.kept: dict[str, Any] = dict(start.state.kept)  # what a verb wants to find again on resume; JSON
         self._best = start.state.best
         self._round = self.step  # where the round at hand began
@@ -169,8 +173,8 @@ class Run:
         self._evaluated = {}
         self._asked_to_stop = self.world.any(self._asked_to_stop)
         if better or self._asked_to_stop or due(self._round, self.step, self.config.save_steps):
-            log = self.log
-            state = State(self.step, self.taken, log.num_tokens, self.kept, self._best, self.extra, log.pending)
+            where = (self.step, self.taken, self.log.num_tokens)
+            state = State(*where, self.kept, self._best, self.extra, self.log.pending, self.rows)
             checkpoint.save(self.config, self.start, state)
             prune(Where(self.output), checkpoint.oldest(self.output))
         if self._asked_to_stop:
