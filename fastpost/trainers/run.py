@@ -62,9 +62,7 @@ class Run:
         if not left and self.world.first:
             say(f"nothing is left to train: {self.step} steps are done; max_steps or num_train_epochs say how many")
         if (then := start.state.examples) not in (0, rows) and self.world.first:
-            say(
-                f"resuming with {rows} examples to train on, not the {then} of before: their order is another from here on"
-            )
+            say(f"resuming with {rows} examples to train on, not {then} as before: their order is another")
         self.kept: dict[str, Any] = dict(start.state.kept)  # what a verb wants to find again on resume; JSON
         self._best = start.state.best
         self._round = self.step  # where the round at hand began
