@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+import tiny
 from fastpost.rollout import Completion, Sampling
 from fastpost.sums import make_tokenizer
 
@@ -22,6 +23,16 @@ TEMPLATE = (
     "{{ call.function.arguments | tojson }}}</tool_call>{% endfor %}<eos>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# A file of a tool: whoever runs it imports the whole file, for each call.
+ROLL = '''
+def roll(sides: int) -> str:
+    """Rolls a die.
+
+    Args:
+        sides: How many sides it has.
+    """
+    return str(1 + 7 % sides)
+'''
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
 
 
@@ -31,6 +42,13 @@ def tokenizer(texts: Sequence[str] = ("calculator 12*34",)) -> Any:
     made.add_tokens([AddedToken("<tool_call>", normalized=False), AddedToken("</tool_call>", normalized=False)])
     made.chat_template = TEMPLATE
     return made
+
+
+def model() -> Any:
+    """A small one of this vocabulary."""
+    ids = tokenizer()
+    shape = {"eos_token_id": ids.eos_token_id, "pad_token_id": ids.pad_token_id}
+    return tiny.model("qwen3", vocab_size=len(ids), max_position_embeddings=256, **shape)
 
 
 def call(name: str, **arguments: Any) -> str:

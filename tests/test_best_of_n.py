@@ -5,11 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -198,34 +193,6 @@ def test_the_same_command_again_asks_for_nothing(files: Path, tmp_path: Path, mo
     assert (tmp_path / "work.jsonl").read_bytes() == work
     monkeypatch.setattr("fastpost.stages.asking._groups", None)
     assert best_of_n(config) == first
-
-
-@pytest.mark.slow
-def test_killed_it_leaves_what_it_would_have_left(files: Path, tmp_path: Path):
-    def begun(out: Path) -> subprocess.Popen:
-        fields = {"model": files / "model", "dataset": files / "same.jsonl", "output_dir": out, "seed": 3}
-        fields |= {"reward": f"{files}/rewards.py:place", "generation_batch_size": 16, "max_completion_length": 8}
-        words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        command = [sys.executable, "-m", "fastpost.cli", "best-of-n", *words]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    shown, said = begun(whole).communicate(timeout=300)
-    assert "KL at most" in shown, said
-    for lines in (20, 150):
-        process, until = begun(killed), time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < until:
-            if (killed / "work.jsonl").exists() and (killed / "work.jsonl").read_bytes().count(b"\n") >= lines:
-                break
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL and not (killed / "best.jsonl").exists()
-    assert begun(killed).communicate(timeout=300)[0] == shown
-    for name in ("work.jsonl", "best.jsonl", "report.json"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_bad_input_is_named(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
@@ -179,30 +175,6 @@ def test_what_is_done_is_not_done_again_and_a_model_may_join(
     assert not calls and again.comparisons == first.comparisons
     with pytest.raises(ValueError, match="work that was done with seed 1, not 2"):
         evaluate(config_of(files, tmp_path, "a", "b", judge=f"{files}/mine.py:long", seed=2))
-
-
-@pytest.mark.slow
-def test_a_killed_one_ends_with_the_report_of_one_that_was_not(files: Path, tmp_path: Path):
-    flags = ["--model", "a", "b", "--dataset", "sums.jsonl", "--reward", "mine.py:digits", "--num_generations", "4"]
-    flags += ["--generation_batch_size", "4", "--max_completion_length", "40", "--reference", "a"]
-
-    def begun(out: str) -> subprocess.Popen:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "fastpost.cli", "eval", *flags, "--output_dir", out]
-        return subprocess.Popen(command, cwd=files, env=environment, stdout=subprocess.PIPE)
-
-    assert begun("straight").wait(300) == 0
-    for lines in (1, 5, 14, 20):
-        process = begun("killed")
-        journals = [files / "killed" / "models" / name / "work.jsonl" for name in "ab"]
-        while process.poll() is None and sum(len(j.read_text().splitlines()) for j in journals if j.exists()) <= lines:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait(60)
-        assert process.returncode == -signal.SIGKILL
-    assert begun("killed").wait(300) == 0
-    straight, killed = (json.loads((files / out / "report.json").read_text()) for out in ("straight", "killed"))
-    assert straight["models"] == killed["models"] and straight["comparisons"] == killed["comparisons"]
 
 
 # ---- who wins, refusals, pairs ----

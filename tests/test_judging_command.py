@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,6 +20,7 @@ from fastpost.judging.command import judge
 from fastpost.judging.config import JudgePairs
 from fastpost.judging.pairs import read_judged
 from fastpost.judging.spec import read_specs
+from killing import begun, ended, killed
 
 ROOT = Path(__file__).resolve().parents[1]
 N = 60
@@ -206,19 +203,11 @@ def test_kill_9_at_random_moments_and_the_report_is_the_same(tmp_path: Path):
             file.unlink()
         server.seen.clear()
         words = ["judge", str(directory / "pairs.jsonl"), "--judge", str(directory / "judge.yaml"), "--batch_size", "8"]
-        command = [sys.executable, "-m", "fastpost.cli", *words, "--output_dir", str(directory / "killed")]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        kills = 0
-        for _ in range(20):
-            before = len(server.seen)
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            while process.poll() is None and len(server.seen) < before + 30:
-                time.sleep(0.01)
-            if process.poll() is not None:
-                break
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-        assert process.returncode == 0 and kills >= 2
+        words += ["--output_dir", str(directory / "killed")]
+        draw, kills = random.Random(0), 3
+        for _ in range(kills):
+            seen = len(server.seen)
+            killed(begun(words, directory), lambda: len(server.seen) >= seen + 30, draw)  # noqa: B023
+        ended(begun(words, directory))
         assert len(server.seen) <= 2 * N + kills * 8  # what was under way is asked again, and nothing else
     assert json.loads((directory / "killed" / "report.json").read_text()) == straight

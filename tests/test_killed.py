@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 
+import talking
 import tiny
-from fastpost.cli import VERBS as commands
+from fastpost.cli import VERBS
 from fastpost.trainers.config import Training
+from killing import FASTPOST, ROOT, begun, ended, flags_of, killed, lines
 from timeless import timeless
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[1]
+CALLING = (str(ROOT / "tests" / "calling.py"),)  # fastpost, with a policy that calls a tool
 PAIRS = {"dataset": "pairs.jsonl"}
 SAMPLED = {"dataset": "prompts.jsonl", "reward": "rewards.py:capitals", "max_completion_length": 6}
-# verb -> its own fields
-VERBS: dict[str, dict[str, object]] = {
+TALKS = {"model": "talker", "dataset": "talks.jsonl", "tools": "tools.py:roll", "max_completion_length": 80}
+# a verb, and what tells its cases apart -> its own fields
+CASES: dict[str, dict[str, object]] = {
     "sft": {"dataset": "sums.jsonl"},
     "dpo": PAIRS,
     "cpo": PAIRS,
@@ -40,7 +39,14 @@ VERBS: dict[str, dict[str, object]] = {
     "rloo": SAMPLED,
     "reinforce": SAMPLED,
     "ppo": SAMPLED | {"lora_r": 2, "num_ppo_epochs": 1},
+    "grpo, tools": SAMPLED | TALKS | {"num_generations": 2},
+    "ppo, tools": SAMPLED | TALKS | {"lora_r": 2, "num_ppo_epochs": 1},
 }
+REWARDS = """
+def capitals(completions, **columns):
+    texts = [said if isinstance(said, str) else said[-1]["content"] for said in completions]
+    return [sum('A' <= x <= 'Z' for x in text) / 6 for text in texts]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -49,38 +55,29 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("model", "teacher")):
         tiny.model("qwen3", seed=seed).save_pretrained(directory / name)
         tiny.tokenizer().save_pretrained(directory / name)
+    talking.model().save_pretrained(directory / "talker")
+    talking.tokenizer().save_pretrained(directory / "talker")
     sums = [(f"{a}+{b}=", a + b) for a in range(5) for b in range(4)]
     rows = {
         "sums": [{"prompt": asked, "completion": str(c)} for asked, c in sums],
         "pairs": [{"prompt": asked, "chosen": str(c), "rejected": str(c + 1)} for asked, c in sums],
         "prompts": [{"prompt": asked} for asked, _ in sums],
+        "talks": [{"prompt": [{"role": "user", "content": asked}]} for asked, _ in sums],
         "steps": [{"prompt": x, "completions": ["so", str(c)], "labels": [True, c % 2 == 0]} for x, c in sums],
     }
     for name, each in rows.items():
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
-    (directory / "rewards.py").write_text(
-        "def capitals(completions, **columns):\n    return [sum('A' <= x <= 'Z' for x in t) / 6 for t in completions]\n"
-    )
+    (directory / "rewards.py").write_text(REWARDS)
+    (directory / "tools.py").write_text(talking.ROLL)
     return directory
 
 
-def command(verb: str, out: str) -> list[str]:
+def started(case: str, files: Path, out: str) -> subprocess.Popen:
     fields = {"model": "model", "output_dir": out, "max_steps": 12, "save_steps": 1, "save_total_limit": 2}
     fields |= {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
-    fields |= VERBS[verb] | {"resume_from_checkpoint": "latest"}
-    flags = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "fastpost.cli", verb, *flags]
-
-
-def begun(verb: str, files: Path, out: str) -> subprocess.Popen:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.Popen(command(verb, out), cwd=files, env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def ended(process: subprocess.Popen) -> None:
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    fields |= CASES[case] | {"resume_from_checkpoint": "latest"}
+    words = [case.split(",")[0], *flags_of(fields)]
+    return begun(words, files, CALLING if "tools" in fields else FASTPOST)
 
 
 def weights(directory: Path) -> dict[str, bytes]:
@@ -93,28 +90,22 @@ def lines_of(out: Path) -> list[dict[str, object]]:
 
 
 def test_every_verb_that_trains_is_killed():
-    trains = {name for name, (config, _) in commands.items() if issubclass(config, Training)}
-    assert VERBS.keys() == {name for name in trains if not name.startswith("plan ")} - {"rejection"}  # test_rejection
+    trains = {name for name, (config, _) in VERBS.items() if issubclass(config, Training)}
+    trains = {name for name in trains if not name.startswith("plan ")} - {"rejection"}  # test_rejection
+    assert {case.split(",")[0] for case in CASES} == trains
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_killed_run_resumes_to_the_same_bits(verb: str, files: Path):
-    straight = begun(verb, files, f"{verb}-straight")
-    ended(straight)
-    draw, out = random.Random(verb), files / f"{verb}-killed"
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_run_resumes_to_the_same_bits(case: str, files: Path):
+    straight, out = files / f"{case}, straight", files / f"{case}, killed"
+    ended(started(case, files, straight.name))
+    draw, metrics = random.Random(case), out / "metrics.jsonl"
     for _ in range(2):
-        process = begun(verb, files, out.name)
-        # from its first line on there is something to lose
-        lines = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
-        wanted, until = lines + draw.randint(1, 3), time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < until:
-            if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= wanted:
-                break
-            time.sleep(0.01)
-        time.sleep(draw.random() * 0.05)  # somewhere in a step, in a save, or between them
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    ended(begun(verb, files, out.name))
-    assert weights(out) == weights(files / f"{verb}-straight")
+        wanted = lines(metrics) + draw.randint(1, 3)  # from its first line on there is something to lose
+        killed(started(case, files, out.name), lambda n=wanted: lines(metrics) >= n, draw)
+    ended(started(case, files, out.name))
+    assert weights(out) == weights(straight)
     assert [line["step"] for line in lines_of(out)] == list(range(1, 13))
-    assert lines_of(out) == lines_of(files / f"{verb}-straight")
+    assert lines_of(out) == lines_of(straight)
+    if "tools" in CASES[case]:
+        assert all(line["tools/call_frequency"] >= 1 for line in lines_of(out))

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,6 +23,7 @@ from fastpost.stages.rejection import rejection
 from fastpost.trainers.config import Sft
 from fastpost.trainers.loop import seed_of
 from fastpost.trainers.sft import sft
+from killing import begun, ended, flags_of, killed, lines
 
 ROOT = Path(__file__).resolve().parents[1]
 # A reward that a random model gets now and then, and that must not see a hint.
@@ -197,44 +194,22 @@ def test_stopped_amid_a_round(
     assert_the_same(tmp_path, straight)
 
 
-def words_of(fields: dict[str, Any]) -> list[str]:
-    listed = {name: value if isinstance(value, tuple) else (value,) for name, value in fields.items()}
-    return [word for name, values in listed.items() for word in (f"--{name}", *map(str, values))]
-
-
-def begun(files: Path, out: str) -> subprocess.Popen:
-    fields = FIELDS | {"model": "model", "dataset": "prompts.jsonl", "eval_dataset": "held_out.jsonl"}
-    fields |= {"reward": "rewards.py:digits", "output_dir": out}
-    flags = words_of(fields)
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "fastpost.cli", "rejection", *flags]
-    return subprocess.Popen(command, cwd=files, env=environment, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
 def test_killed_it_ends_with_the_same_bits(files: Path):
     """Each kill is a bit later in the work than the one before."""
 
-    def done(out: Path) -> int:
-        names = [out / "work.jsonl", *out.glob("round-*/metrics.jsonl")]
-        return sum(len(name.read_bytes().splitlines()) for name in names if name.exists())
+    def words(out: str) -> list[str]:
+        fields = FIELDS | {"model": "model", "dataset": "prompts.jsonl", "eval_dataset": "held_out.jsonl"}
+        return ["rejection", *flags_of(fields | {"reward": "rewards.py:digits", "output_dir": out})]
 
-    whole = begun(files, "whole")
-    _, said = whole.communicate(timeout=300)
-    assert whole.returncode == 0, said
+    def done(out: Path) -> int:
+        return lines(out / "work.jsonl", *out.glob("round-*/metrics.jsonl"))
+
+    ended(begun(words("whole"), files))
     draw, out, end = random.Random(0), files / "killed", done(files / "whole")
     for share in (0.1, 0.35, 0.6, 0.85):
-        process, until = begun(files, "killed"), time.monotonic() + 120
-        while process.poll() is None and done(out) < share * end and time.monotonic() < until:
-            time.sleep(0.01)
-        time.sleep(draw.random() * 0.1)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    last = begun(files, "killed")
-    _, said = last.communicate(timeout=300)
-    assert last.returncode == 0, said
+        killed(begun(words("killed"), files), lambda n=share * end: done(out) >= n, draw)
+    ended(begun(words("killed"), files))
     assert_the_same(out, files / "whole")
 
 
@@ -262,10 +237,10 @@ def test_a_round_without_an_answer_and_a_hint_without_its_column(
 ):
     fields = FIELDS | {"model": files / "model", "dataset": files / "prompts.jsonl", "output_dir": tmp_path / "out"}
     fields |= {"reward": f"{files}/rewards.py:digits", "select_threshold": 1000}
-    words = words_of(fields)
+    words = flags_of(fields)
     assert main(["rejection", *words, "--hint", "{prompt}{solution}"]) == 2
     assert "rows without 'solution'" in capsys.readouterr().err
     assert main(["rejection", *words]) == 2
     assert "of 16 prompts with 4 answers each, none has one that ended and got at least 1000" in capsys.readouterr().err
-    assert main(["rejection", *words_of(fields | {"seed": 9})]) == 2
+    assert main(["rejection", *flags_of(fields | {"seed": 9})]) == 2
     assert "holds work that was done with seed 3, not 9" in capsys.readouterr().err

@@ -1,13 +1,8 @@
-"""Monte-Carlo labels of steps: shares of completions that are right, what goes on after a kill, and what prm reads."""
+"""Monte-Carlo labels of steps: shares of completions that are right, where work goes on, and what prm reads."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +11,6 @@ import pytest
 pytest.importorskip("transformers")
 
 import tiny
-from fastpost.cli import main
 from fastpost.data import check_columns
 from fastpost.files import read_rows
 from fastpost.rollout import Completion
@@ -122,24 +116,3 @@ def test_labels_are_the_same_whatever_the_batches_and_wherever_it_stopped(files:
         assert (out / "steps.jsonl").read_bytes() == wanted
     with pytest.raises(ValueError, match="holds work that was done with num_completions 4, not 5"):
         prm_label(config_of(files, tmp_path / "whole", num_completions=5))
-
-
-@pytest.mark.slow
-def test_a_killed_stage_goes_on(files: Path, tmp_path: Path):
-    words = [str(word) for name, x in fields(files, tmp_path / "killed").items() for word in (f"--{name}", x)]
-    command = [sys.executable, "-m", "fastpost.cli", "prm-label", *words]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    work = tmp_path / "killed" / "work.jsonl"
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
-    until = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < until:
-        if work.exists() and work.read_bytes().count(b"\n") > 3:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert main(["prm-label", *words]) == 0
-    prm_label(config_of(files, tmp_path / "straight"))
-    names = ("steps.jsonl", "report.json")
-    killed, straight = ([(tmp_path / out / name).read_bytes() for name in names] for out in ("killed", "straight"))
-    assert killed == straight

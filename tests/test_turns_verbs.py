@@ -14,8 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import talking
-import tiny
-from fastpost.rollout import Completion
+from calling import rolls_first
 from fastpost.rollout.sampler import Generate
 from fastpost.trainers.config import Grpo, Ppo
 from fastpost.trainers.grpo import grpo
@@ -45,12 +44,8 @@ def length(completions, **_):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("files")
-    tokenizer = talking.tokenizer()
-    shape = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    tiny.model("qwen3", vocab_size=len(tokenizer), max_position_embeddings=256, **shape).save_pretrained(
-        directory / "model"
-    )
-    tokenizer.save_pretrained(directory / "model")
+    talking.model().save_pretrained(directory / "model")
+    talking.tokenizer().save_pretrained(directory / "model")
     rows = [{"prompt": [{"role": "user", "content": f"{i}*3"}]} for i in range(8)]
     (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (directory / "tools.py").write_text(TOOLS)
@@ -59,17 +54,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random model hardly writes a call: its first turns become one, the later ones stay its own."""
-    generate = Generate.__call__
-
-    def called(self: Any, prompt_ids: Any, sampling: Any, n: int = 1, keys: Any = None) -> list[Completion]:
-        found, tokenizer = generate(self, prompt_ids, sampling, n, keys), self.tokenizer
-        texts = [tokenizer.decode(ids) for ids in prompt_ids for _ in range(n)]
-        call = [*tokenizer(talking.call("roll", sides=6)).input_ids, tokenizer.eos_token_id]
-        turn = Completion(call, True, [-5.0] * len(call))
-        return [each if "<|tool|>" in text else turn for each, text in zip(found, texts, strict=True)]
-
-    monkeypatch.setattr(Generate, "__call__", called)
+    monkeypatch.setattr(Generate, "__call__", rolls_first(Generate.__call__))
 
 
 def fields_of(files: Path, out: Path, **changes: Any) -> dict[str, Any]:
