@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastpost.rewards import Reward, load_reward, score
+from fastpost.rewards import Reward, load_reward, load_rewards, score
 from fastpost.rewards.answers import exact_match, last_number, number_match
 from fastpost.rewards.formats import think_format
 
@@ -185,6 +185,17 @@ def test_a_reward_is_loaded_by_name_or_from_a_file(tmp_path):
     )
     loaded = load_reward(f"{file}:longest")
     assert loaded.name == "longest" and loaded.function(["ab"]) == [2 * math.pi]
+
+
+def test_rewards_of_one_name_are_told_apart_by_their_places(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.py").write_text(f"def score(completions, **_): return [ord({name!r})] * len(completions)")
+    specs = [f"{tmp_path}/a.py:score", "exact_match", f"{tmp_path}/b.py:score"]
+    found = load_rewards(specs)
+    assert [reward.name for reward in found] == ["score.1", "exact_match", "score.3"]
+    scores = score([found[0], found[2]], [1.0, 2.0], ["p"], ["c"], [[1]], {})
+    assert {name: float(x) for name, x in scores.by_function.items()} == {"score.1": 97, "score.3": 98}
+    assert float(scores.rewards) == 97 + 2 * 98
 
 
 def test_a_reward_that_cannot_be_loaded_is_named_with_the_nearest(tmp_path):

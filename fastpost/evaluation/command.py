@@ -14,7 +14,7 @@ from fastpost.evaluation.plot import drawn, panels_of
 from fastpost.evaluation.samples import Bench, answers_of
 from fastpost.evaluation.summary import Summary, summary
 from fastpost.evaluation.table import table
-from fastpost.rewards import load_reward
+from fastpost.rewards import load_rewards
 from fastpost.stages.journal import Journal
 from fastpost.stages.rows import write_bytes, write_json
 
@@ -41,8 +41,9 @@ def _models(config: Eval) -> tuple[list[Summary], list[Comparison]]:
 
 def _pairs(config: Eval) -> dict[str, PairAccuracy]:
     path, found = config.pairs_dataset, {}
-    for spec in (config.pairs_reward or config.reward) if path is not None else ():
-        reward, size = load_reward(spec), config.generation_batch_size
+    specs = (config.pairs_reward or config.reward) if path is not None else ()
+    for spec, reward in zip(specs, load_rewards(specs), strict=True):
+        size = config.generation_batch_size
         journal = Journal(Path(config.output_dir) / "pairs" / f"{reward.name}.jsonl", {"reward": spec, "dataset": path})
         judged = judged_pairs(str(path), reward, journal, size, config.reward_timeout)
         found[reward.name] = pair_accuracy(judged, config.intervals)

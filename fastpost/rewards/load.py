@@ -6,8 +6,8 @@ A built-in with settings is written as a call, `repetition_penalty_reward(ngram_
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +119,17 @@ def load_reward(spec: str, *, of_steps: bool = False) -> Reward:
             raise ValueError(f"reward {spec!r} names a file but no function in it: write {spec}:function")
         return _builtin(spec, spec, {})
     return Reward(name, user_function(spec, "reward"))
+
+
+def told_apart(rewards: Sequence[Reward]) -> list[Reward]:
+    """Of one name, each with its place among all behind it, as their weights are ordered: score.1, score.3."""
+    names = [reward.name for reward in rewards]
+    return [
+        replace(reward, name=f"{reward.name}.{i}") if names.count(reward.name) > 1 else reward
+        for i, reward in enumerate(rewards, 1)
+    ]
+
+
+def load_rewards(specs: Sequence[str]) -> list[Reward]:
+    """Each by its own name."""
+    return told_apart([load_reward(spec) for spec in specs])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fastpost.data import Prompt
-from fastpost.rewards import Reward, load_reward, score
+from fastpost.rewards import Reward, load_rewards, score
 from fastpost.stages.groups import Answer
 from fastpost.trainers.config import Rewarded
 
@@ -23,7 +23,7 @@ class Jury:
 
     @staticmethod
     def of(config: Rewarded) -> Jury:
-        return Jury([load_reward(spec) for spec in config.reward], config.reward_weights, config.reward_timeout)
+        return Jury(load_rewards(config.reward), config.reward_weights, config.reward_timeout)
 
     def judged(
         self, prompts: Sequence[Prompt], answers: Sequence[Answer], completion_ids: Sequence[Sequence[int]]

@@ -11,7 +11,7 @@ from typing import Any
 from fastpost.data import Counts, Prompt, prompt_examples
 from fastpost.files import Rows
 from fastpost.models.adapters import base_of, is_adapter
-from fastpost.rewards import Reward, given_reward, load_reward
+from fastpost.rewards import Reward, given_reward, load_reward, told_apart
 from fastpost.rollout import Sampling
 from fastpost.rollout.backends import sampler_for
 from fastpost.rollout.record import Where
@@ -113,7 +113,7 @@ def rewards_of(config: Sampled, given: GivenRewards) -> list[Reward]:
     weights, wanted = config.reward_weights, len(found) + model
     if weights is not None and len(weights) != wanted:
         raise ValueError(f"reward_weights must hold one number for each of the {wanted} rewards, got {len(weights)}")
-    return found
+    return told_apart(found)
 
 
 def sampled_prompts(
