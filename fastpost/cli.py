@@ -20,6 +20,7 @@ from typing import Any
 
 from fastpost.doctor.config import Doctor
 from fastpost.evaluation.config import Eval
+from fastpost.files import read_yaml
 from fastpost.judging.config import JudgePairs
 from fastpost.planning import config as planned
 from fastpost.report.config import Report
@@ -157,7 +158,7 @@ def read_config(cls: type, words: list[str]) -> Any:
     """The config that flags and, under them, a YAML file describe."""
     flags = read_flags(cls, words)
     path = flags.pop("config", None)
-    values = (read_yaml(cls, path) if path is not None else {}) | flags
+    values = (read_keys(cls, path) if path is not None else {}) | flags
     missing = [f.name for f in dataclasses.fields(cls) if is_needed(f) and values.get(f.name) in (None, "", [])]
     if missing:
         raise ValueError(f"{', '.join(missing)} must be given, as a flag (--{missing[0]} ...) or in the --config file")
@@ -202,16 +203,9 @@ def split_flags(words: list[str]) -> Iterator[tuple[str, list[str]]]:
         yield flag, ([value] if equals else []) + words[start + 1 : end]
 
 
-def read_yaml(cls: type, path: str) -> dict[str, Any]:
+def read_keys(cls: type, path: str) -> dict[str, Any]:
     """The keys of a YAML file, safe-loaded; each must be a field."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the config {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path, "config")
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -1,8 +1,9 @@
-"""Files -> rows: .jsonl, .json, .parquet, or what `datasets` saved; what is wrong is named with its line and column."""
+"""Files -> rows: .jsonl, .json, .parquet, or what `datasets` saved; and YAML. What is wrong is named with its line."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,41 @@ def read_rows(path: str | PathLike[str]) -> Rows:
     if not len(rows):
         raise ValueError(f"{path} has no rows")
     return rows
+
+
+# ---- YAML ----
+
+
+def read_yaml(path: str | PathLike[str], what: str) -> Any:
+    """What a YAML file has, safe-loaded; `what` says in messages what it is. Of a key that is there twice YAML would
+    take the last without a word."""
+    import yaml
+
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        twice = next(_repeated(yaml.compose(text, yaml.SafeLoader)), None)
+        found = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the {what} {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if twice is not None:
+        raise ValueError(f"{path}, line {twice.start_mark.line + 1}: the key {twice.value!r} is there a second time")
+    return found
+
+
+def _repeated(root: Any) -> Iterator[Any]:
+    """Nodes of keys that are in their mapping already."""
+    left, seen = [root], set()
+    while left:
+        node = left.pop()
+        if node is None or isinstance(node.value, str) or id(node) in seen:
+            continue
+        seen.add(id(node))  # an alias is the node itself
+        pairs = [pair for pair in node.value if isinstance(pair, tuple)]
+        keys = set()
+        for key, _ in pairs:
+            if (key.tag, str(key.value)) in keys:
+                yield key
+            keys.add((key.tag, str(key.value)))
+        left += [value for _, value in pairs] or node.value

@@ -96,6 +96,7 @@ def test_bad_words_are_named_in_one_line(capsys: pytest.CaptureFixture, words: l
         ("!!python/object/apply:os.system ['true']\n", "{file} is not YAML"),
         ("config: other.yaml\n", "unknown key 'config'"),
         ("model: 5\n", "model must be text, got 5"),
+        ("model: a\nseed: 1\nmodel: b\n", "{file}, line 3: the key 'model' is there a second time"),
         ("max_steps: true\n", "max_steps must be a whole number, got True"),
     ],
 )

@@ -101,8 +101,8 @@ MAY_IMPORT = {
     "report": ("watching", "trainers"),
     "planning": ("types", "core.quantised", "core.sweep", "core.eager", "models", "rollout", "trainers"),
     "cli": (
-        *("", "types", "data", "models", "rewards", "trainers", "report", "planning", "doctor", "judging", "stages"),
-        *("evaluation", "demo"),
+        *("", "types", "files", "data", "models", "rewards", "trainers", "report", "planning", "doctor", "judging"),
+        *("stages", "evaluation", "demo"),
     ),
 }
 # Doors that lead up, opened when called and not on import: (module, what it imports).

@@ -185,6 +185,7 @@ def test_both_phases_run_on_a_model(files: Path, tmp_path: Path, capsys: pytest.
         ("principle: x\n", "must be a list of principles"),
         ("- {name: a, critique: b}\n", "principle 1 must have a text for revise and prefer"),
         ("- {name: a, critic: b}\n", "unknown key 'critic' .did you mean 'critique'"),
+        ("- {name: a,\n   prefer: b, prefer: c}\n", "line 2: the key 'prefer' is there a second time"),
         ("- a\n- a\n", "two principles of the name 'a'"),
         ("[", "is not YAML"),
     ],

@@ -10,10 +10,10 @@ from __future__ import annotations
 import string
 from dataclasses import dataclass, fields
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from fastpost.files import read_yaml
 from fastpost.trainers.config import DATA, MODEL, ROLLOUT, RUN
 from fastpost.trainers.options import REQUIRED, is_needed, option, read_fields
 from fastpost.types import nearest
@@ -94,14 +94,7 @@ def _one(values: Any, where: str) -> JudgeSpec:
 
 def read_specs(path: str | PathLike[str]) -> list[JudgeSpec]:
     """The judges of a file."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the judge {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path, "judge")
     if not isinstance(values, list):
         return [_one(values, str(path))]
     if not values:

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
+from fastpost.files import read_yaml
 from fastpost.trainers.loop import seed_of
 from fastpost.types import nearest
 
@@ -41,14 +41,7 @@ class Principle:
 
 def read_principles(path: str | PathLike[str]) -> list[Principle]:
     """The principles of a file, which is a list of them."""
-    import yaml
-
-    try:
-        found = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the constitution {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    found = read_yaml(path, "constitution")
     if not isinstance(found, list) or not found:
         raise ValueError(f"{path} must be a list of principles, `- a sentence` each, got {found!r:.80}")
     principles = [_principle(each, f"{path}, principle {i + 1}") for i, each in enumerate(found)]
