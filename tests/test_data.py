@@ -9,8 +9,8 @@ import datasets
 from tokenizers import AddedToken
 
 import tiny
-from fastpost.data import check_columns, prompts, sft_examples
 from fastpost.data.chat import inert
+from fastpost.data import check_columns, prompt_examples, prompts, sft_examples
 
 TOKENIZER = tiny.tokenizer()
 USER = {"role": "user", "content": "hi"}
@@ -119,7 +119,7 @@ def test_a_template_that_rewrites_the_prompt_trains_no_prompt_token():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{{ messages | length }}" + tiny.TEMPLATE
     rows = [{"prompt": [USER], "completion": [ASSISTANT]}]
-    with pytest.raises(ValueError, match=r"no row is left .* 1 dropped because the chat template rewrites"):
+    with pytest.raises(ValueError, match=r"no row is left: .* 1 dropped because the chat template rewrites"):
         sft_examples(rows, tokenizer, None)
     tokenizer.chat_template = tiny.TEMPLATE.replace("<|assistant|>{%", "<|assistant|>think{%")  # as Qwen3 opens a turn
     examples, _ = sft_examples(rows, tokenizer, None)
@@ -140,7 +140,7 @@ def test_cut_and_dropped_rows_are_counted():
         "3 rows, 2 examples, 5 of 7 tokens predicted; 1 cut to max_length; 1 dropped with nothing left to predict; "
         "1 without an EOS to predict"
     )
-    with pytest.raises(ValueError, match="no row is left to train on: 1 rows, 0 examples"):
+    with pytest.raises(ValueError, match="no row is left: 1 rows, 0 examples"):
         sft_examples(rows[:1], TOKENIZER, 4)
     empty, _ = sft_examples([{"prompt": "a", "completion": ""}], TOKENIZER, 4)
     assert shown(empty[0]) == ("a<eos>", ".<eos>")
@@ -171,5 +171,9 @@ def test_prompts_keep_their_columns_and_leave_long_ones_out():
     assert TOKENIZER.decode(chat.input_ids) == "<|user|>hi<|assistant|>" and chat.prompt == [USER]
     with pytest.raises(ValueError, match="every prompt is longer than max_prompt_length, 2 tokens"):
         prompts(rows[:1], TOKENIZER, 2)
+    with pytest.raises(ValueError, match="every prompt of eval is longer"):
+        prompt_examples(rows[:1], TOKENIZER, 2, path="eval")
+    with pytest.raises(ValueError, match="no row of eval is left: 1 rows"):
+        sft_examples([{"prompt": "abc", "completion": "d"}], TOKENIZER, 2, path="eval")
     with pytest.raises(ValueError, match="row 0: the prompt '' has no tokens"):
         prompts([{"prompt": ""}], TOKENIZER, None)

@@ -96,7 +96,7 @@ def test_what_becomes_of_every_pair_is_counted():
         "1 that repeat an earlier one"
     )
     with pytest.raises(
-        ValueError, match=r"no row is left to train on: 1 rows, 0 pairs, 0 tokens; 1 dropped with .*; max_length is 2"
+        ValueError, match=r"no row is left: 1 rows, 0 pairs, 0 tokens; 1 dropped with .*; max_length is 2"
     ):
         preference_examples([PAIR], TOKENIZER, 2)
 
@@ -105,9 +105,9 @@ def test_a_template_that_rewrites_the_prompt_drops_the_pair():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{{ messages | length }}" + tiny.TEMPLATE
     rows = [{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}]
-    with pytest.raises(ValueError, match=r"no row is left .* 1 dropped because the chat template rewrites"):
+    with pytest.raises(ValueError, match=r"no row is left: .* 1 dropped because the chat template rewrites"):
         preference_examples(rows, tokenizer, None)
-    with pytest.raises(ValueError, match=r"no row is left .* 2 dropped because the chat template rewrites"):
+    with pytest.raises(ValueError, match=r"no row is left: .* 2 dropped because the chat template rewrites"):
         unpaired_examples(rows, tokenizer, None)
 
 

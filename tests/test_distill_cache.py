@@ -190,6 +190,15 @@ def test_a_cache_of_another_teacher_is_refused(made: Distill, files: Path, tmp_p
         distill(replace(made, teacher_model=str(tmp_path / "other"), output_dir=str(tmp_path / "out")))
 
 
+def test_teachers_of_a_hub_are_told_apart_by_their_names(made: Distill, tmp_path: Path):
+    config = replace(made, teacher_cache=str(tmp_path / "cache"), output_dir=str(tmp_path / "out"))
+    shutil.copytree(part_of(made), part_of(config))
+    facts = json.loads((part_of(config) / "teacher.json").read_text())
+    (part_of(config) / "teacher.json").write_text(json.dumps(facts | {"teacher": None, "teacher_model": "hub/one"}))
+    with pytest.raises(ValueError, match="is of another teacher, hub/one, than teacher_model hub/two"):
+        distill(replace(config, teacher_model="hub/two"))
+
+
 def test_a_cache_of_a_larger_vocabulary_is_refused(made: Distill, files: Path, tmp_path: Path):
     tiny.model("qwen3", vocab_size=120).save_pretrained(tmp_path / "larger")
     tiny.tokenizer().save_pretrained(tmp_path / "larger")

@@ -98,7 +98,7 @@ def test_json_says_the_same(capsys, tmp_path, model):
         (
             [{"prompt": "abcd", "completion": "e"}] * 3,
             ["--max_length", 4],
-            "no row is left to train on: 3 rows, 0 examples",
+            " is left: 3 rows, 0 examples",
         ),
         (
             [{"prompt": "abcd", "completion": "e"}] * 3 + [{"prompt": "a", "completion": "b"}],

@@ -186,7 +186,7 @@ def test_a_model_without_a_head_is_refused_and_so_are_rows_that_are_all_too_long
     model, tokenizer = load_model(files / "model")
     with pytest.raises(ValueError, match="model must have a scalar head, a linear layer called score"):
         reward(config_of(files, tmp_path / "out", model=""), model=model, processing_class=tokenizer)
-    with pytest.raises(ValueError, match=r"no row is left to train on: .*18 dropped, longer than max_length"):
+    with pytest.raises(ValueError, match=r"no row of train is left: .*18 dropped, longer than max_length"):
         reward(config_of(files, tmp_path / "out", max_length=3))
     assert not (tmp_path / "out").exists()
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
+from os import PathLike
 from typing import Any
 
 from fastpost.packing import Example
@@ -86,6 +87,7 @@ def counted(
     positions: int | None = None,
     predicts: bool = True,
     unit: str = "examples",
+    path: str | PathLike[str] = "",
 ) -> Counts:
     """The counts of all examples, with what was noted of single rows. ValueError if no example is left."""
     sequences = list(chain.from_iterable(kept))
@@ -104,6 +106,7 @@ def counted(
         **notes,
     )
     if not kept:
+        of = f" of {path}" if path else ""
         limit = "" if max_length is None else f"; max_length is {max_length}"
-        raise ValueError(f"no row is left to train on: {counts}{limit}")
+        raise ValueError(f"no row{of} is left: {counts}{limit}")
     return counts

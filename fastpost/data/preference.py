@@ -47,4 +47,4 @@ def preference_examples(
 
     pairs = read_pairs(rows, path, notes, read)
     kept = [pair.examples for pair in pairs]
-    return pairs, counted(len(rows), kept, notes, tokenizer, max_length, positions=positions, unit="pairs")
+    return pairs, counted(len(rows), kept, notes, tokenizer, max_length, positions=positions, path=path, unit="pairs")

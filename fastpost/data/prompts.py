@@ -57,7 +57,8 @@ def prompt_examples(
             continue
         found.append(Prompt(prompt, ids, {name: value for name, value in row.items() if name != "prompt"}))
     if not found:
-        raise ValueError(f"every prompt is longer than max_prompt_length, {max_prompt_length} tokens")
+        of = f" of {path}" if path else ""
+        raise ValueError(f"every prompt{of} is longer than max_prompt_length, {max_prompt_length} tokens")
     kept = [(Example(one.input_ids, [False] * len(one.input_ids)),) for one in found]
     counts = counted(
         len(rows), kept, notes, tokenizer, max_prompt_length, positions=positions, predicts=False, unit="prompts"

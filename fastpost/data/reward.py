@@ -51,5 +51,7 @@ def reward_examples(
 
     pairs = read_pairs(rows, path, notes, read)
     kept = [pair.examples for pair in pairs]
-    counts = counted(len(rows), kept, notes, tokenizer, max_length, positions=positions, predicts=False, unit="pairs")
+    counts = counted(
+        len(rows), kept, notes, tokenizer, max_length, positions=positions, path=path, predicts=False, unit="pairs"
+    )
     return pairs, counts

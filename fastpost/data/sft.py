@@ -61,4 +61,6 @@ def sft_examples(
         notes["empty"] += is_empty(_answer(row))
         notes["without_eos"] += tokenizer.eos_token_id not in [example.input_ids[t] for t in example.predicted]
         examples.append(example)
-    return examples, counted(len(rows), [(e,) for e in examples], notes, tokenizer, max_length, positions=positions)
+    return examples, counted(
+        len(rows), [(e,) for e in examples], notes, tokenizer, max_length, positions=positions, path=path
+    )

@@ -109,7 +109,9 @@ def step_examples(
         notes["empty"] += any(not step.strip() for step in row["completions"])
         found.append(Stepped(ids[:max_length], *map(list, zip(*kept, strict=True))))  # type: ignore[arg-type]
     kept = [(_marked(one),) for one in found]
-    return found, counted(len(rows), kept, notes, tokenizer, max_length, positions=positions, unit="solutions")
+    return found, counted(
+        len(rows), kept, notes, tokenizer, max_length, positions=positions, path=path, unit="solutions"
+    )
 
 
 def _marked(one: Stepped) -> Example:

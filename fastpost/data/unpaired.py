@@ -87,4 +87,4 @@ def unpaired_examples(
         notes["empty"] += is_empty(one.completion)
         found.append(Unpaired(ids[:start], ids[start:], one.label))
     kept = [(joined(one.prompt_ids, one.completion_ids, None),) for one in found]
-    return found, counted(len(rows), kept, notes, tokenizer, max_length, positions=positions)
+    return found, counted(len(rows), kept, notes, tokenizer, max_length, positions=positions, path=path)

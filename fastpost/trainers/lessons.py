@@ -127,7 +127,7 @@ def remember(config: Distill, given: GivenTeacher, rows: dict[str, Rows]) -> Non
     if config.teacher_top_k > V:
         raise ValueError(f"teacher_top_k must be at most {V}, the vocabulary, got {config.teacher_top_k}")
     for name in missing:
-        examples, _ = distill_examples(rows[name], tokenizer, config.max_length, config.max_prompt_length)
+        examples, _ = distill_examples(rows[name], tokenizer, config.max_length, config.max_prompt_length, path=name)
         _check_answers(name, examples, config)
         facts = cache.Facts(
             tokenizer=cache.digest_of_tokenizer(tokenizer),
@@ -150,10 +150,13 @@ def remember(config: Distill, given: GivenTeacher, rows: dict[str, Rows]) -> Non
 
 def _check_teacher(config: Distill, there: Sequence[str]) -> None:
     """A teacher that is named must be the one who said it."""
-    own = None if config.teacher_model is None or not there else cache.digest_of_teacher(config.teacher_model)
-    for name in there if own is not None else ():
+    if config.teacher_model is None or not there:
+        return
+    own = cache.digest_of_teacher(config.teacher_model)
+    for name in there:
         facts = cache.read_facts(_part(config, name))
-        if facts.teacher not in (None, own):
+        said, here = (facts.teacher, own) if facts.teacher and own else (facts.teacher_model, config.teacher_model)
+        if said != here:
             raise ValueError(
                 f"teacher_cache {_part(config, name)} is of another teacher, {facts.teacher_model}, than teacher_model "
                 f"{config.teacher_model}: choose another directory for this one, or leave teacher_model out"
