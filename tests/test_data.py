@@ -9,8 +9,8 @@ import datasets
 from tokenizers import AddedToken
 
 import tiny
-from fastpost.data.chat import inert
 from fastpost.data import check_columns, prompt_examples, prompts, sft_examples
+from fastpost.data.chat import inert
 
 TOKENIZER = tiny.tokenizer()
 USER = {"role": "user", "content": "hi"}

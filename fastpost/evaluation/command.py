@@ -17,6 +17,8 @@ from fastpost.evaluation.table import table
 from fastpost.rewards import load_rewards
 from fastpost.stages.journal import Journal
 from fastpost.stages.rows import write_bytes, write_json
+from fastpost.trainers.options import check_config
+from fastpost.trainers.world import check_alone
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def as_json(report: Report, config: Eval) -> dict[str, Any]:
 
 def evaluate(config: Eval) -> Report:
     """Asks, judges, counts; what was asked and judged before is not asked again."""
+    check_config(config, Eval)
+    check_alone("eval")
     report = Report(*_models(config), _pairs(config))
     output = Path(config.output_dir)
     write_json(output / "report.json", as_json(report, config))

@@ -16,11 +16,15 @@ from fastpost.judging.verdicts import UNDECIDED, Preference
 from fastpost.stages.journal import Journal
 from fastpost.stages.rows import table, write_json, write_rows
 from fastpost.trainers.log import say
+from fastpost.trainers.options import check_config
+from fastpost.trainers.world import check_alone
 
 
 def judge(config: JudgePairs) -> dict[str, Any]:
     """Writes OUT/judged.jsonl, every pair; OUT/pairs.jsonl, those with a winner, as dpo and reward read them; and
     OUT/report.json, which it prints as a table and returns."""
+    check_config(config, JudgePairs)
+    check_alone("judge")
     pairs = read_judged(read_rows(config.dataset), config.dataset, config.seed)
     panel, out = load_judge(config.judge), Path(config.output_dir)
     journal = Journal(out / "work.jsonl", _facts(config, panel))

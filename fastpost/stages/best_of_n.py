@@ -24,6 +24,8 @@ from fastpost.stages.order_statistics import expected_best, kl_bound, kl_of_shar
 from fastpost.stages.policy import Policy
 from fastpost.stages.rows import table, write_bytes, write_json, write_rows
 from fastpost.trainers.log import say
+from fastpost.trainers.options import check_config
+from fastpost.trainers.world import check_alone
 from fastpost.turns.metrics import turn_metrics
 
 Point = dict[str, float]  # of the curve: n, kl_bound, kl, score, standard_error
@@ -31,6 +33,8 @@ Point = dict[str, float]  # of the curve: n, kl_bound, kl, score, standard_error
 
 def best_of_n(config: BestOfN) -> dict[str, Any]:
     """Writes the files and prints the curve; returns what report.json has."""
+    check_config(config, BestOfN)
+    check_alone("best-of-n")
     output, jury = Path(config.output_dir), Jury.of(config)
     policy = Policy.of(config)
     prompts = read_prompts(config, policy.tokenizer)

@@ -25,10 +25,14 @@ from fastpost.stages.policy import Policy
 from fastpost.stages.principles import Principle, read_principles
 from fastpost.stages.rows import table, write_json, write_rows
 from fastpost.trainers.log import say
+from fastpost.trainers.options import check_config
+from fastpost.trainers.world import check_alone
 
 
 def constitution(config: Constitution) -> dict[str, Any]:
     """Runs a phase on the prompts of config.dataset; returns what is in OUT/report.json."""
+    check_config(config, Constitution)
+    check_alone("constitution")
     principles, out = read_principles(config.constitution), Path(config.output_dir)
     asker = Asker(Policy.of(config), config, journal_of(config))
     jury = Jury.of(config) if config.reward else None

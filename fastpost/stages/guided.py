@@ -28,6 +28,8 @@ from fastpost.stages.jury import Jury
 from fastpost.stages.policy import Policy
 from fastpost.stages.rows import table, write_json, write_rows
 from fastpost.stages.step_labels import begin
+from fastpost.trainers.options import check_config
+from fastpost.trainers.world import check_alone
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ START = Beam(Answer("", 0, False))
 
 def guided(config: Guided) -> dict[str, Any]:
     """Writes the files and prints a table; returns what report.json has."""
+    check_config(config, Guided)
+    check_alone("guided")
     output, jury, policy = Path(config.output_dir), Jury.of(config), Policy.of(config)
     stop = (*policy.sampling.stop, config.step_separator)
     policy = replace(policy, sampling=replace(policy.sampling, stop=stop))

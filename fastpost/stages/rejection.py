@@ -37,7 +37,9 @@ from fastpost.stages.selecting import selected
 from fastpost.trainers import checkpoint
 from fastpost.trainers.config import Sft
 from fastpost.trainers.log import say
+from fastpost.trainers.options import check_config
 from fastpost.trainers.sft import sft
+from fastpost.trainers.world import check_alone
 from fastpost.turns.metrics import turn_metrics
 
 Line = dict[str, Any]  # of the table
@@ -64,6 +66,8 @@ class Work:
 
 def rejection(config: Rejection) -> list[Line]:
     """Does the rounds that are not done yet and prints a line each; returns what report.json has."""
+    check_config(config, Rejection)
+    check_alone("rejection")
     work = _begun(config)
     for number in range(config.rounds + 1):
         if f"round/{number}" not in work.journal:

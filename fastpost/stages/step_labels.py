@@ -29,6 +29,8 @@ from fastpost.stages.jury import Jury
 from fastpost.stages.policy import Policy
 from fastpost.stages.rows import table, write_json, write_rows
 from fastpost.trainers.log import say
+from fastpost.trainers.options import check_config
+from fastpost.trainers.world import check_alone
 
 Beginning = tuple[int, tuple[str, ...]]  # the number of a prompt, and the steps so far
 
@@ -59,6 +61,8 @@ class Solution:
 
 def prm_label(config: PrmLabel) -> dict[str, Any]:
     """Writes the files and prints a table; returns what report.json has."""
+    check_config(config, PrmLabel)
+    check_alone("prm-label")
     output, jury, policy = Path(config.output_dir), Jury.of(config), Policy.of(config)
     prompts, work = read_prompts(config, policy.tokenizer), journal_of(config)
     size = config.generation_batch_size

@@ -30,6 +30,7 @@ from fastpost.trainers.examples import read_examples
 from fastpost.trainers.given import GivenTeacher, read_data
 from fastpost.trainers.lessons import Lesson, answered, laid, read_lessons, remember
 from fastpost.trainers.loop import autocast, bins, evaluating, seed_of, the_device, without_dropout
+from fastpost.trainers.options import check_config
 from fastpost.trainers.run import Run
 from fastpost.trainers.start import Start, policy, start
 from fastpost.trainers.teacher import TaughtParts, taught
@@ -40,6 +41,7 @@ from fastpost.weights import Window, token_mean
 
 def distill(config: Distill, **given: Unpack[GivenTeacher]) -> Any:
     """Trains config.model on what its teacher says, and leaves the result in config.output_dir; returns the model."""
+    check_config(config, Distill)
     check_output_dir(config)
     rows = read_data(config, given, "distill")
     if config.teacher_cache is not None:

@@ -23,6 +23,7 @@ from fastpost.trainers.config import Contrasted, Dpo
 from fastpost.trainers.examples import read_examples
 from fastpost.trainers.given import GivenReference, read_data
 from fastpost.trainers.loop import without_dropout
+from fastpost.trainers.options import check_config
 from fastpost.trainers.pairs import Objective, backward, evaluate, read_pairs, tokens_of, with_reference
 from fastpost.trainers.reference import reference_of
 from fastpost.trainers.run import Run
@@ -36,6 +37,7 @@ KNOBS += ("use_weighting", "rpo_alpha")
 
 def dpo(config: Dpo, **given: Unpack[GivenReference]) -> Any:
     """Trains config.model on the pairs of config.dataset and leaves the result in config.output_dir; returns it."""
+    check_config(config, Dpo)
     check_output_dir(config)
     objective = objective_of(config)
     rows = read_data(config, given, "dpo")

@@ -22,6 +22,7 @@ from fastpost.trainers.dense import placed
 from fastpost.trainers.episodes import episodes, packs_of
 from fastpost.trainers.given import GivenRewards
 from fastpost.trainers.objectives import of_grpo
+from fastpost.trainers.options import check_config
 from fastpost.trainers.policy import learn, look, next_rollouts, said_by_policy
 from fastpost.trainers.rollouts import Rollouts, joined, only_groups, shaped_rewards
 from fastpost.trainers.run import Run
@@ -30,6 +31,7 @@ from fastpost.trainers.stage import Stage
 
 def grpo(config: Grpo, **given: Unpack[GivenRewards]) -> Any:
     """Trains config.model on the prompts of config.dataset and leaves the result in config.output_dir."""
+    check_config(config, Grpo)
     stage, objective = Stage.of("grpo", config, given, refers=config.beta > 0), of_grpo(config)
     check_dense(stage, config)
     with stage.run() as run:

@@ -27,6 +27,7 @@ from fastpost.trainers.examples import read_examples, say_problems
 from fastpost.trainers.given import GivenReference, read_data
 from fastpost.trainers.log import say
 from fastpost.trainers.loop import autocast, bins, check_lengths, evaluating, the_device, without_dropout
+from fastpost.trainers.options import check_config
 from fastpost.trainers.pairs import losses_of
 from fastpost.trainers.reference import Reference, reference_of
 from fastpost.trainers.run import Run
@@ -43,6 +44,7 @@ BALANCED = (1.0, 4 / 3)  # the paper's advice: the weight of all desirable rows 
 
 def kto(config: Kto, **given: Unpack[GivenReference]) -> Any:
     """Trains config.model on the labelled rows of config.dataset and leaves the result in config.output_dir."""
+    check_config(config, Kto)
     check_output_dir(config)
     rows = read_data(config, given, "kto")
     begun = start(config, given)

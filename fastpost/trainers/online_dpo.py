@@ -24,6 +24,7 @@ from fastpost.trainers.config import OnlineDpo
 from fastpost.trainers.dpo import loss_of
 from fastpost.trainers.given import GivenPreferences
 from fastpost.trainers.loop import without_dropout
+from fastpost.trainers.options import check_config
 from fastpost.trainers.pairs import Objective, backward
 from fastpost.trainers.policy import look, next_rollouts
 from fastpost.trainers.reference import reference_of
@@ -33,6 +34,7 @@ from fastpost.trainers.stage import Stage
 
 def online_dpo(config: OnlineDpo, **given: Unpack[GivenPreferences]) -> Any:
     """Trains config.model on the prompts of config.dataset and leaves the result in config.output_dir."""
+    check_config(config, OnlineDpo)
     objective, prefer = Objective(loss_of(config), partial(_shown, config)), comparer(config, given)
     stage = Stage.of("online-dpo", config, given)
     check_pairs(stage, config, compares=prefer is not None)

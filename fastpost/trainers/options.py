@@ -37,6 +37,12 @@ def option(
     )
 
 
+def check_config(config: Any, kind: type) -> None:
+    """ValueError for a config of another verb."""
+    if not isinstance(config, kind):
+        raise ValueError(f"config must be of {kind.__name__}, got {type(config).__name__}: each verb has its own")
+
+
 def is_needed(field: dataclasses.Field) -> bool:
     """Whether a command line must give it."""
     return field.default is REQUIRED or field.metadata["needed"]

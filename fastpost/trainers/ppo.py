@@ -35,6 +35,7 @@ from fastpost.trainers.episodes import columns, episodes, microbatches, of_rows,
 from fastpost.trainers.given import GivenRewards
 from fastpost.trainers.loop import autocast, bins, evaluating, seed_of, the_device
 from fastpost.trainers.objectives import Objective, of_ppo
+from fastpost.trainers.options import check_config
 from fastpost.trainers.policy import next_rollouts, say_mismatch
 from fastpost.trainers.ppo_roles import cast, roles_of
 from fastpost.trainers.rollouts import Rollouts, first_group, greedy, judged, rollout_metrics, shaped_rewards
@@ -51,6 +52,7 @@ OF_REFERENCE = ("objective/kl", "objective/kl_coef", "objective/non_score_reward
 def ppo(config: Ppo, **given: Unpack[GivenRewards]) -> Any:
     """Trains config.model on the prompts of config.dataset; leaves the policy in config.output_dir, the value in
     value/ there."""
+    check_config(config, Ppo)
     stage, objective = Stage.of("ppo", config, given, build_parts=cast), of_ppo(config)
     roles = roles_of(stage)
     if config.value_warmup_rounds and isinstance(stage.begun.optimizer, Zero):

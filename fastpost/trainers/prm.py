@@ -33,6 +33,7 @@ from fastpost.trainers.config import Prm, Training
 from fastpost.trainers.examples import read_examples
 from fastpost.trainers.given import Given, read_data
 from fastpost.trainers.loop import autocast, bins, check_lengths, evaluating, the_device, without_dropout
+from fastpost.trainers.options import check_config
 from fastpost.trainers.run import Run
 from fastpost.trainers.scored import judge
 from fastpost.trainers.start import Parts, Start, start
@@ -41,6 +42,7 @@ from fastpost.trainers.world import ALONE, World
 
 def prm(config: Prm, **given: Unpack[Given]) -> Any:
     """Trains config.model with a scalar head on the steps of config.dataset and leaves it in config.output_dir."""
+    check_config(config, Prm)
     check_output_dir(config)
     rows = read_data(config, given, "prm")
     begun = start(config, given, partial(_judge, config.step_separator))

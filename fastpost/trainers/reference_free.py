@@ -15,6 +15,7 @@ from fastpost.trainers.config import Cpo, Orpo, Simpo
 from fastpost.trainers.examples import read_examples
 from fastpost.trainers.given import Given, read_data
 from fastpost.trainers.loop import without_dropout
+from fastpost.trainers.options import check_config
 from fastpost.trainers.pairs import Objective, backward, evaluate, read_pairs, tokens_of
 from fastpost.trainers.run import Run
 from fastpost.trainers.start import start
@@ -22,16 +23,19 @@ from fastpost.trainers.start import start
 
 def cpo(config: Cpo, **given: Unpack[Given]) -> Any:
     """Trains config.model on the pairs of config.dataset and leaves the result in config.output_dir; returns it."""
+    check_config(config, Cpo)
     return _train("cpo", config, given)
 
 
 def simpo(config: Simpo, **given: Unpack[Given]) -> Any:
     """As `cpo`, with another loss."""
+    check_config(config, Simpo)
     return _train("simpo", config, given)
 
 
 def orpo(config: Orpo, **given: Unpack[Given]) -> Any:
     """As `cpo`, with another loss."""
+    check_config(config, Orpo)
     return _train("orpo", config, given)
 
 

@@ -22,6 +22,7 @@ from fastpost.trainers.config import Reinforce
 from fastpost.trainers.episodes import episodes, packs_of
 from fastpost.trainers.given import GivenRewards
 from fastpost.trainers.objectives import of_reinforce
+from fastpost.trainers.options import check_config
 from fastpost.trainers.policy import learn, look, next_rollouts, scored
 from fastpost.trainers.rollouts import Rollouts, shaped_rewards
 from fastpost.trainers.stage import Stage
@@ -29,6 +30,7 @@ from fastpost.trainers.stage import Stage
 
 def reinforce(config: Reinforce, **given: Unpack[GivenRewards]) -> Any:
     """Trains config.model on the prompts of config.dataset and leaves the result in config.output_dir."""
+    check_config(config, Reinforce)
     stage, objective = Stage.of("reinforce", config, given, refers=config.kl_coef > 0), of_reinforce(config)
     with stage.run() as run:
         for _ in run.steps():

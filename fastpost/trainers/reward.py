@@ -26,6 +26,7 @@ from fastpost.trainers.config import Reward
 from fastpost.trainers.examples import read_examples
 from fastpost.trainers.given import Given, read_data
 from fastpost.trainers.loop import autocast, bins, check_lengths, evaluating, the_device, without_dropout
+from fastpost.trainers.options import check_config
 from fastpost.trainers.pairs import lengths_of, tokens_of
 from fastpost.trainers.run import Run
 from fastpost.trainers.scored import judge
@@ -36,6 +37,7 @@ from fastpost.weights import Window, sequence_mean
 
 def reward(config: Reward, **given: Unpack[Given]) -> Any:
     """Trains config.model with a scalar head on the pairs of config.dataset and leaves it in config.output_dir."""
+    check_config(config, Reward)
     check_output_dir(config)
     rows = read_data(config, given, "reward")
     begun = start(config, given, judge)

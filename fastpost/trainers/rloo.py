@@ -20,6 +20,7 @@ from fastpost.trainers.config import Rloo
 from fastpost.trainers.episodes import counts, episodes, packs_of
 from fastpost.trainers.given import GivenRewards
 from fastpost.trainers.objectives import of_rloo
+from fastpost.trainers.options import check_config
 from fastpost.trainers.policy import learn, look, next_rollouts, scored
 from fastpost.trainers.rollouts import Rollouts, shaped_rewards
 from fastpost.trainers.stage import Stage
@@ -27,6 +28,7 @@ from fastpost.trainers.stage import Stage
 
 def rloo(config: Rloo, **given: Unpack[GivenRewards]) -> Any:
     """Trains config.model on the prompts of config.dataset and leaves the result in config.output_dir."""
+    check_config(config, Rloo)
     stage, objective = Stage.of("rloo", config, given, refers=config.beta > 0), of_rloo(config)
     with stage.run() as run:
         for _ in run.steps():

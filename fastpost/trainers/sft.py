@@ -22,6 +22,7 @@ from fastpost.trainers.config import Sft
 from fastpost.trainers.examples import read_examples
 from fastpost.trainers.given import Given, read_data
 from fastpost.trainers.loop import autocast, bins, check_lengths, evaluating, the_device
+from fastpost.trainers.options import check_config
 from fastpost.trainers.run import Run
 from fastpost.trainers.start import Start, start
 from fastpost.trainers.world import ALONE, World
@@ -31,6 +32,7 @@ from fastpost.weights import Window, token_mean
 
 def sft(config: Sft, **given: Unpack[Given]) -> Any:
     """Trains config.model on config.dataset and leaves the result in config.output_dir; returns the model."""
+    check_config(config, Sft)
     check_output_dir(config)
     rows = read_data(config, given, "sft")
     begun = start(config, given)

@@ -28,6 +28,20 @@ from fastpost.trainers.loop import the_device
 T = TypeVar("T")
 
 
+def launched() -> int:
+    """How many processes torchrun, accelerate or the caller has started."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_alone(verb: str) -> None:
+    """ValueError where there are several processes: each would write what one is to write."""
+    count = launched()
+    if count > 1:
+        raise ValueError(f"{verb} runs as one process, and {count} were started: leave out torchrun, or accelerate")
+
+
 @dataclass(frozen=True)
 class World:
     """Which process this is, and of how many; and what their models are joined by."""
@@ -40,10 +54,9 @@ class World:
     @staticmethod
     def here() -> World:
         """As the launcher has it: torchrun, accelerate, or none."""
-        joined = dist.is_available() and dist.is_initialized()
-        if not joined and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if launched() == 1:
             return World()
-        if not joined:
+        if not dist.is_initialized():
             engines.join()
         return World(dist.get_rank(), dist.get_world_size())
 
