@@ -10,17 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import talking
 import tiny
-from fastpost.trainers.config import Cpo, Distill, Dpo, Grpo, Kto, Ppo, Reinforce, Reward, Rloo, Sft
+from calling import rolls_first
+from fastpost.rollout.sampler import Generate
+from fastpost.trainers.config import Cpo, Distill, Dpo, Grpo, Kto, OnlineDpo, Ppo, Prm, Reinforce, Reward, Rloo, Sft
 from fastpost.trainers.distill import distill
 from fastpost.trainers.dpo import dpo
 from fastpost.trainers.grpo import grpo
 from fastpost.trainers.kto import kto
+from fastpost.trainers.online_dpo import online_dpo
 from fastpost.trainers.ppo import ppo
+from fastpost.trainers.prm import prm
 from fastpost.trainers.reference_free import cpo
 from fastpost.trainers.reinforce import reinforce
 from fastpost.trainers.reward import reward
@@ -51,6 +57,16 @@ def capitals(prompts: list[str], completions: list[str], **columns: Any) -> list
     return [0.0 if {*"ab"} & {*p} else sum("A" <= x <= "Z" for x in text) / 6 for p, text in pairs]
 
 
+def likes(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    """Of conversations."""
+    return capitals([p[0]["content"] for p in prompts], [said[-1]["content"] for said in completions])
+
+
+def prefer(prompts: list[str], firsts: list[str], seconds: list[str]) -> list[float]:
+    """How probably the first is better."""
+    return [(1 + a - b) / 2 for a, b in zip(capitals(prompts, firsts), capitals(prompts, seconds), strict=True)]
+
+
 def nothing(completions: list[str], **columns: Any) -> list[float]:
     return [0.5] * len(completions)
 
@@ -58,7 +74,7 @@ def nothing(completions: list[str], **columns: Any) -> list[float]:
 SAMPLED = {"num_generations": 3, "max_completion_length": 6, "learning_rate": 1e-2, "max_steps": 3}
 # A window of 12 rows of 20, then one of 8, which is 3 packs for 2 processes.
 ONE_EPOCH = {"num_train_epochs": 1.0, "max_steps": -1}
-CAPITALS = {"reward_funcs": capitals}
+CAPITALS, TALKS = {"reward_funcs": capitals}, {"reward_funcs": likes}
 TAUGHT = {"teacher_model": "teacher"}
 BY_BOTH = {"lmbda": 0.5, "max_completion_length": 6, "seed": 1}  # a step on own answers, then one on the data's
 
@@ -80,10 +96,19 @@ CASES = {
         distill, Distill, "sums", ONE_EPOCH | {"lmbda": 0.0, "teacher_cache": "cache", "teacher_top_k": 8} | TAUGHT
     ),
     "reward, LoRA": Case(reward, Reward, "pairs", ONE_EPOCH | LORA, model="judge"),
+    "prm": Case(prm, Prm, "steps", ONE_EPOCH | {"eval_dataset": "steps"}, model="judge"),
+    "prm, LoRA": Case(prm, Prm, "steps", ONE_EPOCH | LORA, model="judge"),
+    "online-dpo": Case(online_dpo, OnlineDpo, "prompts", SAMPLED | {"eval_dataset": "prompts"}, CAPITALS),
+    "online-dpo, preferred, LoRA": Case(
+        online_dpo, OnlineDpo, "prompts", SAMPLED | LORA | {"num_generations": 2}, {"prefer": prefer}
+    ),
     "grpo": Case(grpo, Grpo, "prompts", SAMPLED | {"eval_dataset": "prompts"}, CAPITALS),
     "grpo, prompts repeated": Case(grpo, Grpo, "prompts", SAMPLED | {"share_prompts": False}, CAPITALS),
     "grpo, KL, LoRA": Case(
         grpo, Grpo, "prompts", SAMPLED | LORA | {"beta": 0.1, "num_iterations": 2, "max_steps": 4}, CAPITALS
+    ),
+    "grpo, tools": Case(
+        grpo, Grpo, "talks", SAMPLED | {"max_completion_length": 80, "tools": "tools.py:roll"}, TALKS, "talker"
     ),
     "grpo, no variance": Case(grpo, Grpo, "prompts", SAMPLED | {"max_steps": 1}, {"reward_funcs": nothing}),
     "rloo, LoRA": Case(rloo, Rloo, "prompts", SAMPLED | LORA, CAPITALS),
@@ -105,6 +130,9 @@ def write(folder: Path) -> None:
     get_peft_model(copy.deepcopy(scores), lora).save_pretrained(str(folder / "rewarder"))
     scores.double().save_pretrained(folder / "judge, exact")
     tiny.model("qwen3", seed=1).save_pretrained(folder / "teacher")
+    talking.model().save_pretrained(folder / "talker")
+    talking.tokenizer().save_pretrained(folder / "talker")
+    (folder / "tools.py").write_text(talking.ROLL)
     for name in ("model", "judge", "judge, exact", "teacher"):
         tiny.tokenizer().save_pretrained(folder / name)
     sums = [(f"{a}+{b}=", str(a + b) * (1 + a)) for a in range(5) for b in range(4)]
@@ -113,6 +141,11 @@ def write(folder: Path) -> None:
         "pairs": [{"prompt": p, "chosen": c, "rejected": "x" * (1 + i % 4)} for i, (p, c) in enumerate(sums)],
         "labelled": [{"prompt": p, "completion": c, "label": i % 3 > 0} for i, (p, c) in enumerate(sums)],
         "prompts": [{"prompt": f"{x} " * (1 + i % 3)} for i, x in enumerate("abcdefgh")],
+        "talks": [{"prompt": [{"role": "user", "content": f"{x} " * (1 + i % 3)}]} for i, x in enumerate("abcdefgh")],
+        "steps": [
+            {"prompt": p, "completions": ["so", c, c][: 1 + i % 3], "labels": [True, i % 2 > 0, False][: 1 + i % 3]}
+            for i, (p, c) in enumerate(sums)
+        ],
     }
     for name, each in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
@@ -141,13 +174,17 @@ def run(folder: Path, name: str, out: Path, processes: int, *, exact: bool = Fal
     fields |= {name: folder / (f"{of}, exact" if exact and of == "judge" else of) for name, of in beside.items()}
     given = dict(case.given)
     if exact:
-        kind = AutoModelForCausalLM if case.model == "model" else AutoModelForSequenceClassification
+        kind = AutoModelForSequenceClassification if case.model == "judge" else AutoModelForCausalLM
         model = kind.from_pretrained(folder / case.model, dtype=torch.float64)
-        given |= {"model": model, "processing_class": tiny.tokenizer()}
+        given |= {"model": model, "processing_class": (talking if case.model == "talker" else tiny).tokenizer()}
         fields["model"] = ""
         if "teacher_model" in fields and "teacher_cache" not in fields:
             given["teacher_model"] = kind.from_pretrained(fields["teacher_model"], dtype=torch.float64)
-    case.verb(case.config(**fields), **given)
+    with pytest.MonkeyPatch.context() as patch:
+        if "tools" in fields:
+            fields["tools"] = f"{folder}/{fields['tools']}"
+            patch.setattr(Generate, "__call__", rolls_first(Generate.__call__))
+        case.verb(case.config(**fields), **given)
 
 
 def runs_of_rank(rank: int, folder: Path, engine: str, jobs: list[tuple[str, Path, dict[str, Any]]]) -> None:
