@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ PAIRS = {"dataset": "pairs.jsonl"}
 SAMPLED = {"dataset": "prompts.jsonl", "reward": "rewards.py:capitals", "max_completion_length": 6}
 TALKS = {"model": "talker", "dataset": "talks.jsonl", "tools": "tools.py:roll", "max_completion_length": 80}
 # a verb, and what tells its cases apart -> its own fields
-CASES: dict[str, dict[str, object]] = {
+CASES: dict[str, dict[str, Any]] = {
     "sft": {"dataset": "sums.jsonl"},
     "dpo": PAIRS,
     "cpo": PAIRS,
@@ -85,7 +86,7 @@ def weights(directory: Path) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not name.startswith("checkpoint")}
 
 
-def lines_of(out: Path) -> list[dict[str, object]]:
+def lines_of(out: Path) -> list[dict[str, Any]]:
     return [timeless(json.loads(line)) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 

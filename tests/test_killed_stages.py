@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ POLICY = ASKS | {"model": "../model", "dataset": "../sums.jsonl", "reward": "../
 STEPWISE = POLICY | {"step_separator": "a"}
 PRINCIPLED = POLICY | {"constitution": "../principles.yaml"}
 # a verb, and what tells its cases apart -> its fields
-STAGES: dict[str, dict[str, object]] = {
+STAGES: dict[str, dict[str, Any]] = {
     "best-of-n": POLICY | {"num_generations": AT_ONCE},
     "guided": STEPWISE | {"num_beams": 2, "num_expansions": 2, "max_solution_steps": 6},
     "prm-label": STEPWISE | {"num_generations": 3},
