@@ -37,6 +37,7 @@ def test_the_lectures_pipelines_are_there():
     }
     assert stages["sft-best-of-n"] == ["sft", "best-of-n", "sft"]
     assert stages["sft-rejection"] == ["sft", "rejection"]
+    assert stages["sft-prm-grpo"] == ["sft", "prm-label", "prm", "guided", "grpo"]
     assert stages["distill"] == ["sft", "sft", "distill"]
     assert stages["tools"] == ["sft", "grpo"]
     assert all(f"`{name}`" in (RECIPES / "README.md").read_text() for name in NAMES)
@@ -87,4 +88,4 @@ def test_a_recipe_is_one_command(name: str, tmp_path: Path):
         f"fastpost {verb_of(file)} --config recipes/{name}/{file.name} --seed 1" for file in stages
     ]
     scored = re.findall(rf"^runs/{name}/(\w+): [\d.]+% ", done.stdout, re.MULTILINE)
-    assert len(scored) == sum(verb_of(file) != "reward" for file in trained)
+    assert len(scored) == sum(verb_of(file) not in ("reward", "prm") for file in trained)
