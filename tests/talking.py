@@ -23,6 +23,14 @@ TEMPLATE = (
     "{{ call.function.arguments | tojson }}}</tool_call>{% endfor %}<eos>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# And one that marks what the assistant says.
+MARKED = (
+    "{% if tools %}<|system|>{% for tool in tools %}{{ tool.function.name }} {% endfor %}<eos>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    '{% for call in m.tool_calls or [] %}<tool_call>{"name": "{{ call.function.name }}", "arguments": '
+    "{{ call.function.arguments | tojson }}}</tool_call>{% endfor %}<eos>{% endgeneration %}"
+    "{% else %}{{ m.content }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 # A file of a tool: whoever runs it imports the whole file, for each call.
 ROLL = '''
 def roll(sides: int) -> str:

@@ -43,14 +43,6 @@ def rolled(prompts, completions, **_):
     said = [[m["content"] for m in messages if m["role"] == "tool"] for messages in completions]
     return [float(each[0]) for each in said]
 '''
-MARKED = (
-    "{% if tools %}<|system|>{% for tool in tools %}{{ tool.function.name }} {% endfor %}<eos>{% endif %}"
-    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-    '{% for call in m.tool_calls or [] %}<tool_call>{"name": "{{ call.function.name }}", "arguments": '
-    "{{ call.function.arguments | tojson }}}</tool_call>{% endfor %}<eos>{% endgeneration %}"
-    "{% else %}{{ m.content }}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
 CALLS, ENDS = talking.call("roll", sides=6), "so 12"
 
 
@@ -60,7 +52,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = talking.tokenizer()
     shape = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = tiny.model("qwen3", vocab_size=len(tokenizer), max_position_embeddings=256, **shape)
-    for name, template in (("marked", MARKED), ("unmarked", talking.TEMPLATE)):
+    for name, template in (("marked", talking.MARKED), ("unmarked", talking.TEMPLATE)):
         tokenizer.chat_template = template
         model.save_pretrained(directory / name)
         tokenizer.save_pretrained(directory / name)
@@ -153,6 +145,7 @@ def test_eval_asks_with_tools_and_measures_what_the_model_said(files: Path, tmp_
     assert main(["eval", *words(files, tmp_path, **more)]) == 0
     metrics = json.loads((tmp_path / "report.json").read_text())["models"]["marked"]["metrics"]
     assert (metrics["calls"]["value"], metrics["turns"]["value"], metrics["failures"]["value"]) == (1, 2, 0)
+    assert metrics["sampled/calls"]["value"] == 1
     assert metrics["kl"]["value"] == 0  # the same weights
     work = journal(tmp_path / "models" / "marked" / "work.jsonl")
     right = [float(work[f"greedy/{i}"][0]["messages"][1]["content"]) > 2**23 for i in range(4)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fastpost.evaluation import diversity
 from fastpost.evaluation.calibration import Calibration, calibration
@@ -79,20 +80,24 @@ def right(answer: Answer, config: Eval) -> float | None:
 
 def _of_greedy(answers: Answers, config: Eval) -> Columns:
     first = [group.answers[0] for group in answers.greedy]
+    counts: Columns = {name: [_count(name, answer) for answer in first] for name in _counted(answers.greedy)}
     return {
         "accuracy": [right(answer, config) for answer in first],
         "reward": [answer.reward for answer in first],
         "tokens": [float(answer.tokens) for answer in first],
         "finished": [float(answer.finished) for answer in first],
-        **_of_turns(first),
+        **counts,
     }
 
 
-def _of_turns(answers: Sequence[Answer]) -> Columns:
-    """Nothing where an answer is one turn."""
-    if not any(answer.events for answer in answers):
-        return {}
-    return {name: [float((a.events or {}).get(name, 0)) for a in answers] for name in ("turns", "calls", "failures")}
+def _counted(groups: Sequence[Group]) -> tuple[str, ...]:
+    """What is counted of conversations; nothing where an answer is one turn."""
+    several = any(answer.events for group in groups for answer in group.answers)
+    return ("turns", "calls", "failures") if several else ()
+
+
+def _count(name: str, answer: Answer) -> float:
+    return float((answer.events or {}).get(name, 0))
 
 
 def _of_samples(answers: Answers, config: Eval) -> Columns:
@@ -104,7 +109,7 @@ def _of_samples(answers: Answers, config: Eval) -> Columns:
         "sampled/reward": averaged(lambda answer: answer.reward),
         "sampled/tokens": averaged(lambda answer: float(answer.tokens)),
         "sampled/finished": averaged(lambda answer: float(answer.finished)),
-    }
+    } | {f"sampled/{name}": averaged(partial(_count, name)) for name in _counted(answers.sampled)}
 
 
 def _at_k(answers: Answers, config: Eval, extract: Extract) -> Columns:
