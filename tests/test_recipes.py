@@ -40,6 +40,7 @@ def test_the_lectures_pipelines_are_there():
     assert stages["sft-prm-grpo"] == ["sft", "prm-label", "prm", "guided", "grpo"]
     assert stages["distill"] == ["sft", "sft", "distill"]
     assert stages["tools"] == ["sft", "grpo"]
+    assert stages["reasoning"] == ["sft", "grpo", "rejection", "grpo", "best-of-n", "sft", "sft"]
     assert all(f"`{name}`" in (RECIPES / "README.md").read_text() for name in NAMES)
 
 
@@ -61,7 +62,7 @@ def test_a_file_is_a_config_and_so_it_is_with_the_fields_of_a_larger_model(file:
 
 # What makes a recipe quick, of a verb that has these fields; from no right answer nothing is learnt.
 QUICK = {"max_steps": 4, "confidence": 0.5}
-STEPS = {"sft-rejection": {"max_steps": 100}}
+STEPS = {"sft-rejection/1-sft": {"max_steps": 100}, "reasoning/1-sft": {"max_steps": 100}}
 
 
 @pytest.mark.slow
@@ -73,7 +74,8 @@ def test_a_recipe_is_one_command(name: str, tmp_path: Path):
     trained = [file for file in stages if issubclass(VERBS[verb_of(file)][0], Training)]
     for file in stages:
         copy, known = tmp_path / file.relative_to(ROOT), {field.name for field in fields(VERBS[verb_of(file)][0])}
-        quick = {name: value for name, value in (QUICK | STEPS.get(name, {})).items() if name in known}
+        given = QUICK | STEPS.get(f"{name}/{file.stem}", {})
+        quick = {field: value for field, value in given.items() if field in known}
         copy.write_text(yaml.safe_dump(yaml.safe_load(copy.read_text()) | quick))
     found = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
@@ -87,5 +89,5 @@ def test_a_recipe_is_one_command(name: str, tmp_path: Path):
     assert [line for line in done.stdout.splitlines() if line.startswith("fastpost ")] == [
         f"fastpost {verb_of(file)} --config recipes/{name}/{file.name} --seed 1" for file in stages
     ]
-    scored = re.findall(rf"^runs/{name}/(\w+): [\d.]+% ", done.stdout, re.MULTILINE)
+    scored = re.findall(rf"^runs/{name}/([\w-]+): [\d.]+% ", done.stdout, re.MULTILINE)
     assert len(scored) == sum(verb_of(file) not in ("reward", "prm") for file in trained)
