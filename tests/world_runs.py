@@ -111,6 +111,7 @@ CASES = {
         grpo, Grpo, "talks", SAMPLED | {"max_completion_length": 80, "tools": "tools.py:roll"}, TALKS, "talker"
     ),
     "grpo, no variance": Case(grpo, Grpo, "prompts", SAMPLED | {"max_steps": 1}, {"reward_funcs": nothing}),
+    "grpo, dense": Case(grpo, Grpo, "prompts", SAMPLED | {"reward": "stepwise:dense"}, CAPITALS),
     "rloo, LoRA": Case(rloo, Rloo, "prompts", SAMPLED | LORA, CAPITALS),
     "reinforce, LoRA": Case(reinforce, Reinforce, "prompts", SAMPLED | LORA, CAPITALS),
     "ppo, LoRA": Case(ppo, Ppo, "prompts", PPO | LORA, CAPITALS),
@@ -128,12 +129,14 @@ def write(folder: Path) -> None:
     scores.save_pretrained(folder / "judge")
     lora = LoraConfig(task_type="SEQ_CLS", r=4, init_lora_weights=False, modules_to_save=["score"])
     get_peft_model(copy.deepcopy(scores), lora).save_pretrained(str(folder / "rewarder"))
+    scores.save_pretrained(folder / "stepwise")
+    (folder / "stepwise" / "prm.json").write_text('{"step_separator": "e"}')
     scores.double().save_pretrained(folder / "judge, exact")
     tiny.model("qwen3", seed=1).save_pretrained(folder / "teacher")
     talking.model().save_pretrained(folder / "talker")
     talking.tokenizer().save_pretrained(folder / "talker")
     (folder / "tools.py").write_text(talking.ROLL)
-    for name in ("model", "judge", "judge, exact", "teacher"):
+    for name in ("model", "judge", "judge, exact", "stepwise", "teacher"):
         tiny.tokenizer().save_pretrained(folder / name)
     sums = [(f"{a}+{b}=", str(a + b) * (1 + a)) for a in range(5) for b in range(4)]
     rows = {
@@ -170,6 +173,7 @@ def run(folder: Path, name: str, out: Path, processes: int, *, exact: bool = Fal
     if "eval_dataset" in fields:
         fields["eval_dataset"] = folder / f"{fields['eval_dataset']}.jsonl"
     fields |= {name: folder / fields[name] for name in ("teacher_model", "teacher_cache") if name in fields}
+    fields |= {"reward": f"{folder}/{fields['reward']}"} if "reward" in fields else {}
     beside = {name: fields[name] for name in ("reward_model", "value_model") if name in fields}
     fields |= {name: folder / (f"{of}, exact" if exact and of == "judge" else of) for name, of in beside.items()}
     given = dict(case.given)
