@@ -38,6 +38,7 @@ BATCHES = {
     "advantage": ({"advantage": torch.zeros(3)}, r"batch.advantage must have shape \(6,\) .*got \(3,\)"),
     "label": ({"label": torch.zeros(T, dtype=torch.bool)}, r"batch.label must have shape \(2,\) .*got \(6,\)"),
     "margin": ({"margin": torch.zeros(2)}, r"batch.margin must have shape \(1,\) .*got \(2,\)"),
+    "probability": ({"probability": torch.zeros(2)}, r"batch.probability must have shape \(1,\) .*got \(2,\)"),
     "kl": ({"kl": torch.zeros(1)}, r"batch.kl must have shape \(\) .*got \(1,\)"),
 }
 
@@ -50,6 +51,7 @@ def test_batch(what):
 
 # Of each field that must be where the target is, a shape that fits.
 FIELDS = {"advantage": (2,), "label": (2,), "completion_length": (2,), "margin": (1,), "kl": (), "weight": (1,)}
+FIELDS |= {"probability": (1,)}
 FIELDS |= dict.fromkeys(("old_logp", "ref_logp", "rollout_logp", "old_value", "return_"), (T,)) | {"kept": (3,)}
 
 

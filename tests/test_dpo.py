@@ -88,6 +88,46 @@ def test_a_window_has_the_gradient_of_the_mean_over_all_its_pairs(kind: str, row
     assert ("displacement/both_falling" in values) != config.reference_free
 
 
+@pytest.mark.parametrize("rows", runs.ROWS)
+def test_each_pair_is_as_sure_as_its_row_says(rows: dict):
+    sure = (0.75, 1.0, 0.25)
+    pairs = [replace(pair, probability=p) for pair, p in zip(runs.window(), sure, strict=True)]
+    config = config_of(soft_labels=True, **rows)
+    model = tiny.model("qwen3").train()
+    reference = Reference.apart(other_model(), config).scored
+    values = backward(model, pairs, replace(objective_of(config), reference=reference), config)
+    ours = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    each = iter([*sure, *sure])
+
+    def soft(w: Tensor, r: Tensor, ref_w: Tensor, ref_r: Tensor) -> Tensor:
+        p = next(each)
+        return p * sigmoid(w, r, ref_w, ref_r) + (1 - p) * sigmoid(r, w, ref_r, ref_w)
+
+    loss32, grad32 = plain(tiny.model("qwen3"), other_model(), soft)
+    loss64, grad64 = plain(tiny.model("qwen3").double(), other_model().double(), soft)
+    assert_gradient_close_to_truth(ours, grad32, grad64)
+    assert_close_to_truth(torch.tensor(values["loss"]), loss32, loss64)
+
+
+def test_soft_labels_of_rows(tmp_path: Path):
+    files = runs.write_files(tmp_path, [row | {"probability": 1} for row in runs.SUMS])
+    for name, soft in (("sure", True), ("hard", False)):
+        dpo(config_of(files, tmp_path / name, soft_labels=soft, max_steps=2))
+    assert runs.weights(tmp_path / "sure") == runs.weights(tmp_path / "hard")
+    unsure = [row | {"probability": 0.5} for row in runs.SUMS]
+    config = config_of(files, tmp_path / "unsure", soft_labels=True, max_steps=1, precompute_ref_log_probs=True)
+    dpo(config, train_dataset=unsure)
+    assert runs.lines(tmp_path / "unsure")[0]["grad_norm"] == 0 < runs.lines(tmp_path / "sure")[0]["grad_norm"]
+    for wrong, said in ((1.5, "1.5"), (None, "nothing"), ("0.5", "'0.5'")):
+        bad = [*unsure[:3], unsure[3] | {"probability": wrong}]
+        with pytest.raises(ValueError, match=f"row 3, column 'probability' must be a number from 0 to 1 .* got {said}"):
+            dpo(config_of(files, tmp_path / "bad", soft_labels=True), train_dataset=bad)
+    with pytest.raises(ValueError, match="soft_labels are of loss_type dpo, alone or with sft: got ipo"):
+        config_of(soft_labels=True, loss_type="ipo")
+    with pytest.raises(ValueError, match="leave out one of them"):
+        config_of(soft_labels=True, label_smoothing=0.1)
+
+
 def test_what_a_reference_said_once_is_what_it_says():
     config = config_of(max_tokens_per_batch=30)
     found = with_reference(runs.window(), Reference.apart(other_model(), config).scored, config)

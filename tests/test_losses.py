@@ -98,6 +98,18 @@ def test_dpo():
     torch.testing.assert_close(losses.dpo(stats, batch, beta=0.3, label_smoothing=0.1), want)
 
 
+def test_dpo_of_labels_that_are_not_all_as_sure():
+    stats, batch = setting()
+    p = torch.tensor([0.9, 0.5], dtype=torch.float64)
+    each = [losses.dpo(stats, batch, beta=0.3, label_smoothing=e)[i] for i, e in enumerate((0.1, 0.5 - 1e-12))]
+    found = losses.dpo(stats, replace(batch, probability=p), beta=0.3)
+    torch.testing.assert_close(found, torch.stack(each))
+    still = replace(batch, probability=p, ref_logp=stats.logp.detach())
+    (gradient,) = torch.autograd.grad(losses.dpo(stats, still).sum(), stats.logp)
+    unsure = batch.spread(torch.tensor([0, 0, 1, 1])) == 1
+    assert not gradient[unsure].any() and gradient[~unsure & KEPT].all()
+
+
 def test_dpo_of_a_policy_that_has_not_moved_is_log_2():
     stats, batch = setting()
     still = replace(batch, ref_logp=stats.logp.detach())

@@ -23,6 +23,7 @@ class Pair:
     chosen: Example
     rejected: Example
     margin: float | None = None  # by how much it is better, if the rows say so
+    probability: float | None = None  # that it is better, if that is asked of the rows
     ref_logp: tuple[Sequence[float], Sequence[float]] | None = None  # of the predicted tokens of each, once it is known
 
     @property
@@ -70,3 +71,12 @@ def read_pairs(
 def margin_of(row: Row) -> float | None:
     margin = row.get("margin")
     return None if margin is None else float(margin)
+
+
+def probability_of(row: Row, where: str) -> float:
+    """That the chosen answer is the better one."""
+    found = row.get("probability")
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= 1:
+        said = "nothing" if found is None else repr(found)
+        raise ValueError(f"{where}, column 'probability' must be a number from 0 to 1 for soft_labels, got {said:.60}")
+    return float(found)

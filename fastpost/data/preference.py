@@ -12,7 +12,7 @@ from typing import Any
 
 from fastpost.data.chat import continued, opening
 from fastpost.data.counts import Counts, counted
-from fastpost.data.pairs import Pair, has_prompt, margin_of, read_pairs, split_pair
+from fastpost.data.pairs import Pair, has_prompt, margin_of, probability_of, read_pairs, split_pair
 from fastpost.files import Row, Rows
 from fastpost.packing import Example
 
@@ -24,8 +24,10 @@ def preference_examples(
     *,
     positions: int | None = None,
     path: str | PathLike[str] = "",
+    soft_labels: bool = False,
 ) -> tuple[list[Pair], Counts]:
-    """One Pair a row, each half cut at its end to max_length tokens; dropped where one has no answer left."""
+    """One Pair a row, each half cut at its end to max_length tokens; dropped where one has no answer left. soft_labels:
+    the column `probability` is read."""
     notes: Counter[str] = Counter()
 
     def read(row: Row, where: str) -> Pair | str:
@@ -43,7 +45,7 @@ def preference_examples(
         notes["truncated"] += any(len(e.input_ids) < len(s.input_ids) for e, s in zip(cut, both, strict=True))
         notes["without_eos"] += any(tokenizer.eos_token_id not in e.input_ids[start:] for e in cut)
         notes["promptless"] += not prompt
-        return Pair(cut[0], cut[1], margin_of(row))
+        return Pair(cut[0], cut[1], margin_of(row), probability_of(row, where) if soft_labels else None)
 
     pairs = read_pairs(rows, path, notes, read)
     kept = [pair.examples for pair in pairs]

@@ -121,13 +121,19 @@ def chosen_nll(stats: Stats, batch: Batch) -> Tensor:  # (P,)
     return -batch.pairs(batch.mean_per_sequence(stats.logp))[0]
 
 
-def _of_pairs(scores: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Callable[..., Tensor]], Loss]:
-    """Declares a loss of the DPO family: an equation on what `scores` makes of each pair."""
+def _of_pairs(
+    scores: Callable[..., tuple[Tensor, Tensor]], soft_labels: bool = False
+) -> Callable[[Callable[..., Tensor]], Loss]:
+    """Declares a loss of the DPO family: an equation on what `scores` makes of each pair. soft_labels: its
+    label_smoothing is 1 - batch.probability, a pair's own, where the batch has that."""
 
     def declare(equation: Callable[..., Tensor]) -> Loss:
         @functools.wraps(equation)
         def of_pairs(stats: Stats, batch: Batch, **knobs) -> Tensor:
-            each = equation(*scores(stats, batch, **picked(scores, knobs)), **picked(equation, knobs))
+            given = picked(equation, knobs)
+            if soft_labels:
+                given["label_smoothing"] = batch.doubt(given["label_smoothing"])
+            each = equation(*scores(stats, batch, **picked(scores, knobs)), **given)
             return _adjusted(each, stats, batch, **picked(_adjusted, knobs))
 
         of_pairs.__signature__ = shared_signature(equation, scores, _adjusted)  # pyright: ignore[reportAttributeAccessIssue]
@@ -137,7 +143,7 @@ def _of_pairs(scores: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Callabl
     return declare
 
 
-def logistic(margin: Tensor, label_smoothing: float) -> Tensor:
+def logistic(margin: Tensor, label_smoothing: float | Tensor) -> Tensor:
     """-(1 - e) log s(margin) - e log s(-margin): a label is wrong with probability e."""
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
@@ -145,11 +151,12 @@ def logistic(margin: Tensor, label_smoothing: float) -> Tensor:
 # ---- the DPO family ----
 
 
-@_of_pairs(_scores)
+@_of_pairs(_scores, soft_labels=True)
 def dpo(chosen: Tensor, rejected: Tensor, *, beta: Positive = 0.1, label_smoothing: BelowHalf = 0.0) -> Tensor:
     """-(1 - e) log s(beta D) - e log s(-beta D), with e = label_smoothing. arXiv:2305.18290.
 
-    e > 0 is conservative DPO: a label is wrong with probability e. TRL 1.16's sigmoid loss ignores it.
+    e > 0 is conservative DPO: a label is wrong with probability e. TRL 1.16's sigmoid loss ignores it. Where the batch
+    knows the probability of each label, e is what is left of 1, each pair's own.
     """
     return logistic(beta * (chosen - rejected), label_smoothing)
 

@@ -22,7 +22,7 @@ def positions_of(lengths: Tensor, rows: Sequence[int]) -> Tensor:  # (S,) -> (N,
 
 def subset(packed: Packed, rows: Sequence[int]) -> Packed:
     """These sequences of a pack on the host, in this order. The weight, which belongs to a normalisation of the whole,
-    is not carried, and neither are margins, which belong to pairs."""
+    is not carried, and neither is what belongs to pairs."""
     batch, S = packed.batch, packed.batch.lengths.numel()
     wrong = [row for row in rows if not 0 <= row < S]
     if not len(rows) or wrong:

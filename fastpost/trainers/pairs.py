@@ -21,8 +21,9 @@ from fastpost.data import Counts, Pair, preference_examples
 from fastpost.files import Rows
 from fastpost.models.trunk import positions
 from fastpost.packing import Packed, pack, placeholder
+from fastpost.packing.subsets import with_known
 from fastpost.trainers.balance import hidden_and_balance
-from fastpost.trainers.config import Pairs, Training
+from fastpost.trainers.config import Dpo, Pairs, Training
 from fastpost.trainers.loop import autocast, bins, check_lengths, evaluating, the_device
 from fastpost.trainers.start import Start
 from fastpost.trainers.world import ALONE, World
@@ -43,7 +44,10 @@ class Objective:
 def read_pairs(begun: Start, config: Pairs, name: str, rows: Rows) -> tuple[list[Pair], Counts]:
     """The pairs of "train" or "eval", of which each fits in the model and in a pack."""
     room = positions(begun.model)
-    pairs, counts = preference_examples(rows, begun.tokenizer, config.max_length, positions=room, path=name)
+    soft = isinstance(config, Dpo) and config.soft_labels
+    pairs, counts = preference_examples(
+        rows, begun.tokenizer, config.max_length, positions=room, path=name, soft_labels=soft
+    )
     check_lengths(lengths_of(pairs), room, config, unit=2)
     return pairs, counts
 
@@ -112,7 +116,11 @@ def _packed(pairs: Sequence[Pair], objective: Objective) -> Packed:
     """With ref_logp as it is known, or as the reference says now."""
     known = [logp for pair in pairs for logp in pair.ref_logp or ()]
     extra = {"ref_logp": known} if known else {}
-    packed = pack(_sequences(pairs) or placeholder(2), **extra).to(the_device())
+    packed = pack(_sequences(pairs) or placeholder(2), **extra)
+    sure = [pair.probability for pair in pairs if pair.probability is not None]
+    if sure:
+        packed = with_known(packed, probability=torch.tensor(sure))
+    packed = packed.to(the_device())
     return packed if known or objective.reference is None else objective.reference(packed)
 
 

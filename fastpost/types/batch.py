@@ -19,6 +19,7 @@ IGNORE = -100  # the target of a position where nothing is to be predicted
 
 PER_TOKEN = ("old_logp", "ref_logp", "rollout_logp", "advantage", "old_value", "return_")
 PER_SEQUENCE = ("label", "completion_length")
+PER_PAIR = ("margin", "probability")
 
 
 def check_pairs(S: int) -> None:
@@ -46,6 +47,7 @@ class Batch:
     label: Tensor = NOT_GIVEN  # (S,) bool, desirable or not (KTO)
     completion_length: Tensor = NOT_GIVEN  # (S,) tokens of the completion, before any masking
     margin: Tensor = NOT_GIVEN  # (S / 2,)
+    probability: Tensor = NOT_GIVEN  # (S / 2,) that the chosen sequence is the better one; None: as sure as all
     kl: Tensor = NOT_GIVEN  # scalar, KTO's baseline
     weight: Tensor = NOT_GIVEN  # (U,) the normalisation; None: 1 / kept units
     kept: Tensor = NOT_GIVEN  # (N,) int64, positions with a target; a Batch from packing has them
@@ -78,8 +80,8 @@ class Batch:
             object.__setattr__(self, "advantage", self.spread(self.advantage))
         if self.label is not None and self.label.dtype != torch.bool:
             raise ValueError(f"batch.label must be bool, desirable or not, got {self.label.dtype}")
-        shapes = dict.fromkeys(PER_TOKEN, (T,)) | dict.fromkeys(PER_SEQUENCE, (S,))
-        for name, shape in (shapes | {"margin": (S // 2,), "kl": ()}).items():
+        shapes = dict.fromkeys(PER_TOKEN, (T,)) | dict.fromkeys(PER_SEQUENCE, (S,)) | dict.fromkeys(PER_PAIR, (S // 2,))
+        for name, shape in (shapes | {"kl": ()}).items():
             value = getattr(self, name)
             if value is not None and value.shape != shape:
                 raise ValueError(
@@ -131,6 +133,10 @@ class Batch:
     def beyond_margin(self, difference: Tensor) -> Tensor:  # (S / 2,) -> (S / 2,)
         """difference less the margin that was asked for, if one was."""
         return difference if self.margin is None else difference - self.margin
+
+    def doubt(self, otherwise: float) -> Tensor | float:  # (S / 2,)
+        """The probability that the label of a pair is wrong, where it is known."""
+        return otherwise if self.probability is None else 1 - self.probability
 
     @staticmethod
     def pairs(x: Tensor) -> tuple[Tensor, Tensor]:  # (S,) -> (S / 2,), (S / 2,)
@@ -186,7 +192,7 @@ class Batch:
         """Sequences first..last, which are positions start..stop: whole ones, so that every field keeps its meaning."""
         cut = self._each(("target", *PER_TOKEN), lambda x: x[start:stop])
         cut |= self._each(PER_SEQUENCE, lambda x: x[first:last])
-        cut |= self._each(("margin",), lambda x: x[first // 2 : last // 2])
+        cut |= self._each(PER_PAIR, lambda x: x[first // 2 : last // 2])
         return self._of_kept(self.lengths[first:last], cut)
 
     def blank(self, mask: Tensor) -> Batch:  # (T,) bool

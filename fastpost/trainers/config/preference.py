@@ -69,6 +69,9 @@ class Dpo(Pairs, Contrasted):
     """Direct preference optimisation on pairs, against the model as it was; and its kin. arXiv:2305.18290"""
 
     ref_model: str | None = option(None, MODEL, "directory of another reference; default: the model as it was")
+    soft_labels: bool = option(
+        False, LOSS, "of dpo: label_smoothing is each pair's own, what its column `probability` leaves of 1"
+    )
     reference_free: bool = option(False, LOSS, "a reference that finds all answers equally likely")
     precompute_ref_log_probs: bool = option(
         False, STEPS, "the reference reads every row once, before training, and is gone; default: at each of its steps"
@@ -79,6 +82,10 @@ class Dpo(Pairs, Contrasted):
         self.check_losses()
         if self.reference_free and (self.ref_model or self.precompute_ref_log_probs):
             raise ValueError("reference_free has no reference: leave out ref_model and precompute_ref_log_probs")
+        if self.soft_labels and not {"dpo", "sigmoid"} >= set(self.loss_type) - {"sft"}:
+            raise ValueError(f"soft_labels are of loss_type dpo, alone or with sft: got {', '.join(self.loss_type)}")
+        if self.soft_labels and self.label_smoothing is not None:
+            raise ValueError("soft_labels are a label_smoothing of each pair's own: leave out one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
