@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 pytest.importorskip("accelerate")
 
 import accelerate.utils
 
-from fastpost.trainers import zero
+from fastpost.trainers import engines, zero, zero3
 from fastpost.trainers.config import Sft
 
 STAGE_2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": True}}
@@ -52,7 +54,7 @@ def test_a_stage_alone_is_enough(told, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("said", "remedy"),
     [
-        ({"zero_optimization": {"stage": 3}}, "stage 3 is not supported: choose 1 or 2, or FSDP2"),
+        ({"zero_optimization": {"stage": 4}}, "stage 4 is not known: choose 1, 2 or 3"),
         (STAGE_2 | {"optimizer": {"type": "AdamW"}}, "leave optimizer out"),
         (STAGE_2 | {"scheduler": {"type": "WarmupLR"}}, "leave scheduler out"),
         (STAGE_2 | {"bf16": {"enabled": True}}, "leave bf16 out"),
@@ -110,3 +112,56 @@ def test_a_file_that_says_another_is_refused(told, name: str, field: str):
     told(STAGE_2 | {name: 2})
     with pytest.raises(ValueError, match=f"{name} of the DeepSpeed config is 2 and the run's {field}: say auto"):
         zero.settings(config(per_device_train_batch_size=3, max_grad_norm=0.5, gradient_accumulation_steps=4))
+
+
+# ---- stage 3 ----
+
+
+@pytest.mark.parametrize(("said", "parts"), [(1, False), (2, False), (3, True)])
+def test_only_stage_3_has_the_weights_in_parts(told, said: int, parts: bool):
+    told({"zero_optimization": {"stage": said}})
+    assert engines.shards() == parts
+    assert engines.in_parts(nn.Identity()) == parts
+
+
+def test_quantised_weights_are_not_cut():
+    door = nn.Linear(2, 2)
+    door.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match="leave out load_in_4bit"):
+        zero3.cut(door, {})
+
+
+class Part(nn.Parameter):
+    """What DeepSpeed makes of a parameter, as one of three processes has it."""
+
+    ds_id, ds_shape, ds_numel = 0, torch.Size([2, 2]), 4
+
+    def partition_numel(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize(("rank", "own"), [(0, [1.0, 2.0]), (1, [3.0, 4.0]), (2, [0.0, 0.0])])
+def test_a_process_has_its_part_and_where_there_is_none_zeros(
+    monkeypatch: pytest.MonkeyPatch, rank: int, own: list[float]
+):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    empty = Part(torch.empty(0))
+    assert zero3.own_part(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), empty).tolist() == own
+    assert (zero3.full_numel(empty), zero3.full_shape(empty)) == (4, (2, 2))
+
+
+# ---- precision ----
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_pass_computes_in_the_precision_of_the_caller(asked: bool):
+    def engine(work: Any) -> Any:
+        """As DeepSpeed's, which knows no autocast but that of its config."""
+        assert not torch.is_autocast_enabled("cpu"), "it would warn, and turn it off"
+        return work()
+
+    ones = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=asked):
+        found = zero.through(engine, lambda: ones @ ones)
+        assert (ones @ ones).dtype == found.dtype
+    assert found.dtype == (torch.bfloat16 if asked else torch.float32)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import talking
@@ -32,10 +33,16 @@ from fastpost.trainers.reinforce import reinforce
 from fastpost.trainers.reward import reward
 from fastpost.trainers.rloo import rloo
 from fastpost.trainers.sft import sft
+from fastpost.trainers.zero3 import full_numel
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO, STAGE = {"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_DEEPSPEED_ZERO_STAGE"
+BY_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 ENGINES = {"ddp": {}, "fsdp2": FSDP2, "zero1": ZERO | {STAGE: "1"}, "zero2": ZERO | {STAGE: "2"}}
+ENGINES |= {"zero3": ZERO | {BY_FILE: "zero3.json"}}
+# DeepSpeed leaves gathered what is small, or soon read again, and here all is.
+STRICT = {"param_persistence_threshold": 0, "max_reuse_distance": 0, "prefetch_bucket_size": 5000}
+ZERO3 = {"zero_optimization": {"stage": 3, **{f"stage3_{name}": value for name, value in STRICT.items()}}}
 LORA = {"lora_r": 4, "init_lora_weights": "gaussian"}
 
 
@@ -150,12 +157,13 @@ def write(folder: Path) -> None:
             for i, (p, c) in enumerate(sums)
         ],
     }
+    (folder / "zero3.json").write_text(json.dumps(ZERO3))
     for name, each in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
 
 
-def run(folder: Path, name: str, out: Path, processes: int, *, exact: bool = False, **changes: Any) -> None:
-    """A case in a world of so many processes, of 12 rows a step in all; `exact`: in float64."""
+def run(folder: Path, name: str, out: Path, processes: int, *, exact: bool = False, **changes: Any) -> Any:
+    """What training gives of a case in a world of so many processes, of 12 rows a step in all; `exact`: in float64."""
     case = CASES[name]
     fields = {
         "model": folder / case.model,
@@ -188,12 +196,27 @@ def run(folder: Path, name: str, out: Path, processes: int, *, exact: bool = Fal
         if "tools" in fields:
             fields["tools"] = f"{folder}/{fields['tools']}"
             patch.setattr(Generate, "__call__", rolls_first(Generate.__call__))
-        case.verb(case.config(**fields), **given)
+        return case.verb(case.config(**fields), **given)
 
 
-def runs_of_rank(rank: int, folder: Path, engine: str, jobs: list[tuple[str, Path, dict[str, Any]]]) -> None:
-    """What one of two processes does: these jobs under this engine."""
+def runs_of_rank(rank: int, folder: Path, engine: str, jobs: list[tuple[str, Path, dict[str, Any]]]) -> list[float]:
+    """What one of two processes does: these jobs under this engine. The share of the weights that it has after each."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} | ENGINES[engine]
+    if BY_FILE in os.environ:
+        os.environ[BY_FILE] = str(folder / os.environ[BY_FILE])
+    found = []
     for name, out, changes in jobs:
         torch.manual_seed(0)
-        run(folder, name, out, 2, **changes)
+        found.append(share_held(run(folder, name, out, 2, **changes)))
+    return found
+
+
+def share_held(model: torch.nn.Module) -> float:
+    """Of all elements of the weights, those in the memory of this process."""
+    held, whole = 0, 0
+    for p in model.parameters():
+        cut = getattr(p, "ds_tensor", None)  # DeepSpeed's part, beside which there is what it has gathered
+        parts = [p.to_local()] if isinstance(p, DTensor) else [p] if cut is None else [p, cut]
+        held += sum(x.numel() for x in parts)
+        whole += full_numel(p)
+    return held / whole

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastpost.models.sharded import copied, fsdp_modules, is_sharded
-from fastpost.trainers import zero
+from fastpost.trainers import zero, zero3
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # of a process that waits for one whose completions are long
@@ -48,6 +48,10 @@ class Door(nn.Module):
 
 def shards() -> bool:
     """Whether weights are to be sharded."""
+    return _by_fsdp() or zero.stage() == 3
+
+
+def _by_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
@@ -57,9 +61,9 @@ def join() -> None:
         if os.environ.get(name, "").lower() == value:
             raise ValueError(remedy)
     zero.check()
-    if shards() and os.environ.get("FSDP_VERSION", "1") != "2":
+    if _by_fsdp() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("FSDP of version 1 is not supported: choose fsdp_version 2")
-    if shards() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
+    if _by_fsdp() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
         raise ValueError("fsdp_activation_checkpointing must be off: gradient_checkpointing of the run does the same")
     # transformers would leave the weights out everywhere but in the first process
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
@@ -71,12 +75,14 @@ def join() -> None:
 # ---- wrapping ----
 
 
-def wrapped(door: Door) -> Door | DistributedDataParallel | None:
+def wrapped(door: Door) -> Any:
     """The door that passes go through; None: the processes need none, or it comes with the optimizer."""
-    if shards():
+    if _by_fsdp():
         return sharded(door)
     trains = any(p.requires_grad for p in door.parameters())
-    return averaged(door) if trains and not zero.stage() else None
+    if zero.stage():
+        return zero.frozen(door) if shards() and not trains else None
+    return averaged(door) if trains else None
 
 
 def averaged(door: Door) -> DistributedDataParallel:
@@ -114,6 +120,11 @@ def _layers(door: Door, names: Sequence[str] | None) -> list[nn.Module]:
     return [module for module in door.modules() if type(module).__name__ in (names or known)]
 
 
+def through(door: Any, work: Callable[[], T]) -> T:
+    """What a pass through the door gives."""
+    return door(work) if isinstance(door, Door | DistributedDataParallel) else zero.through(door, work)
+
+
 def apart(door: Any) -> AbstractContextManager[None]:
     """Inside, gradients stay where they are: more are to come before those of all processes are averaged."""
     if isinstance(door, DistributedDataParallel):
@@ -138,16 +149,27 @@ def _unreduced(door: Door) -> Iterator[None]:
 # ---- whole again ----
 
 
-def reshard(door: Door) -> None:
+def in_parts(door: Any) -> bool:
+    """Whether a process has but a part of the weights behind this door."""
+    return isinstance(door, Door) or (door is not None and zero.stage() == 3)
+
+
+def reshard(door: Any) -> None:
     """Frees what a pass without a backward pass left gathered."""
+    if not isinstance(door, Door):
+        zero3.release(door)
     for module in fsdp_modules(door):
         module.reshard()
 
 
-@contextmanager
-def gathered(door: Door) -> Iterator[None]:
+def gathered(door: Any) -> AbstractContextManager[None]:
     """Every parameter whole in every process, so that each may run the model as often as it likes: a generation that
     ends early waits for nobody. Wants the room for the whole model."""
+    return _unsharded(door) if isinstance(door, Door) else zero3.gathered(door)
+
+
+@contextmanager
+def _unsharded(door: Door) -> Iterator[None]:
     modules = fsdp_modules(door)
     if modules and not hasattr(modules[0], "reset_iter_state"):
         raise ValueError(f"sampling from a sharded model needs torch 2.13 or newer, got {torch.__version__}")
@@ -164,17 +186,18 @@ def gathered(door: Door) -> Iterator[None]:
 
 
 @contextmanager
-def on_host(door: Door, first: bool) -> Iterator[None]:
+def on_host(door: Any, first: bool) -> Iterator[None]:
     """In the first process every parameter whole, on the host, one after another: what writes models sees plain ones.
     In the others nothing that could be used."""
     reshard(door)
     places = [(m, name, p) for m in door.modules() for name, p in m._parameters.items() if p is not None]
-    places = [(module, name, p) for module, name, p in places if is_sharded(p)]
+    places = [(module, name, p) for module, name, p in places if is_sharded(p) or zero3.is_part(p)]
     whole: dict[int, nn.Parameter] = {}  # by identity: tied ones stay tied
     try:
         for module, name, p in places:
             if id(p) not in whole:
-                whole[id(p)] = nn.Parameter(copied(p, first), p.requires_grad)
+                found = zero3.copied(p, first) if zero3.is_part(p) else copied(p, first)
+                whole[id(p)] = nn.Parameter(found, p.requires_grad)
             module._parameters[name] = whole[id(p)]
         yield
     finally:

@@ -101,7 +101,8 @@ def _stored(name: str, examples: Sequence[Example], begun: Start, config: Distil
     part = _part(config, name)
     facts = cache.read_facts(part)
     cache.check(part, facts, begun.tokenizer, examples, config.temperature, config.teacher_top_k)
-    V = Head.of(begun.model).vocabulary
+    with begun.world.whole():
+        V = Head.of(begun.model).vocabulary
     if facts.vocabulary != V:
         raise ValueError(
             f"teacher_cache {part} is of a vocabulary of {facts.vocabulary}, and the model has one of {V}: they must "

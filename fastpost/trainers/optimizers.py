@@ -18,6 +18,7 @@ from fastpost.models.sharded import copied, is_sharded, sharded_like
 from fastpost.trainers.config import Training
 from fastpost.trainers.log import say
 from fastpost.trainers.zero import Zero
+from fastpost.trainers.zero3 import full_numel, full_shape
 
 BITSANDBYTES = {
     "adamw_8bit": "AdamW8bit",
@@ -93,8 +94,8 @@ def _check_moments(trained: Sequence[nn.Parameter], tensors: Mapping[str, Tensor
             raise ValueError(
                 f"the checkpoint is of another model: it trained tensor {index}, and here {len(trained)} do"
             )
-        if name in MOMENTS and value.numel() != trained[int(index)].numel():
-            then, now = tuple(value.shape), tuple(trained[int(index)].shape)
+        if name in MOMENTS and value.numel() != full_numel(trained[int(index)]):
+            then, now = tuple(value.shape), full_shape(trained[int(index)])
             raise ValueError(f"the checkpoint is of another model: tensor {index} that trains was {then}, and is {now}")
 
 

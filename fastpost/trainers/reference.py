@@ -110,7 +110,7 @@ def _as_it_was(config: Training, given: Given, world: World) -> Any:
 def _first_weights(start: Start, config: Training) -> dict[str, Tensor]:
     """Those of the policy's adapter before the first step."""
     if start.world.shards:
-        raise ValueError("the reference of an adapter that trains on cannot be had under FSDP2: merge it, give lora_r")
+        raise ValueError("the reference of an adapter that trains on cannot be had of sharded weights: merge it")
     from peft import get_peft_model_state_dict, load_peft_weights
 
     if config.model:

@@ -79,7 +79,7 @@ class World:
     @property
     def shards(self) -> bool:
         """Whether a process has but a part of the model."""
-        return isinstance(self.door, Door)
+        return engines.in_parts(self.door)
 
     # ---- a step ----
 
@@ -97,7 +97,7 @@ class World:
     def through(self, work: Callable[[], T]) -> T:
         """What a pass of the model gives, the loss that is to be differentiated included. A pass is once through and
         one backward pass."""
-        return work() if self.door is None else self.door(work)
+        return work() if self.door is None else engines.through(self.door, work)
 
     # ---- what all must know ----
 
@@ -134,11 +134,11 @@ class World:
     def whole(self) -> AbstractContextManager[None]:
         """Inside, this process can run the model alone, without gradients: what sampling needs. Where weights are
         sharded they are gathered for it."""
-        return engines.gathered(self.door) if isinstance(self.door, Door) else nullcontext()
+        return engines.gathered(self.door) if self.shards else nullcontext()
 
     def on_host(self) -> AbstractContextManager[None]:
         """Inside, the first process has whatever is to be written."""
-        return engines.on_host(self.door, self.first) if isinstance(self.door, Door) else nullcontext()
+        return engines.on_host(self.door, self.first) if self.shards else nullcontext()
 
 
 ALONE = World()

@@ -1,5 +1,6 @@
-"""DeepSpeed's ZeRO (arXiv:1910.02054), stages 1 and 2: each process has all weights, and a part of the moments, in
-stage 2 of the gradients too. `accelerate launch --use_deepspeed` says by the environment and a file how.
+"""DeepSpeed's ZeRO (arXiv:1910.02054): each process has a part of the moments, from stage 2 on of the gradients, in
+stage 3 of the weights (`fastpost.trainers.zero3`). `accelerate launch --use_deepspeed` says by the environment and a
+file how.
 
 Its engine sees to gradients as they come, and then clips, steps and spreads the new weights in one call. So here it is
 what a pass goes through, and an optimizer whose state is whole: checkpoints are those of any other engine. Stage 0 is
@@ -11,19 +12,22 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fastpost.trainers import zero3
 from fastpost.trainers.config import Training
-from fastpost.trainers.loop import check_norm, set_rate
+from fastpost.trainers.loop import check_norm, set_rate, the_device
+
+T = TypeVar("T")
 
 ON = "ACCELERATE_USE_DEEPSPEED"
 OLDEST = "0.19"
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # What a DeepSpeed config calls fields of the run; and what accelerate writes into one that is silent.
 OURS = {
@@ -42,7 +46,8 @@ REFUSED = {
 
 
 def stage() -> int:
-    """What the processes are to have parts of: 1 of the moments, 2 of gradients too; 0: nothing, or no DeepSpeed."""
+    """What the processes are to have parts of: 1 of the moments, 2 of gradients too, 3 of weights too; 0: nothing, or
+    no DeepSpeed."""
     return _told().get("zero_optimization", {}).get("stage", 0) if _is_on() else 0
 
 
@@ -59,7 +64,7 @@ def check() -> None:
             f"DeepSpeed must be {OLDEST} or newer, whose backward passes are torch's: pip install -U deepspeed"
         )
     if stage() not in STAGES:
-        raise ValueError(f"ZeRO of stage {stage()} is not supported: choose 1 or 2, or FSDP2, which shards weights too")
+        raise ValueError(f"ZeRO of stage {stage()} is not known: choose 1, 2 or 3")
     for name, remedy in REFUSED.items():
         said = _told().get(name)
         if said and said.get("enabled", True) is True:
@@ -88,7 +93,10 @@ class Zero:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.group_of = [i for i, group in enumerate(optimizer.param_groups) for _ in group["params"]]
-        self.engine, *_ = deepspeed.initialize(model=door, optimizer=optimizer, config=settings(config))
+        told = settings(config)
+        if stage() == 3:
+            zero3.cut(door, told)
+        self.engine, *_ = deepspeed.initialize(model=door, optimizer=optimizer, config=told)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -107,49 +115,73 @@ class Zero:
         from deepspeed.utils import safe_get_full_optimizer_state as whole  # type: ignore[import-not-found]
 
         first = torch.distributed.get_rank() == 0
-        steps = {g: self.engine.optimizer.state[self._flat(g)]["step"] for g in self._link()}
+        self._link()
         state: dict[int, dict[str, Tensor]] = {}
         for i, p in enumerate(self.parameters):
-            if self.group_of[i] not in steps:
+            own = self.engine.optimizer.state.get(self._flat(i))
+            if not own:
                 continue
             found = {name: whole(p, name) for name in MOMENTS}
             found = {name: x.cpu() if first else x.new_empty(0) for name, x in found.items()}
-            state[i] = {"step": steps[self.group_of[i]], **found}
+            state[i] = {"step": own["step"], **found}
         return {"state": state, "param_groups": self.param_groups}
 
     def load_state_dict(self, given: Mapping[str, Any]) -> None:
         """What `state_dict` gave, or that of torch's AdamW."""
-        from deepspeed.utils import safe_set_full_optimizer_state  # type: ignore[import-not-found]
-
-        steps = {self.group_of[i]: torch.tensor(float(state["step"])) for i, state in given["state"].items()}
-        empty = {
-            g: {"step": step, **{name: torch.zeros_like(self._flat(g)) for name in MOMENTS}}
-            for g, step in steps.items()
-        }
         adamw = self.engine.optimizer.optimizer
-        adamw.load_state_dict({"state": empty, "param_groups": adamw.state_dict()["param_groups"]})
+        steps = {self._flat(i): float(found["step"]) for i, found in given["state"].items()}
+        for flat, step in steps.items():
+            empty = {name: torch.zeros_like(flat) for name in MOMENTS}
+            adamw.state[flat] = {"step": torch.tensor(step, device=flat.device), **empty}
         self._link()
         for i, found in given["state"].items():
             for name in MOMENTS:
-                safe_set_full_optimizer_state(self.parameters[i], found[name].to(self.parameters[i].device), name)
+                _set_moment(self.parameters[i], found[name].to(self._flat(i).device), name)
 
-    def _link(self) -> list[int]:
-        """Joins parameters to their part of the moments, which DeepSpeed does for those of the first group alone; the
-        groups that have moments."""
+    def _link(self) -> None:
+        """Joins parameters to their part of the moments, which up to stage 2 DeepSpeed does for those of the first
+        group alone."""
         from deepspeed.utils import lazy_init_hp_params_optimizer_state  # type: ignore[import-not-found]
 
         state = self.engine.optimizer.state
-        groups = [g for g in sorted({*self.group_of}) if state.get(self._flat(g))]
-        for g in groups:
-            lazy_init_hp_params_optimizer_state(self._own(g), self._flat(g), state)
-        return groups
+        for g, group in enumerate(self.engine.optimizer.param_groups):
+            flat = next(iter(group["params"]), None)  # of stage 3 there is none
+            if flat is not None and state.get(flat):
+                lazy_init_hp_params_optimizer_state(self._own(g), flat, state)
 
     def _own(self, group: int) -> list[nn.Parameter]:
         return [p for p, of in zip(self.parameters, self.group_of, strict=True) if of == group]
 
-    def _flat(self, group: int) -> Tensor:
-        """This process' part of a group's parameters."""
-        return self.engine.optimizer.param_groups[group]["params"][0]
+    def _flat(self, i: int) -> Tensor:
+        """Where this process has its part of a parameter, end to end with its parts of others."""
+        own, p = self.engine.optimizer, self.parameters[i]
+        if not zero3.is_part(p):
+            return own.param_groups[self.group_of[i]]["params"][0]
+        return own.fp32_partitioned_groups_flat[own.grad_position[own.get_param_id(p)][0]]
+
+
+def _set_moment(parameter: nn.Parameter, x: Tensor, name: str) -> None:
+    """To x, which every process has whole."""
+    from deepspeed.utils import (  # type: ignore[import-not-found]
+        safe_set_full_optimizer_state,
+        safe_set_local_optimizer_state,
+    )
+
+    if zero3.is_part(parameter):
+        safe_set_local_optimizer_state(parameter, zero3.own_part(x, parameter), name)
+    else:
+        safe_set_full_optimizer_state(parameter, x, name)
+
+
+def frozen(door: nn.Module) -> Any:
+    """An engine for what does not train, whose weights are in parts."""
+    import deepspeed  # type: ignore[import-not-found]
+
+    of_weights = dict(_without_auto(_told())["zero_optimization"])
+    of_weights.pop("offload_optimizer", None)
+    told = {"zero_optimization": of_weights, "train_micro_batch_size_per_gpu": 1}
+    zero3.cut(door, told)
+    return deepspeed.initialize(model=door, config=told)[0]
 
 
 def settings(config: Training) -> dict[str, Any]:
@@ -169,6 +201,15 @@ def settings(config: Training) -> dict[str, Any]:
 def _without_auto(told: Mapping[str, Any]) -> dict[str, Any]:
     nested = {name: _without_auto(value) if isinstance(value, Mapping) else value for name, value in told.items()}
     return {name: value for name, value in nested.items() if value != "auto"}
+
+
+def through(engine: Any, work: Callable[[], T]) -> T:
+    """What a pass gives, in the precision of the caller: the engine knows autocast by its own config alone, which would
+    have gradients sent in bfloat16, too, and turns off what it finds."""
+    kind = the_device().type
+    inside = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
+    with torch.autocast(kind, enabled=False):
+        return engine(inside(work))
 
 
 @contextmanager
