@@ -111,6 +111,13 @@ def test_a_conversation_is_compared_with_what_its_tools_said():
     assert seen == [([called], ["text 1"])]
 
 
+def test_what_tools_said_is_read_and_not_learnt():
+    rollouts = rollouts_of((1.0, 0.0, 0.0))
+    called = replace(rollouts.completions[0], own=[True, False, True])
+    (pair,) = pairs_of(replace(rollouts, completions=[called, *rollouts.completions[1:]]), config_of(num_generations=3))
+    assert [example.predicted for example in pair.examples] == [[3, 5], [3, 4, 5, 6, 7]]
+
+
 # ---- a step ----
 
 

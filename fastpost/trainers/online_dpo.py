@@ -85,8 +85,8 @@ def pairs_of(rollouts: Rollouts, config: OnlineDpo) -> list[Pair]:
 
 
 def _example(rollouts: Rollouts, i: int) -> Example:
-    prompt, completion = rollouts.prompts[i].input_ids, rollouts.completions[i].ids
-    return Example([*prompt, *completion], [False] * len(prompt) + [True] * len(completion))
+    prompt, completion = rollouts.prompts[i].input_ids, rollouts.completions[i]
+    return Example([*prompt, *completion.ids], [False] * len(prompt) + completion.mask)
 
 
 # ---- what a log shows of it ----
