@@ -54,6 +54,15 @@ def test_what_was_consumed_is_consumed_again(tmp_path):
     assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == [f"step-{n}.json" for n in range(3)]
 
 
+def test_a_step_that_asked_twice_has_both_answers(tmp_path):
+    sampler, where = Random(), Where(tmp_path)
+    twice = [sampled(sampler, asked(of), where, 1) for of in ((0, 1), (2,))]
+    assert [sampled(sampler, asked(of), where, 1) for of in ((0, 1), (2,))] == twice
+    assert sampler.calls == 2
+    sampled(sampler, asked((2,), run="another"), where, 1)
+    assert list(json.loads((tmp_path / "rollouts" / "step-1.json").read_text())) == ["14"]
+
+
 def test_another_number_of_ranks_takes_the_same(tmp_path):
     sampler = Random()
     parts = {of: sampled(sampler, asked(of), Where(tmp_path, rank), 4) for rank, of in enumerate([(0, 2), (1,)])}

@@ -59,9 +59,11 @@ def _files(where: Where) -> list[tuple[int, Path]]:
 
 
 def write(where: Where, step: int, asked: Asked, completions: Sequence[Completion]) -> None:
-    """Whole or not at all."""
-    n = asked.num_generations
-    groups = {
+    """Whole or not at all; beside those of other prompts, as a step may ask several times."""
+    n, path = asked.num_generations, where.directory / where.name(step)
+    there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    settings = asked.question(0)[1:]
+    groups = {key: group for key, group in there.items() if group[0][1:] == settings} | {
         str(key): [asked.question(i), [asdict(completion) for completion in completions[i * n : (i + 1) * n]]]
         for i, key in enumerate(asked.keys)
     }
