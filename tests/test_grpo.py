@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -213,6 +214,8 @@ def test_metrics_and_samples_are_those_of_the_rollouts():
     assert values["completions/clipped_ratio"] == pytest.approx(1 / 6)
     alone = rollout_metrics(rollouts_of(), 1)
     assert alone["reward_std"] == pytest.approx(stdev(REWARDS)) and "frac_reward_zero_std" not in alone
+    some = rollout_metrics(rollouts_of((math.nan, math.nan, math.nan, 1.0, math.nan, 1.0)), 3)
+    assert some["frac_reward_zero_std"] == 1.0
     samples = list(first_group(rollouts_of(), 3, step=7))
     assert [sample["reward"] for sample in samples] == pytest.approx([1.0, 0.0, 0.2])
     assert samples[1] == {"step": 7, "prompt": "p", "completion": "text 1", "reward": 0.0, "rewards/f": 0.0}

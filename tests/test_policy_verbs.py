@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -186,7 +187,8 @@ def test_groups_are_taken_out_and_put_together():
 
 def test_dynamic_sampling_goes_on_until_the_step_is_full(monkeypatch: pytest.MonkeyPatch):
     config = config_of(Grpo, dynamic_sampling=True, max_resamplings=3)
-    given = [rollouts_of((1.0, 1.0, 0.0, 1.0)), rollouts_of((0.5,) * 4), rollouts_of((0.0, 2.0, 1.0, 0.0))]
+    one = [rollouts_of((1.0, 1.0, 0.0, 1.0)), rollouts_of((0.5, math.nan, 0.5, 0.5))]
+    given = [*one, rollouts_of((0.0, 2.0, 1.0, 0.0))]
     calls = iter(given)
     monkeypatch.setattr(grpo_module, "next_rollouts", lambda run, stage, count=None: next(calls))
     found = grpo_module._sample(SimpleNamespace(each=2), SimpleNamespace(), config)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from fastpost.trainers.given import GivenRewards
 from fastpost.trainers.objectives import of_grpo
 from fastpost.trainers.options import check_config
 from fastpost.trainers.policy import learn, look, next_rollouts, said_by_policy
-from fastpost.trainers.rollouts import Rollouts, joined, only_groups, shaped_rewards
+from fastpost.trainers.rollouts import Rollouts, joined, only_groups, shaped_rewards, varied
 from fastpost.trainers.run import Run
 from fastpost.trainers.stage import Stage
 
@@ -82,8 +82,7 @@ def _sample(run: Run, stage: Stage, config: Grpo) -> Rollouts:
 
 def _varied(rollouts: Rollouts, G: int) -> list[int]:
     """The groups whose rewards are not all one."""
-    groups = rollouts.rewards.view(-1, G)
-    return (groups != groups[:, :1]).any(1).nonzero()[:, 0].tolist()
+    return varied(rollouts.rewards.view(-1, G)).nonzero()[:, 0].tolist()
 
 
 def _of_tokens(rollouts: Rollouts, whole: Packed, config: Grpo) -> Tensor:  # (T,)

@@ -206,7 +206,7 @@ def rollout_metrics(rollouts: Rollouts, num_generations: int) -> dict[str, float
         "reward_std": _std(rewards) if alone else torch.stack([_std(group) for group in groups]).nanmean(),
     }
     if not alone:  # a completion alone has no group to differ from
-        values["frac_reward_zero_std"] = (groups == groups[:, :1]).all(1).float().mean()
+        values["frac_reward_zero_std"] = (~varied(groups)).float().mean()
     lengths = rollouts.lengths
     of_lengths = metrics.completions(lengths, rollouts.finished) | metrics.length_correlation(rewards, lengths)
     values |= metrics.floats(of_lengths)
@@ -216,6 +216,12 @@ def rollout_metrics(rollouts: Rollouts, num_generations: int) -> dict[str, float
         values[f"rewards/{name}/steps"] = mean(len(row) for row in steps.rows)
     values |= turn_metrics([completion.events for completion in rollouts.completions])
     return {name: float(value) for name, value in (values | rollouts.scores.metrics).items()}
+
+
+def varied(groups: Tensor) -> Tensor:  # (B, G) -> (B,) bool
+    """Whether the rewards of a group that are not NaN are not all one."""
+    missing = groups.isnan()
+    return groups.masked_fill(missing, -torch.inf).amax(1) > groups.masked_fill(missing, torch.inf).amin(1)
 
 
 def _std(values: Tensor) -> Tensor:
