@@ -170,6 +170,8 @@ def test_what_is_no_call_is_answered_and_counted(file: Path, bench: Bench):
         "<tool_call>{oops</tool_call>",
         "<tool_call>[1]</tool_call>",
         '<tool_call>{"name": "calculator"',
+        '<tool_call>{"name": "calculator", "arguments": {"expression": "\\ud800"}}</tool_call>',
+        "<tool_call>" + 1500 * "[",
         call("calculatr", expression="1*1"),
         call("calculator", expresion="1*1"),
         call("calculator", expression=3),
@@ -177,19 +179,29 @@ def test_what_is_no_call_is_answered_and_counted(file: Path, bench: Bench):
         call("calculator", expression="1+1"),
     ]
     turns = turns_of(file, bench)
-    _, _, found = talked(
-        turns, lambda c: "ok" if "<|tool|>" in c else wrongs[int(c.rpartition("<|user|>")[2][0])], *"01234567"
-    )
+    says = lambda c: "ok" if "<|tool|>" in c else wrongs[int(c.rpartition("<|user|>")[2][0])]  # noqa: E731
+    _, _, found = talked(turns, says, *"0123456789", most=2000)
     said = [completion.messages[1]["content"] for completion in found]
     assert all(text.startswith("error: ") for text in said)
     for text, hint in zip(
         said,
-        ("not JSON", "a name", "not JSON", "no tool", "did you mean", "must be string", "needs", "ValueError"),
+        (
+            "not JSON",
+            "a name",
+            "not JSON",
+            "surrogates",
+            "recursion",
+            "no tool",
+            "did you mean",
+            "must be string",
+            "needs",
+            "ValueError",
+        ),
         strict=True,
     ):
         assert hint in text
     shown = turn_metrics([each.events for each in found])
-    assert (shown["tools/failure_frequency"], shown["tools/malformed"]) == (1.0, 3.0)
+    assert (shown["tools/failure_frequency"], shown["tools/malformed"]) == (1.0, 5.0)
 
 
 @pytest.mark.parametrize(

@@ -40,13 +40,20 @@ Parser = Callable[[Sequence[int], Sequence[int]], Reply]  # (tokens before the t
 def _call(block: str) -> Call | str:
     """Of the JSON in a block; or what is wrong with it."""
     try:
-        found = json.loads(block)
-    except ValueError as error:
+        found = _rendered(json.loads(block))
+    except (ValueError, RecursionError) as error:
         return f"the call is not JSON: {error}. A call is {RIGHT}"
     arguments = found.get("arguments", {}) if isinstance(found, dict) else None
     if not isinstance(found, dict) or not isinstance(found.get("name"), str) or not isinstance(arguments, dict):
         return f"a call has a name, and arguments by their names: {RIGHT}"
     return Call(found["name"], arguments)
+
+
+def _rendered(found: Any) -> Any:
+    """The same, if a template can write it. A ValueError: it has half of a character; a RecursionError: it is nested by
+    the thousand."""
+    json.dumps(found, ensure_ascii=False).encode()
+    return found
 
 
 def _message(content: str, calls: Sequence[Call]) -> Message:
@@ -74,7 +81,7 @@ def hermes(text: str) -> Reply:
 def _by_template(tokenizer: Any, tools: list[Any]) -> Parser:
     def parse(before: Sequence[int], ids: Sequence[int]) -> Reply:
         try:
-            found = tokenizer.parse_response(list(ids), prefix=list(before), tools=tools or None)
+            found = _rendered(tokenizer.parse_response(list(ids), prefix=list(before), tools=tools or None))
             functions = [call["function"] for call in found.get("tool_calls") or []]
             calls = [Call(function["name"], dict(function["arguments"])) for function in functions]
         except Exception as error:  # as many kinds as there are formats
