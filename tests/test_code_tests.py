@@ -84,6 +84,9 @@ def test_tests_that_are_none_are_named():
         CodeTests(**SMALL)([ADD], tests=[[{"input": 3}]])
     with pytest.raises(ValueError, match=r"the test 'def check\(f\).* defines things and tests nothing"):
         CodeTests(**SMALL)([ADD], tests=["def check(f):\n    assert f(1, 2) == 3\n"])
+    for value in ('["assert add(1, 2) == 3"]', "import math\nadd(1, 2) == 4"):
+        with pytest.raises(ValueError, match=r"is a value and tests nothing: assert it, .* several tests are a list"):
+            CodeTests(**SMALL)([ADD], tests=[value])
     with pytest.raises(ValueError, match=r"'code_tests\(memory_mb=0\)': memory_mb must be above 0"):
         load_reward("code_tests(memory_mb=0)")
 

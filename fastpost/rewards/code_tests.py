@@ -111,14 +111,26 @@ def _tests(given: Any) -> Sequence[Test]:
 
 
 def _check_python(test: str) -> None:
-    """A test that only defines things would pass whatever the code is."""
+    """A test that only defines things, or whose value nobody looks at, would pass whatever the code is."""
     try:
         body = ast.parse(test).body
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"the test {test!r:.80} is not Python: {error}") from None
-    idle = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
-    if all(isinstance(one, idle) and not getattr(one, "name", "").startswith("test_") for one in body):
+    if all(_defines(one) or _is_value(one) for one in body):
+        wrong = "is a value" if any(map(_is_value, body)) else "defines things"
         raise ValueError(
-            f"the test {test!r:.80} defines things and tests nothing: call them, name a function test_..., or move it "
-            "to the column 'setup'"
+            f"the test {test!r:.80} {wrong} and tests nothing: assert it, call what it defines, name a function "
+            "test_..., or move it to the column 'setup'; several tests are a list, not the text of one"
         )
+
+
+def _defines(one: ast.stmt) -> bool:
+    idle = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+    return isinstance(one, idle) and not getattr(one, "name", "").startswith("test_")
+
+
+def _is_value(one: ast.stmt) -> bool:
+    """A comparison without `assert`, or a literal: `["assert ..."]` say, a list that is still JSON."""
+    if not isinstance(one, ast.Expr):
+        return False
+    return isinstance(one.value, ast.Compare) or not any(isinstance(node, ast.Name) for node in ast.walk(one))
