@@ -163,6 +163,12 @@ def test_options_that_do_not_fit_the_rows_are_refused():
         sft_examples([{"messages": [USER, ASSISTANT]}], plain, None)
 
 
+def test_every_prompt_has_the_columns_of_all():
+    first, second = prompts([{"prompt": "a", "answer": "1"}, {"prompt": "b", "tests": ["x"]}], TOKENIZER, None)
+    assert first.columns == {"answer": "1", "tests": None}
+    assert second.columns == {"answer": None, "tests": ["x"]}
+
+
 def test_prompts_keep_their_columns_and_leave_long_ones_out():
     rows = [{"prompt": "abc", "answer": 1}, {"prompt": "a", "answer": 2}]
     found = prompts(rows, TOKENIZER, 2)

@@ -217,6 +217,8 @@ def test_a_reward_that_cannot_be_loaded_is_named_with_the_nearest(tmp_path):
 def test_exact_match():
     assert exact_match([" 4\n", "5"], answer=[4, "4"]) == [1.0, 0.0]
     assert exact_match([[{"role": "assistant", "content": "yes"}], "no"], solution=["yes", None]) == [1.0, None]
+    both = {"answer": ["4", None, "4", None], "solution": [None, "5", "5", None]}
+    assert exact_match(["4", "5", "5", "5"], **both) == [1.0, 1.0, 0.0, None]
     with pytest.raises(ValueError, match="needs a column 'answer' or 'solution'"):
         exact_match(["4"])
 
@@ -240,6 +242,10 @@ def test_number_match():
         ("1,2", 2),
         ("3.", 3),
         ("0.10", 0.1),
+        ("x = .5", 0.5),
+        ("-.25", -0.25),
+        ("it is ...5", 5),
+        ("version 1.2.3", 3),
     ],
 )
 def test_last_number(text, number):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -20,7 +20,7 @@ class Prompt:
 
     prompt: str | Messages
     input_ids: list[int]
-    columns: Row  # every other column of the row
+    columns: Row  # every other column of the rows; None where this one does not have it
 
     def answered(self, text: str) -> str | Messages:
         """A conversation is answered by a message, a text by a text."""
@@ -56,6 +56,8 @@ def prompt_examples(
             notes["too_long"] += 1
             continue
         found.append(Prompt(prompt, ids, {name: value for name, value in row.items() if name != "prompt"}))
+    names = dict.fromkeys(name for one in found for name in one.columns)
+    found = [replace(one, columns={name: one.columns.get(name) for name in names}) for one in found]
     if not found:
         of = f" of {path}" if path else ""
         raise ValueError(f"every prompt{of} is longer than max_prompt_length, {max_prompt_length} tokens")

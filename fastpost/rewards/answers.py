@@ -13,7 +13,10 @@ from typing import Any
 from fastpost.rewards.texts import after_thinking, text_of, wanted
 
 # A minus is a sign unless it follows what may be an operand: the last number of "5-3" is 3, of "x = -3" it is -3.
-NUMBER = re.compile(r"(?:(?<![0-9A-Za-z_)\]])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
+NUMBER = re.compile(
+    r"(?:(?<![0-9A-Za-z_)\]])-)?"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|(?<![0-9A-Za-z_)\].])\.[0-9]+)"
+)
 # How a choice is given, the surest way first. A letter that a word of a sentence follows may be the article.
 CHOICES = (
     re.compile(r"\\boxed\{\s*(?:\\text\w*\{)?\s*\(?([A-Z])\)?[^A-Za-z]*\}"),

@@ -17,8 +17,10 @@ def after_thinking(text: str) -> str:
 
 
 def wanted(answer: Sequence[Any] | None, solution: Sequence[Any] | None) -> Sequence[Any]:
-    """The column `answer`, or else `solution`."""
-    found = solution if answer is None else answer
-    if found is None:
-        raise ValueError("needs a column 'answer' or 'solution'")
-    return found
+    """The column `answer`, or else `solution`; of each sample, where the data set has both."""
+    if answer is None or solution is None:
+        found = solution if answer is None else answer
+        if found is None:
+            raise ValueError("needs a column 'answer' or 'solution'")
+        return found
+    return [other if one is None else one for one, other in zip(answer, solution, strict=True)]
