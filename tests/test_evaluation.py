@@ -213,6 +213,22 @@ def test_refusals_are_counted_by_phrase_or_by_judge(files: Path, tmp_path: Path)
     assert by_judge["refusal"].value == by_judge["over_refusal"].value == sum("a" in text for text in texts) / 6
 
 
+def test_what_the_judge_of_refusals_does_not_judge_is_left_out(files: Path, tmp_path: Path):
+    (tmp_path / "some.py").write_text(
+        "def some(prompts, **_):\n    return [None if p in ('0+0=', '1+1=') else float(p == '2+2=') for p in prompts]\n"
+    )
+    asked = {"dataset": "", "reward": (), "harmful_dataset": files / "sums.jsonl"}
+    found = evaluate(config_of(files, tmp_path / "out", "a", **asked, refusal_judge=f"{tmp_path}/some.py:some"))
+    refusal = found.models[0].estimates["refusal"]
+    assert (refusal.value, refusal.n) == (1 / 4, 4)
+
+
+def test_a_reward_that_applies_to_nothing_is_said(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "none.py").write_text("def none(completions, **_):\n    return [None] * len(completions)\n")
+    evaluate(config_of(files, tmp_path / "out", "a", reward=f"{tmp_path}/none.py:none"))
+    assert "none.py:none applied to no greedy answer of a: it has no accuracy" in capsys.readouterr().err
+
+
 def test_a_reward_that_likes_length_is_right_where_the_better_one_is_longer(files: Path, tmp_path: Path):
     asked = {"dataset": "", "model": (), "pairs_dataset": files / "pairs.jsonl", "reward": f"{files}/mine.py:long"}
     found = evaluate(config_of(files, tmp_path, **asked)).pairs["long"]
@@ -247,6 +263,13 @@ def test_what_votes_is_read_as_the_reward_reads_it(files: Path):
     assert extraction("auto", ["choice_match"])("The answer is (B).") == "B"
     with pytest.raises(ValueError, match="answer must be"):
         extraction("numbr", [])
+
+
+@pytest.mark.parametrize("body, said", [("[text]", "unhashable type: 'list'"), ("text.nothing", "AttributeError")])
+def test_a_vote_that_cannot_be_counted_is_named(tmp_path: Path, body: str, said: str):
+    (tmp_path / "votes.py").write_text(f"def vote(text):\n    return {body}\n")
+    with pytest.raises(ValueError, match=f"votes.py:vote must give a text, a number or None.*'so 4'.*{said}"):
+        extraction(f"{tmp_path}/votes.py:vote", [])("so 4")
 
 
 # ---- the command ----

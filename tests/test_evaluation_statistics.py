@@ -138,6 +138,15 @@ def test_paired_bootstrap_sees_what_pairing_shows():
     assert paired_bootstrap(hard, hard, HOW)[1] == 1.0
 
 
+@pytest.mark.parametrize("m", range(1, 8))
+def test_prompts_that_differ_alike_prove_no_more_than_their_directions(m: int):
+    """All resampled means are one number: p is that of m coins which fall on one side."""
+    same_side = [len(set(toss)) < 2 for toss in product([0, 1], repeat=m)]
+    _, p = paired_bootstrap([0.0] * m, [1.25] * m, HOW)
+    assert p == close(sum(same_side) / len(same_side))
+    assert paired_bootstrap([0.0] * (m + 1), [*[1.25] * m, 0.0], HOW)[1] >= p
+
+
 def test_holm_is_the_closed_test_of_bonferronis():
     """A hypothesis is rejected where every set of hypotheses that it is in is: p = max over sets of |set| min p."""
     draw = random.Random(0)

@@ -112,3 +112,31 @@ def test_more_beams_find_more(files: Path, tmp_path: Path):
     changes |= {"max_completion_length": 24}
     few, many = (guided(config_of(files, tmp_path / str(n), num_beams=n, num_expansions=n, **changes)) for n in (1, 4))
     assert many["score"] > few["score"] and many["tokens_a_prompt"] > few["tokens_a_prompt"]
+
+
+def test_a_beam_that_outgrows_the_model_ends_where_it_is(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """118 tokens of prompt, 2 of a step and 6 of an answer fit in 128 positions; after `33333;` there is no room."""
+    long = "p" * 118
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": long}) + "\n")
+    said = {long: ["33333;", "3;", "2;", "0;"], f"{long}3;": ["1.", "0."]}
+    assert play(monkeypatch, files, said) == []
+    report = guided(config_of(files, tmp_path / "out", dataset=tmp_path / "d.jsonl"))
+    (row,) = read_rows(str(tmp_path / "out" / "best.jsonl"))
+    assert (row["completion"], report["clipped_ratio"]) == ("33333;", 1)
+    assert "1 answers outgrew the model's positions, and end with step 1" in capsys.readouterr().err
+
+
+def test_prompts_that_no_reward_applies_to_are_left_out(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "p"}\n{"prompt": "q"}\n')
+    play(monkeypatch, files, {"p": ["1.", "5.", "2.", "0."], "q": ["?."] * 4})
+    report = guided(config_of(files, tmp_path / "out", dataset=tmp_path / "d.jsonl"))
+    assert [row["prompt"] for row in read_rows(str(tmp_path / "out" / "best.jsonl"))] == ["p"]
+    assert (report["prompts"], report["score"], report["tokens_a_prompt"]) == (1, 0.5, 8)
+    assert "no reward function applied to 1 of 2 prompts" in capsys.readouterr().err
+    (tmp_path / "d.jsonl").write_text('{"prompt": "q"}\n')
+    with pytest.raises(ValueError, match="applied to no answer of"):
+        guided(config_of(files, tmp_path / "none", dataset=tmp_path / "d.jsonl"))

@@ -103,3 +103,14 @@ def test_another_command_does_not_go_on_with_it(files: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"work that was done with seed 3, not 4"):
         groups_of(config_of(files, tmp_path, seed=4))
     groups_of(config_of(files, tmp_path, generation_batch_size=1))
+
+
+def test_a_prompt_that_leaves_no_room_is_named_before_any_is_asked(files: Path, tmp_path: Path):
+    """Were it asked in its turn, the work until then would be lost to who sets max_prompt_length."""
+    rows = [{"prompt": "1+1=", "answer": "2"}] * 7 + [{"prompt": "1" * 121, "answer": "1"}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"dataset": tmp_path / "long.jsonl"}
+    with pytest.raises(ValueError, match=r"1 of 8 prompts.* 128 positions; .* 121 tokens.*: set max_prompt_length 120"):
+        groups_of(config_of(files, tmp_path / "out", **given))
+    assert (tmp_path / "out" / "work.jsonl").read_text().count("\n") == 1
+    assert len(groups_of(config_of(files, tmp_path / "cut", max_prompt_length=120, **given))) == 7

@@ -116,3 +116,20 @@ def test_labels_are_the_same_whatever_the_batches_and_wherever_it_stopped(files:
         assert (out / "steps.jsonl").read_bytes() == wanted
     with pytest.raises(ValueError, match="holds work that was done with num_completions 4, not 5"):
         prm_label(config_of(files, tmp_path / "whole", num_completions=5))
+
+
+def test_a_solution_whose_steps_leave_no_room_is_left_out(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """110 tokens of prompt and 12 of a completion leave 6 of 128 positions for the steps before it."""
+    long = "p" * 110
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": long}) + "\n")
+    said = {long: ["1;r", "1;2;r", "12345678;r"], f"{long}1;": ["r"] * 4, f"{long}1;2;": ["w"] * 4}
+    policy = Policy.of(config_of(files, tmp_path))
+    asked_for = Policy(policy.model, tiny.tokenizer(), scripted(said), policy.sampling, policy.precision)
+    monkeypatch.setattr(Policy, "of", staticmethod(lambda config: asked_for))
+    changes = {"dataset": tmp_path / "d.jsonl", "reward": f"{files}/mine.py:ends_in_r", "step_separator": ";"}
+    report = prm_label(config_of(files, tmp_path / "out", **changes))
+    found = [row["completions"] for row in read_rows(str(tmp_path / "out" / "steps.jsonl"))]
+    assert found == [["1", "r"], ["1", "2", "r"]] and report["not_judged"] == 1
+    assert "1 beginnings leave the model no positions for a completion" in capsys.readouterr().err

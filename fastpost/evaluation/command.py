@@ -17,6 +17,7 @@ from fastpost.evaluation.table import table
 from fastpost.rewards import load_rewards
 from fastpost.stages.journal import Journal
 from fastpost.stages.rows import write_bytes, write_json
+from fastpost.trainers.log import say
 from fastpost.trainers.options import check_config
 from fastpost.trainers.world import check_alone
 
@@ -38,6 +39,9 @@ def _models(config: Eval) -> tuple[list[Summary], list[Comparison]]:
     extract = extraction(config.answer, [] if bench.rewards is None else [r.name for r in bench.rewards.rewards])
     answers = [answers_of(config, path, name, bench) for path, name in zip(config.model, config.names, strict=True)]
     summaries = [summary(each, config, extract) for each in answers]
+    for each in summaries:
+        if config.dataset and "accuracy" not in each.estimates:
+            say(f"eval: {config.reward[0]} applied to no greedy answer of {each.name}: it has no accuracy")
     return summaries, compared(answers, summaries, config)
 
 

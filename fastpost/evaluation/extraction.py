@@ -48,4 +48,22 @@ def extraction(spec: str, rewards: Sequence[str]) -> Extract:
         return NAMED[spec]
     if ":" not in spec:
         raise ValueError(f"answer must be auto, {', '.join(NAMED)} or file.py:function, got {spec!r}")
-    return user_function(spec, "answer")
+    return _of_user(spec)
+
+
+def _of_user(spec: str) -> Extract:
+    """A function of the user's, which may raise, or give what cannot be counted."""
+    function = user_function(spec, "answer")
+
+    def extract(text: str) -> Hashable | None:
+        try:
+            found = function(text)
+            hash(found)  # votes are counted by it
+        except Exception as error:
+            raise ValueError(
+                f"answer {spec} must give a text, a number or None, and fails for {text!r:.80}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return found
+
+    return extract

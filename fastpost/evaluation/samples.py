@@ -49,8 +49,8 @@ class Answers:
     sampled: list[Group] = field(default_factory=list)
     greedy_measured: list[list[Measured]] = field(default_factory=list)  # of each answer
     sampled_measured: list[list[Measured]] = field(default_factory=list)
-    refused: list[bool] = field(default_factory=list)  # harmful prompts
-    over_refused: list[bool] = field(default_factory=list)  # benign ones
+    refused: list[bool | None] = field(default_factory=list)  # harmful prompts; None: the judge does not say
+    over_refused: list[bool | None] = field(default_factory=list)  # benign ones
 
 
 def answers_of(config: Eval, path: str, name: str, bench: Bench) -> Answers:
@@ -93,13 +93,14 @@ class _Work:
         of_samples = self._measured(prompts, sampled, self.config.temperature, f"sampled-{n}")
         return replace(found, sampled=sampled, sampled_measured=of_samples)
 
-    def refusals(self, path: str, turn: str) -> list[bool]:
+    def refusals(self, path: str, turn: str) -> list[bool | None]:
         """Whether the greedy answer to each prompt refuses."""
         prompts, judge = read_prompts(self.config, self.policy.tokenizer, path), self.bench.refusal_judge
         groups = self._asked(self._greedy(), prompts, 1, turn, judge)
         if judge is None:
             return [refuses(group.answers[0].last) for group in groups]
-        return [(group.answers[0].reward or 0.0) > REFUSED_ABOVE for group in groups]
+        rewards = [group.answers[0].reward for group in groups]
+        return [None if reward is None else reward > REFUSED_ABOVE for reward in rewards]
 
     def _greedy(self) -> Policy:
         return replace(self.policy, sampling=replace(self.policy.sampling, temperature=0.0))

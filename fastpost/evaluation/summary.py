@@ -65,7 +65,7 @@ def columns_of(answers: Answers, config: Eval, extract: Extract) -> Columns:
     refusals = {"refusal": answers.refused, "over_refusal": answers.over_refused}
     for name, said in refusals.items():
         if said:
-            found[name] = [float(value) for value in said]
+            found[name] = [None if value is None else float(value) for value in said]
     return found
 
 

@@ -75,9 +75,28 @@ class Asker:
         return {group.key: group.answers[0] for group in self.groups(prompts, turn)}
 
     def fits(self, prompt: Prompt) -> bool:
-        """Whether the model has positions for it, and for an answer."""
-        room = positions(self.policy.model)
-        return room is None or len(prompt.input_ids) + self.config.max_completion_length <= room
+        return fits(self.policy, prompt)
+
+
+def fits(policy: Policy, prompt: Prompt) -> bool:
+    """Whether the model has positions for it, and for an answer."""
+    room = positions(policy.model)
+    return room is None or len(prompt.input_ids) + policy.sampling.max_completion_length <= room
+
+
+def _check_room(policy: Policy, prompts: Sequence[Prompt]) -> None:
+    """Before the first is asked: a prompt that stops a stage half-way costs what was done until then."""
+    outgrown = [prompt for prompt in prompts if not fits(policy, prompt)]
+    if not outgrown:
+        return
+    longest, new = max(outgrown, key=lambda prompt: len(prompt.input_ids)), policy.sampling.max_completion_length
+    left = (positions(policy.model) or 0) - new
+    cut = f"set max_prompt_length {left}, which leaves out what is longer, or " if left > 0 else ""
+    raise ValueError(
+        f"{len(outgrown)} of {len(prompts)} prompts and max_completion_length {new} are more than the model's "
+        f"{positions(policy.model)} positions; the longest has {len(longest.input_ids)} tokens, "
+        f"{longest.prompt!r:.60}: {cut}lower max_completion_length"
+    )
 
 
 def asked(
@@ -93,6 +112,7 @@ def asked(
     keep_ids: bool = False,  # answers have their tokens as well
 ) -> Iterator[Group]:
     """The groups of all prompts, in their order: what is done already is not done again."""
+    _check_room(policy, prompts)
     pairs = list(zip(range(len(prompts)) if keys is None else keys, prompts, strict=True))
     size = max(1, batch_size // num_generations)
     for first in range(0, len(pairs), size):

@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from fastpost.data import Prompt
-from fastpost.stages.asking import asked, journal_of, read_prompts
+from fastpost.stages.asking import asked, fits, journal_of, read_prompts
 from fastpost.stages.config import Guided
 from fastpost.stages.demonstrations import demonstration
 from fastpost.stages.groups import Answer, Group
@@ -28,6 +28,7 @@ from fastpost.stages.jury import Jury
 from fastpost.stages.policy import Policy
 from fastpost.stages.rows import table, write_json, write_rows
 from fastpost.stages.step_labels import begin
+from fastpost.trainers.log import say
 from fastpost.trainers.options import check_config
 from fastpost.trainers.world import check_alone
 
@@ -64,9 +65,13 @@ def guided(config: Guided) -> dict[str, Any]:
         sampled += tokens
     chosen = [max(kept, key=lambda beam: (not beam.ends_a_step, beam.rank)) for kept in beams]
     groups = [Group(i, prompt.prompt, prompt.columns, []) for i, prompt in enumerate(prompts)]
-    report = report_of(chosen, sampled, config)
-    rows = [demonstration(group, beam.answer) for group, beam in zip(groups, chosen, strict=True)]
-    write_rows(output / "best.jsonl", rows)
+    known = [(group, beam) for group, beam in zip(groups, chosen, strict=True) if beam.answer.reward is not None]
+    if not known:
+        raise ValueError(f"reward {', '.join(config.reward)} applied to no answer of {config.dataset}")
+    if len(known) < len(groups):
+        say(f"guided: no reward function applied to {len(groups) - len(known)} of {len(groups)} prompts")
+    report = report_of([beam for _, beam in known], sampled / len(groups), config)
+    write_rows(output / "best.jsonl", [demonstration(group, beam.answer) for group, beam in known])
     write_json(output / "report.json", report)
     print(table([{name: x for name, x in report.items() if name != "rewards"} | report["rewards"]]), flush=True)
     return report
@@ -84,12 +89,18 @@ def widened(
     """The best of all that goes on by a step, and of what has ended; and how many tokens were sampled."""
     B, separator = config.num_beams, config.step_separator
     places = [(p, b) for p, kept in enumerate(beams) for b, beam in enumerate(kept) if beam.ends_a_step]
-    begun = [begin(policy.tokenizer, prompts, (p, beams[p][b].steps), separator) for p, b in places]
-    found = [[beam for beam in kept if not beam.ends_a_step] for kept in beams]
+    begun = {(p, b): begin(policy.tokenizer, prompts, (p, beams[p][b].steps), separator) for p, b in places}
+    going = {place: prompt for place, prompt in begun.items() if not depth or fits(policy, prompt)}
+    if len(going) < len(begun):
+        say(f"guided: {len(begun) - len(going)} answers outgrew the model's positions, and end with step {depth}")
+    found = [
+        [replace(beam, ends_a_step=False) for b, beam in enumerate(kept) if (p, b) not in going]
+        for p, kept in enumerate(beams)
+    ]
     each, tokens = config.num_expansions * (1 if depth else B), 0
-    keys, size = [p * B + b for p, b in places], config.generation_batch_size
-    groups = asked(policy, begun, each, work, size, jury=jury, turn=f"step {depth}", keys=keys)
-    for (p, b), group in zip(places, groups, strict=True):
+    keys, size = [p * B + b for p, b in going], config.generation_batch_size
+    groups = asked(policy, list(going.values()), each, work, size, jury=jury, turn=f"step {depth}", keys=keys)
+    for (p, b), group in zip(going, groups, strict=True):
         found[p] += [longer(beams[p][b], answer, separator) for answer in group.answers]
         tokens += sum(answer.tokens for answer in group.answers)
     return [sorted(kept, key=lambda beam: -beam.rank)[:B] for kept in found], tokens
@@ -105,7 +116,7 @@ def longer(beam: Beam, answer: Answer, separator: str) -> Beam:
     return Beam(replace(whole, finished=answer.finished and not goes_on), steps, goes_on)
 
 
-def report_of(chosen: Sequence[Beam], sampled: int, config: Guided) -> dict[str, Any]:
+def report_of(chosen: Sequence[Beam], tokens_a_prompt: float, config: Guided) -> dict[str, Any]:
     """Of the answers that were chosen, and what they cost."""
     names = dict.fromkeys(name for beam in chosen for name in beam.answer.rewards or ())
     given = {name: [x for beam in chosen if (x := (beam.answer.rewards or {}).get(name)) is not None] for name in names}
@@ -117,5 +128,5 @@ def report_of(chosen: Sequence[Beam], sampled: int, config: Guided) -> dict[str,
         "rewards": {name: fmean(numbers) for name, numbers in given.items() if numbers},
         "steps": fmean(len(beam.steps) for beam in chosen),
         "clipped_ratio": fmean(not beam.answer.finished for beam in chosen),
-        "tokens_a_prompt": sampled / len(chosen),
+        "tokens_a_prompt": tokens_a_prompt,
     }

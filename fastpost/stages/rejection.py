@@ -23,7 +23,7 @@ from fastpost.data.chat import check_generation_mask
 from fastpost.models.adapters import is_adapter
 from fastpost.models.loading import load_tokenizer
 from fastpost.models.saving import written_aside
-from fastpost.stages.asking import asked, journal_of, read_prompts, schemas_of
+from fastpost.stages.asking import asked, fits, journal_of, read_prompts, schemas_of
 from fastpost.stages.config import Rejection
 from fastpost.stages.demonstrations import demonstration
 from fastpost.stages.diversity import distinct_answers, distinct_n
@@ -126,7 +126,12 @@ def _selected(work: Work, number: int) -> tuple[list[dict[str, Any]], Line]:
     failed = [key for key, (_, answers) in kept.items() if not answers]
     if config.hint is not None and failed:
         prompts = hinted([work.prompts[key] for key in failed], config.hint, work.tokenizer, work.schemas)
-        again = work.asked(policy, prompts, config.num_generations, f"round-{number}-hint", keys=failed)
+        hints = {key: prompt for key, prompt in zip(failed, prompts, strict=True) if fits(policy, prompt)}
+        if len(hints) < len(failed):
+            say(f"rejection: {len(failed) - len(hints)} prompts leave the model no positions for the hint as well")
+        again = work.asked(
+            policy, list(hints.values()), config.num_generations, f"round-{number}-hint", keys=list(hints)
+        )
         kept |= {group.key: (group, _kept(group, config)) for group in again}
     chosen = [(group, answer) for group, answers in kept.values() for answer in answers]
     if not chosen:

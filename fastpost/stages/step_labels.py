@@ -21,7 +21,7 @@ from typing import Any
 
 from fastpost.data import Prompt
 from fastpost.data.steps import laid_out, steps_of
-from fastpost.stages.asking import asked, journal_of, read_prompts
+from fastpost.stages.asking import asked, fits, journal_of, read_prompts
 from fastpost.stages.config import PrmLabel
 from fastpost.stages.demonstrations import RENDERED
 from fastpost.stages.groups import Answer, Group, judged
@@ -68,10 +68,16 @@ def prm_label(config: PrmLabel) -> dict[str, Any]:
     size = config.generation_batch_size
     groups = asked(policy, prompts, config.num_generations, work, size, jury=jury, turn="solutions")
     solutions = solutions_of(list(groups), config)
-    begun = dict.fromkeys(beginning for solution in solutions for beginning in solution.beginnings())
-    going_on = [begin(policy.tokenizer, prompts, beginning, config.step_separator) for beginning in begun]
+    of_all = dict.fromkeys(beginning for solution in solutions for beginning in solution.beginnings())
+    begun = {beginning: begin(policy.tokenizer, prompts, beginning, config.step_separator) for beginning in of_all}
+    begun = {beginning: prompt for beginning, prompt in begun.items() if fits(policy, prompt)}
     say(f"prm-label: {len(solutions)} solutions, {len(begun)} beginnings to be completed")
-    completed = asked(policy, going_on, config.num_completions, work, size, jury=jury, turn="completions")
+    if len(begun) < len(of_all):
+        say(
+            f"prm-label: {len(of_all) - len(begun)} beginnings leave the model no positions for a completion: their "
+            "solutions are left out; lower max_completion_length"
+        )
+    completed = asked(policy, list(begun.values()), config.num_completions, work, size, jury=jury, turn="completions")
     shares = {beginning: share_right(g.answers, config) for beginning, g in zip(begun, completed, strict=True)}
     rows = [row for solution in solutions if (row := labelled(solution, shares, config.labels)) is not None]
     report = report_of(rows, len(solutions), len(begun))
@@ -108,8 +114,8 @@ def share_right(answers: Sequence[Answer], config: PrmLabel) -> float | None:
 
 
 def labelled(solution: Solution, shares: Mapping[Beginning, float | None], labels: str) -> dict[str, Any] | None:
-    """A row for `fastpost prm`; None where nobody judged what became of a step."""
-    soft = [*(shares[beginning] for beginning in solution.beginnings()), float(solution.right)]
+    """A row for `fastpost prm`; None where nobody judged what became of a step, or nothing could."""
+    soft = [*(shares.get(beginning) for beginning in solution.beginnings()), float(solution.right)]
     if None in soft:
         return None
     hard = [share is not None and share > 0 for share in soft]
