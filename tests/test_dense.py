@@ -179,7 +179,7 @@ class Judge:
 
     def of_steps(self, prompts: list[Any], completions: list[Any]) -> list[list[float]]:
         self.asked = prompts
-        return [[len(step) / 10 for step in steps_of(text, ";")] for text in completions]
+        return [[] if "x" in text else [len(step) / 10 for step in steps_of(text, ";")] for text in completions]
 
 
 def steps_by_length(completions: list[Completion], prompt: Any = "p") -> tuple[Steps, Judge]:
@@ -197,6 +197,7 @@ def test_steps_of_completions_lie_on_their_tokens():
     assert steps.rows == [[(2, 0.2), (6, 0.3), (8, 0.1)], [(2, 0.2), (4, 0.2)], [(4, 0.2)], [(0, 0.0)], []]
     assert steps.means.isnan().tolist() == [False] * 4 + [True]
     assert steps_by_length([Completion([], False)])[0].rows == [[]]
+    assert steps_by_length([said("ab;xx"), said("ab;")])[0].rows == [[], [(3, 0.2)]]  # the judge had no room for it
 
 
 def test_of_several_turns_the_last_one_has_steps():

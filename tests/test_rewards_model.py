@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForSequenceClassification
 
 import tiny
-from fastpost.rewards import load_reward
+from fastpost.rewards import load_reward, score
 from rules import assert_close_to_truth
 
 PROMPTS = ["1+1=", "2+2=", "10+20="]
@@ -56,11 +56,15 @@ def test_packs_do_not_matter(judge: Path, monkeypatch: pytest.MonkeyPatch):
     torch.testing.assert_close(apart, together)
 
 
-def test_a_sample_beyond_the_positions_is_named(judge: Path):
+def test_a_sample_beyond_the_positions_is_not_judged_and_counted(judge: Path):
     reward = load_reward(str(judge))
-    room = reward.function.model.config.max_position_embeddings
-    with pytest.raises(ValueError, match=rf"sample 1 has \d+ tokens for a reward model of {room} positions"):
-        reward.function(prompts=["a", "b"], completions=["c", "d" * (room + 1)])
+    long = "d" * (reward.function.model.config.max_position_embeddings + 1)
+    ids, alone = [[1]] * 4, reward.function(prompts=["a"], completions=["c"])
+    for completions in (["c", long, long, long], [long] * 4):
+        found = score([reward], None, ["a"] * 4, completions, ids, {})
+        expected = torch.tensor([*(alone if completions[0] == "c" else [torch.nan]), *[torch.nan] * 3])
+        torch.testing.assert_close(found.rewards, expected, equal_nan=True)
+        assert found.metrics == {"reward_model/too_long": completions.count(long) / 4}
 
 
 def test_a_model_without_a_score_is_refused(tmp_path: Path):

@@ -1,12 +1,13 @@
 """A reward model as a reward function: the score of prompt and completion together, at their last token.
 
 Tokens are those that `fastpost reward` trains on: a text ends with EOS, a conversation is rendered by the model's own
-chat template.
+chat template. What is longer than the model's positions is not judged (None), and counted: even a completion that had
+room as tokens may have none as a text, where it was cut off in the middle of a character, say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from os import PathLike
@@ -22,6 +23,7 @@ from fastpost.models.trunk import causal_lm, hidden_states, positions
 from fastpost.packing import Example, pack, plan
 
 TOKENS = 16_384  # of a pack: what is scored is not kept
+Log = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -31,22 +33,33 @@ class RewardModel:
     model: Any
     tokenizer: Any
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], log_metric: Log | None = None, **columns: Any
+    ) -> list[float | None]:
         """The score of each."""
         rows = [self._ids(p, c, i) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
-        return torch.cat(scores_at(self.model, rows, [[len(row) - 1] for row in rows])).tolist()
+        said = scores_where_there_is_room(self.model, rows, [[len(row) - 1] for row in rows])
+        log_too_long(said, log_metric)
+        return [None if each is None else each.item() for each in said]
 
     def _ids(self, prompt: Any, completion: Any, i: int) -> list[int]:
-        ids = whole(self.tokenizer, prompt + completion, {}, f"sample {i}").input_ids
-        check_room(self.model, len(ids), f"sample {i}")
-        return ids
+        return whole(self.tokenizer, prompt + completion, {}, f"sample {i}").input_ids
 
 
-def check_room(model: Any, length: int, where: str) -> None:
-    """ValueError where a model cannot read so many tokens."""
+def log_too_long(said: Sequence[Tensor | None], log_metric: Log | None) -> None:
+    if log_metric is not None and said:
+        log_metric("reward_model/too_long", sum(each is None for each in said) / len(said))
+
+
+def scores_where_there_is_room(
+    model: Any, rows: Sequence[list[int]], ends: Sequence[Sequence[int]]
+) -> list[Tensor | None]:
+    """The same, and None of sequences that are longer than the model's positions."""
     room = positions(model)
-    if room is not None and length > room:
-        raise ValueError(f"{where} has {length} tokens for a reward model of {room} positions")
+    fit = [i for i, row in enumerate(rows) if room is None or len(row) <= room]
+    said = scores_at(model, [rows[i] for i in fit], [ends[i] for i in fit]) if fit else []
+    found = dict(zip(fit, said, strict=True))
+    return [found.get(i) for i in range(len(rows))]
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ import torch
 
 from fastpost.data.steps import laid_out, prompt_ids, steps_of
 from fastpost.models.reward_model import load_reward_model, step_separator
-from fastpost.rewards.model import check_room, scores_at
+from fastpost.rewards.model import Log, log_too_long, scores_where_there_is_room
 from fastpost.rewards.texts import text_of
 from fastpost.types import nearest
 
@@ -44,22 +44,25 @@ class StepRewards:
     separator: str
     way: str = "min"
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], log_metric: Log | None = None, **columns: Any
+    ) -> list[float | None]:
         """One number each."""
-        return [WAYS[self.way](each) for each in self.of_steps(prompts, completions)]
+        return [WAYS[self.way](each) if each else None for each in self.of_steps(prompts, completions, log_metric)]
 
-    def of_steps(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[list[float]]:
-        """The probability of each step that it is right."""
+    def of_steps(
+        self, prompts: Sequence[Any], completions: Sequence[Any], log_metric: Log | None = None
+    ) -> list[list[float]]:
+        """The probability of each step that it is right; none of a completion for which the model has no room."""
         laid = [self._laid(*each) for each in zip(range(len(prompts)), prompts, completions, strict=True)]
-        said = scores_at(self.model, [ids for ids, _ in laid], [ends for _, ends in laid])
-        return [each.sigmoid().tolist() for each in said]
+        said = scores_where_there_is_room(self.model, [ids for ids, _ in laid], [ends for _, ends in laid])
+        log_too_long(said, log_metric)
+        return [[] if each is None else each.sigmoid().tolist() for each in said]
 
     def _laid(self, i: int, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
         begun = prompt_ids(self.tokenizer, prompt, {}, f"sample {i}")
         steps = steps_of(text_of(completion), self.separator)
-        ids, ends = laid_out(self.tokenizer, begun, steps, self.separator)
-        check_room(self.model, len(ids), f"sample {i}")
-        return ids, ends
+        return laid_out(self.tokenizer, begun, steps, self.separator)
 
 
 def step_rewards(path: str | PathLike[str], way: str = "min") -> StepRewards:

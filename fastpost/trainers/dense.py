@@ -61,7 +61,8 @@ def parted(rewards: Sequence[Reward], weights: Sequence[float] | None) -> tuple[
 
 
 def rewarded(dense: Dense, tokenizer: Any, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Steps:
-    """The steps of these completions; of one without a token there are none."""
+    """The steps of these completions; of one without a token there are none, nor of one that is too long to be
+    judged."""
     rows: list[list[tuple[int, float]]] = [[] for _ in completions]
     written = [i for i, completion in enumerate(completions) if completion.ids]
     if written:
@@ -69,6 +70,8 @@ def rewarded(dense: Dense, tokenizer: Any, prompts: Sequence[Prompt], completion
         texts = [text_of_tokens(tokenizer, turn) for turn in turns]
         said = dense.judge.of_steps([_asked(prompts[i], completions[i]) for i in written], texts)
         for i, turn, text, numbers in zip(written, turns, texts, said, strict=True):
+            if not numbers:
+                continue
             ends = last_tokens(tokenizer, turn, [end for _, end in ended_steps(text, dense.judge.separator)])
             before = len(completions[i].ids) - len(turn)
             rows[i] = [(before + end, number) for end, number in zip(ends, numbers, strict=True)]

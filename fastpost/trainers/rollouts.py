@@ -105,6 +105,9 @@ def _rolled_out(
     if unscored := int(scores.rewards.isnan().sum()):
         say(f"step {step + 1}: no reward function applied to {unscored} of {len(texts)} completions")
     steps = {dense.name: rewarded(dense, task.tokenizer, repeated, completions) for dense in task.dense}
+    for name, of in steps.items():
+        if unjudged := sum(not row for row in of.rows):
+            say(f"step {step + 1}: {name} judged no step of {unjudged} of {len(texts)} completions")
     seconds = {"step_time/rollout": generated - began, "step_time/reward": time.perf_counter() - generated}
     return Rollouts(repeated, completions, texts, scores, seconds, steps)
 
