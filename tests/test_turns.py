@@ -229,6 +229,14 @@ def test_a_tool_that_goes_wild_is_one_outcome(bench: Bench, how: str, status: st
     assert found[0][0].truncated == (how == "says much")
 
 
+def test_what_a_tool_imports_takes_no_time_of_its_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fastpost.turns.bench.GRACE", 0.0)
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(3)\n\n\ndef hello():\n    return 'ok'\n")
+    made = Bench({"hello": (str(tmp_path / "slow.py"), "hello")}, Limits(2.0, 1024, 200), width=1)
+    assert [each.status for each in made.run([("hello", {})] * 2)] == ["ok", "ok"]
+    made.close()
+
+
 def test_failures_reach_the_policy_as_words(file: Path, bench: Bench):
     turns = turns_of(file, bench)
     hows = ["hangs", "says much", "dies", "injects"]

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 WORKER = Path(__file__).with_name("worker.py")
-GRACE = (
-    20.0  # seconds for a worker to start, with what the user's files import, and to answer beyond the limit of a call
-)
+START = 300.0  # seconds for a worker to import the user's files, and whatever these import
+GRACE = 20.0  # seconds for it to answer beyond the limit of a call
 Status = Literal["ok", "nothing", "error", "timeout", "died"]
 
 
@@ -49,9 +48,14 @@ class Outcome:
 
 
 def _started(functions: Mapping[str, tuple[str, str]], limits: Limits) -> subprocess.Popen[bytes]:
+    """A worker that has said, by an empty line, that it is ready; a call's time begins then."""
     told = {"functions": dict(functions), **vars(limits)}
     command = [sys.executable, str(WORKER), json.dumps(told)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert worker.stdout is not None
+    if select.select([worker.stdout], [], [], START)[0]:
+        worker.stdout.readline()
+    return worker
 
 
 def _asked(worker: subprocess.Popen[bytes], name: str, arguments: Mapping[str, Any], seconds: float) -> Outcome | None:

@@ -1,8 +1,9 @@
 """python worker.py TOLD: a process that has the tools of a run, and runs each call in a child of its own.
 
 TOLD is JSON: where each function is, and the limits of a call. A request is a line of JSON on stdin, {"name",
-"arguments"}; the answer a line on stdout. The child has a session of its own, limits on CPU and memory, and nowhere to
-print to. It is killed with its session when it has answered, or has not in time: the next call finds nothing of it.
+"arguments"}; the answer a line on stdout, where an empty one comes first: the functions are there. The child has a
+session of its own, limits on CPU and memory, and nowhere to print to. It is killed with its session when it has
+answered, or has not in time: the next call finds nothing of it.
 
 Of the standard library alone: what this process imports, beside the user's files, each start of it waits for.
 """
@@ -116,6 +117,7 @@ def main() -> None:
     replies, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     functions = {name: load(*where) for name, where in told["functions"].items()}
+    os.write(replies, b"\n")
     while request := sys.stdin.buffer.readline():
         asked = json.loads(request)
         line = contained(functions[asked["name"]], asked["arguments"], told)
