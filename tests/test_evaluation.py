@@ -203,6 +203,20 @@ def test_a_judge_of_two_answers_is_asked_which_and_one_of_one_how_good(files: Pa
     assert won(other, None, *given) == [1.0, 0.0]
 
 
+def test_a_judge_that_did_not_answer_is_asked_again(files: Path, tmp_path: Path):
+    seen: list[Any] = []
+
+    def prefer(prompts: Any, firsts: Any, seconds: Any, columns: Any) -> list[Preference]:
+        seen.append(list(prompts))
+        down = Preference(None, errors=("is out of reach",))
+        return [down if prompt == "prompt 1" and len(seen) == 1 else Preference(0.9) for prompt in prompts]
+
+    config, panel = config_of(files, tmp_path, "a", "b", judge="judge.yaml"), Panel([SimpleNamespace(prefer=prefer)])  # type: ignore[list-item]
+    given = ("a", "b"), ("a", "b"), groups("a", "bb"), groups("ccc", "d")
+    found = [won(config, Reward("judge", panel), *given) for _ in range(3)]
+    assert found == [[0.9, None], [0.9, 0.9], [0.9, 0.9]] and seen == [["prompt 0", "prompt 1"], ["prompt 1"]]
+
+
 def test_refusals_are_counted_by_phrase_or_by_judge(files: Path, tmp_path: Path):
     asked = {"dataset": "", "reward": (), "harmful_dataset": files / "sums.jsonl"}
     by_phrase = evaluate(config_of(files, tmp_path / "phrase", "a", **asked)).models[0].estimates

@@ -84,6 +84,7 @@ def test_what_it_labels_is_what_dpo_reads(tmp_path: Path):
 
     rows = [
         {"chosen": talk(f"sum {i}", "yes" * (i + 1)), "rejected": talk(f"sum {i}", "no"), "principle": f"p{i}"}
+        | {"chat_template_kwargs": {"enable_thinking": False}}
         for i in range(3)
     ]
     with serving(longer) as server:
@@ -92,6 +93,7 @@ def test_what_it_labels_is_what_dpo_reads(tmp_path: Path):
         assert "By p2." in "".join(body["messages"][0]["content"] for body in server.seen)
     labelled = read_rows(tmp_path / "out" / "pairs.jsonl")
     assert labelled[0]["prompt"] == [{"role": "user", "content": "sum 0"}]
+    assert labelled[0]["chat_template_kwargs"] == {"enable_thinking": False}  # or it would be other tokens
     found, _ = preference_examples(labelled, tiny.tokenizer(), 200)
     assert len(found) == 3
 

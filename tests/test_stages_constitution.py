@@ -14,13 +14,16 @@ import pytest
 pytest.importorskip("transformers")
 
 import tiny
+from fastpost.data import Prompt
 from fastpost.judging import Preference
+from fastpost.judging.verdicts import UNDECIDED
 from fastpost.rewards import Reward
 from fastpost.rollout import Completion, Sampling
 from fastpost.stages import comparisons, revisions
 from fastpost.stages.asking import Asker, journal_of, read_prompts
 from fastpost.stages.config import Constitution
 from fastpost.stages.constitution import constitution
+from fastpost.stages.groups import Answer
 from fastpost.stages.jury import Jury
 from fastpost.stages.policy import Policy
 from fastpost.stages.principles import Principle, drawn, read_principles
@@ -159,6 +162,33 @@ def test_pairs_become_rows_of_what_was_preferred(files: Path, tmp_path: Path):
     assert comparisons.compared(again, prompts, [POLITE, SHORT], nobody) == pairs
     lines = comparisons.report(pairs, 0.5)
     assert sum(line["pairs"] for line in lines) == 6 == sum(line["kept"] for line in lines)
+
+
+def test_a_pair_that_nobody_answered_about_is_asked_again(files: Path, tmp_path: Path):
+    asker, _, prompts = scripted(config_of(files, tmp_path, phase="prefer"))
+
+    def failing(given: Any, *rest: Any) -> list[Preference]:
+        """Two endpoints in one: for the first of a batch out of reach, and for the others without an opinion."""
+        return [Preference(None, errors=("is out of reach" if i == 0 else UNDECIDED,)) for i in range(len(given))]
+
+    first = comparisons.compared(asker, prompts, [POLITE], failing)
+    lost = [i for i, pair in enumerate(first) if not pair.preference.answered]
+    assert 0 < len(lost) < len(first) and all(pair.preference.p is None for pair in first)
+    again, _, _ = scripted(asker.config)
+    then = comparisons.compared(again, prompts, [POLITE], lambda ps, *_: [Preference(0.9)] * len(ps))
+    assert [i for i, pair in enumerate(then) if pair.preference.p == 0.9] == lost
+
+
+def test_rows_keep_what_their_conversations_are_rendered_by():
+    columns = {"chat_template_kwargs": {"enable_thinking": False}, "tools": [{"name": "add"}], "answer": "4"}
+    prompt = Prompt([{"role": "user", "content": "q"}], [5], columns)
+    answers = (Answer("a", 1, True), Answer("bb", 2, True))
+    rows = [revisions.Chain(prompt, answers[0]).row, comparisons.Pair(prompt, answers, "p", Preference(0.9)).row(0.5)]
+    for row in rows:
+        assert row is not None and "answer" not in row
+        assert {name: row[name] for name in ("chat_template_kwargs", "tools")} == {
+            name: columns[name] for name in ("chat_template_kwargs", "tools")
+        }
 
 
 def test_both_phases_run_on_a_model(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

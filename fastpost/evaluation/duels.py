@@ -6,13 +6,14 @@ A judge.yaml sees both answers at once, in both orders; any other reward scores 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fastpost.data import Prompt
 from fastpost.evaluation.config import Eval
 from fastpost.evaluation.winning import preference
-from fastpost.judging import Panel
+from fastpost.judging import Panel, Preference
 from fastpost.rewards import Reward
 from fastpost.stages.groups import Group
 from fastpost.stages.journal import Journal, through
@@ -33,26 +34,32 @@ def won(
     if judge is None:
         return [_preferred(a.answers[0].reward, b.answers[0].reward) for a, b in zip(first, second, strict=True)]
 
-    def work(of: Sequence[int]) -> list[Any]:
-        pairs = [first[i] for i in of], [second[i] for i in of]
-        if isinstance(judge.function, Panel):
-            return _compared(judge.function, *pairs)
-        scores = [_scored(judge, groups, config.reward_timeout) for groups in pairs]
+    def scored(of: Sequence[int]) -> list[Any]:
+        sides = ([groups[i] for i in of] for groups in (first, second))
+        scores = [_scored(judge, groups, config.reward_timeout) for groups in sides]
         return [_preferred(x, y) for x, y in zip(*scores, strict=True)]
+
+    def compared(of: Sequence[int]) -> list[Any]:
+        assert isinstance(judge.function, Panel)
+        return [asdict(one) for one in _compared(judge.function, [first[i] for i in of], [second[i] for i in of])]
 
     file = Path(config.output_dir) / "wins" / f"{names[1]}-{names[0]}.jsonl"
     journal = Journal(file, {"judge": config.judge, "first": config.facts(paths[0]), "second": config.facts(paths[1])})
-    return through(journal, "wins", len(first), config.generation_batch_size, work)
+    size = config.generation_batch_size
+    if not isinstance(judge.function, Panel):
+        return through(journal, "wins", len(first), size, scored)
+    found = through(journal, "preference", len(first), size, compared, lambda row: Preference.of(row).answered)
+    return [row["p"] for row in found]
 
 
-def _compared(panel: Panel, first: Sequence[Group], second: Sequence[Group]) -> Wins:
+def _compared(panel: Panel, first: Sequence[Group], second: Sequence[Group]) -> list[Preference]:
     prompts, names = [_prompt(group) for group in first], sorted({name for group in first for name in group.columns})
     earlier, later = (
         [group.answers[0].to(prompt) for prompt, group in zip(prompts, groups, strict=True)]
         for groups in (first, second)
     )
     columns = {name: [group.columns.get(name) for group in first] for name in names}
-    return [found.p for found in panel.prefer([prompt.prompt for prompt in prompts], later, earlier, columns)]
+    return panel.prefer([prompt.prompt for prompt in prompts], later, earlier, columns)
 
 
 def _scored(judge: Reward, groups: Sequence[Group], timeout: float) -> list[float | None]:

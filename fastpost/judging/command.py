@@ -12,9 +12,9 @@ from fastpost.judging.judge import Panel
 from fastpost.judging.load import load_judge
 from fastpost.judging.pairs import Judged, read_judged
 from fastpost.judging.report import lines, reported
-from fastpost.judging.verdicts import UNDECIDED, Preference
+from fastpost.judging.verdicts import Preference
 from fastpost.stages.journal import Journal
-from fastpost.stages.rows import table, write_json, write_rows
+from fastpost.stages.rows import rendered, table, write_json, write_rows
 from fastpost.trainers.log import say
 from fastpost.trainers.options import check_config
 from fastpost.trainers.world import check_alone
@@ -63,14 +63,9 @@ def _judged(panel: Panel, pairs: list[Judged], journal: Journal, size: int) -> l
         names = sorted({name for pair in batch for name in pair.columns})
         columns = {name: [pair.columns.get(name) for pair in batch] for name in names}
         found = panel.prefer([p.prompt for p in batch], [p.first for p in batch], [p.second for p in batch], columns)
-        journal.add({str(i): asdict(one) for i, one in zip(rows, found, strict=True) if _answered(one)})
+        journal.add({str(i): asdict(one) for i, one in zip(rows, found, strict=True) if one.answered})
         say(f"judge: {min(start + size, len(left))} of {len(left)} pairs")
     return [Preference.of(journal[str(i)]) if str(i) in journal else None for i in range(len(pairs))]
-
-
-def _answered(found: Preference) -> bool:
-    """Whether it need not be asked about again: an answer without a verdict is one."""
-    return found.p is not None or all(error == UNDECIDED for error in found.errors)
 
 
 def _row(pair: Judged, found: Preference | None) -> dict[str, Any]:
@@ -83,7 +78,8 @@ def _labelled(pair: Judged, found: Preference | None) -> list[dict[str, Any]]:
     if found is None or found.p is None or found.winner == "tie":
         return []
     answers = (pair.first, pair.second) if found.winner == "first" else (pair.second, pair.first)
-    return [{"prompt": pair.prompt, "chosen": answers[0], "rejected": answers[1], "p": max(found.p, 1 - found.p)}]
+    row = {"prompt": pair.prompt, "chosen": answers[0], "rejected": answers[1], **rendered(pair.columns)}
+    return [row | {"p": max(found.p, 1 - found.p)}]
 
 
 def _counts(report: dict[str, Any]) -> str:

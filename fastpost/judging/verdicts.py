@@ -36,6 +36,11 @@ class Preference:
     def winner(self) -> Winner | None:
         return winner(self.p)
 
+    @property
+    def answered(self) -> bool:
+        """Whether it need not be asked about again: an answer without a verdict is one."""
+        return self.p is not None or all(error == UNDECIDED for error in self.errors)
+
     @staticmethod
     def of(row: Mapping[str, Any]) -> Preference:
         """From JSON, which has no tuples."""

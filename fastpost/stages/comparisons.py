@@ -16,9 +16,10 @@ from fastpost.data import Prompt
 from fastpost.judging import Preference
 from fastpost.stages.asking import Asker
 from fastpost.stages.groups import Answer
-from fastpost.stages.journal import Journal
+from fastpost.stages.journal import through
 from fastpost.stages.jury import Jury
 from fastpost.stages.principles import Principle, drawn
+from fastpost.stages.rows import rendered
 
 # (prompts, firsts, seconds, columns) -> a preference a pair
 Prefer = Callable[[Sequence[Any], Sequence[Any], Sequence[Any], Mapping[str, Sequence[Any]]], Sequence[Preference]]
@@ -46,7 +47,8 @@ class Pair:
             return None
         chosen, rejected = self.answers if p > 0.5 else self.answers[::-1]
         said = {"chosen": self.prompt.answered(chosen.text), "rejected": self.prompt.answered(rejected.text)}
-        return {"prompt": self.prompt.prompt, **said, "probability": max(p, 1 - p), "principle": self.principle}
+        row = {"prompt": self.prompt.prompt, **said, **rendered(self.prompt.columns)}
+        return row | {"probability": max(p, 1 - p), "principle": self.principle}
 
 
 def compared(
@@ -64,32 +66,26 @@ def compared(
         for prompt, group in zip(prompts, groups, strict=True)
         for j in range(0, num_generations - 1, 2)
     ]
+
+    def work(of: Sequence[int]) -> list[dict[str, Any]]:
+        return [asdict(one) for one in _judged(prefer, [pairs[i] for i in of])]
+
     size = max(1, asker.config.generation_batch_size // 2)
-    for start in range(0, len(pairs), size):
-        left = [i for i in range(start, min(start + size, len(pairs))) if f"preference/{i}" not in asker.journal]
-        _judge(prefer, [pairs[i] for i in left], left, asker.journal)
+    found = through(asker.journal, "preference", len(pairs), size, work, lambda row: Preference.of(row).answered)
     return [
-        Pair(prompt, answers, principle.name, Preference.of(asker.journal[f"preference/{i}"]))
-        for i, (prompt, answers, principle) in enumerate(pairs)
+        Pair(prompt, answers, principle.name, Preference.of(row))
+        for (prompt, answers, principle), row in zip(pairs, found, strict=True)
     ]
 
 
-def _judge(
-    prefer: Prefer,
-    pairs: Sequence[tuple[Prompt, Sequence[Answer], Principle]],
-    keys: Sequence[int],
-    journal: Journal,
-) -> None:
-    """Asks about these, and keeps what is said."""
-    if not pairs:
-        return
-    found = prefer(
+def _judged(prefer: Prefer, pairs: Sequence[tuple[Prompt, Sequence[Answer], Principle]]) -> Sequence[Preference]:
+    """What is said of these."""
+    return prefer(
         [prompt.prompt for prompt, _, _ in pairs],
         [prompt.answered(answers[0].text) for prompt, answers, _ in pairs],
         [prompt.answered(answers[1].text) for prompt, answers, _ in pairs],
         {"principle": [principle.prefer for _, _, principle in pairs]},
     )
-    journal.add({f"preference/{key}": asdict(one) for key, one in zip(keys, found, strict=True)})
 
 
 def report(pairs: Sequence[Pair], confidence: float) -> list[dict[str, Any]]:

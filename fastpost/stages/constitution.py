@@ -76,6 +76,8 @@ def _prefer(
     write_rows(out / "preferences.jsonl", rows)
     report = comparisons.report(pairs, config.confidence)
     print(table(report))
+    if unanswered := sum(not pair.preference.answered for pair in pairs):
+        say(f"{unanswered} of {len(pairs)} pairs were not answered: the same command asks again")
     if not rows:
         say("no pair was decided: nothing is left to learn from")
     return {"principles": report}

@@ -7,13 +7,12 @@ from typing import Any
 
 from fastpost.data import Prompt
 from fastpost.stages.groups import Answer, Group
-
-RENDERED = ("tools", "chat_template_kwargs")  # columns without which a conversation would be other tokens
+from fastpost.stages.rows import rendered
 
 
 def demonstration(group: Group, answer: Answer, tools: Sequence[Any] | None = None) -> dict[str, Any]:
     """The row of an answer, with its reward, and with the schemas of the tools that its prompt showed."""
     prompt = Prompt(group.prompt, [], dict(group.columns))
     row = {"prompt": prompt.prompt, "completion": answer.to(prompt), "reward": answer.reward}
-    row |= {name: group.columns[name] for name in RENDERED if name in group.columns}
+    row |= rendered(group.columns)
     return row | ({"tools": list(tools)} if tools else {})

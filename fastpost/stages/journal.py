@@ -93,10 +93,20 @@ def _digest(path: Path) -> str:
     return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16] if said else ""
 
 
-def through(journal: Journal, name: str, n: int, size: int, work: Callable[[Sequence[int]], list[Any]]) -> list[Any]:
+def through(
+    journal: Journal,
+    name: str,
+    n: int,
+    size: int,
+    work: Callable[[Sequence[int]], list[Any]],
+    done: Callable[[Any], bool] = lambda value: True,  # whether it need not be done again
+) -> list[Any]:
     """What work gives for 0..n-1, so many at a time, each kept in the journal as name/i when it is done."""
-    left = [i for i in range(n) if f"{name}/{i}" not in journal]
+    keys, undone = [f"{name}/{i}" for i in range(n)], {}
+    left = [i for i in range(n) if keys[i] not in journal]
     for first in range(0, len(left), size):
         batch = left[first : first + size]
-        journal.add({f"{name}/{i}": value for i, value in zip(batch, work(batch), strict=True)})
-    return [journal[f"{name}/{i}"] for i in range(n)]
+        found = {keys[i]: value for i, value in zip(batch, work(batch), strict=True)}
+        journal.add({key: value for key, value in found.items() if done(value)})
+        undone |= {key: value for key, value in found.items() if key not in journal}
+    return [undone[key] if key in undone else journal[key] for key in keys]

@@ -18,6 +18,7 @@ from fastpost.stages.conversation import followed
 from fastpost.stages.groups import Answer
 from fastpost.stages.jury import Jury
 from fastpost.stages.principles import Principle, drawn
+from fastpost.stages.rows import rendered
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,8 @@ class Chain:
         """For SFT, which reads prompt and completion; the rest is for who wants to see how it came about."""
         steps = [{"principle": s.principle, "critique": s.critique, "revision": s.revision.text} for s in self.steps]
         last = self.answers[-1].text.strip()
-        return {"prompt": self.prompt.prompt, "completion": self.prompt.answered(last)} | {
-            "first": self.first.text,
-            "steps": steps,
-        }
+        row = {"prompt": self.prompt.prompt, "completion": self.prompt.answered(last), **rendered(self.prompt.columns)}
+        return row | {"first": self.first.text, "steps": steps}
 
 
 def revised(

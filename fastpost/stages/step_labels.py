@@ -23,11 +23,10 @@ from fastpost.data import Prompt
 from fastpost.data.steps import laid_out, steps_of
 from fastpost.stages.asking import asked, fits, journal_of, read_prompts
 from fastpost.stages.config import PrmLabel
-from fastpost.stages.demonstrations import RENDERED
 from fastpost.stages.groups import Answer, Group, judged
 from fastpost.stages.jury import Jury
 from fastpost.stages.policy import Policy
-from fastpost.stages.rows import table, write_json, write_rows
+from fastpost.stages.rows import rendered, table, write_json, write_rows
 from fastpost.trainers.log import say
 from fastpost.trainers.options import check_config
 from fastpost.trainers.world import check_alone
@@ -119,8 +118,7 @@ def labelled(solution: Solution, shares: Mapping[Beginning, float | None], label
     if None in soft:
         return None
     hard = [share is not None and share > 0 for share in soft]
-    kept = {name: x for name, x in solution.group.columns.items() if name in RENDERED}
-    row = {"prompt": solution.group.prompt, "completions": list(solution.steps), **kept}
+    row = {"prompt": solution.group.prompt, "completions": list(solution.steps), **rendered(solution.group.columns)}
     return row | {"labels": hard if labels == "hard" else soft, "soft_labels": soft}
 
 
