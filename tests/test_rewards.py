@@ -252,6 +252,16 @@ def test_last_number(text, number):
     assert float(last_number(text)) == number
 
 
+def test_what_only_measures_makes_no_reward():
+    some = lambda completions, **_: [1.0, None, 0.5]  # noqa: E731
+    length = lambda completions, **_: [3.0, 3.0, None]  # noqa: E731
+    rewards = [Reward("some", some), Reward("length", length)]
+    expected = {(1.0, 0.0): [1.0, math.nan, 0.5], (0.0, 0.0): [0.0, 0.0, 0.0], (1.0, 2.0): [7.0, 6.0, 0.5]}
+    for weights, sums in expected.items():
+        found = score(rewards, weights, PROMPTS, COMPLETIONS, IDS, {}).rewards
+        torch.testing.assert_close(found, torch.tensor(sums), equal_nan=True)
+
+
 def test_think_format():
     good = ["<think>a\nb</think>c", "\n<think></think>"]
     bad = ["c", "<think>a", "a<think>b</think>", "<think>a<think>b</think>", "<think>a</think>b</think>"]

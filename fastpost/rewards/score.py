@@ -33,7 +33,7 @@ LARGEST = torch.finfo(torch.float32).max
 class Scores:
     """S samples judged."""
 
-    rewards: Tensor  # (S,) fp32, the weighted sum; NaN where no function applied
+    rewards: Tensor  # (S,) fp32, the weighted sum; NaN where no function of a weight applied
     by_function: dict[str, Tensor]  # (S,) each, NaN where the function did not apply
     metrics: dict[str, float]  # what the functions gave to log_metric, averaged
     extra: dict[str, list[Any]] = field(default_factory=dict)  # what they gave to log_extra
@@ -241,8 +241,9 @@ def score(
     step: int = 0,
     timeout: float | None = None,
 ) -> Scores:
-    """Rewards of S samples: the sum of weight * reward over the functions that apply; weights None: all 1. `timeout`:
-    seconds that a function may take; None: as long as it likes."""
+    """Rewards of S samples: the sum of weight * reward over the functions that apply; weights None: all 1. One of
+    weight 0 beside others only measures: a sample to which it alone applies has no reward. `timeout`: seconds that a
+    function may take; None: as long as it likes."""
     weights = [1.0] * len(functions) if weights is None else weights
     _check(functions, weights, len(prompts), completions, completion_ids, columns)
     samples = _Samples(prompts, completions, completion_ids, columns)
@@ -258,5 +259,6 @@ def score(
         reward.name: _numbers(reward, values, samples) for reward, values in zip(functions, returned, strict=True)
     }
     table = torch.stack([values * weight for values, weight in zip(by_function.values(), weights, strict=True)])
-    rewards = torch.where(table.isnan().all(0), torch.nan, table.nansum(0))  # (functions, S) -> (S,)
+    judging = [i for i, weight in enumerate(weights) if weight] or list(range(len(weights)))
+    rewards = torch.where(table[judging].isnan().all(0), torch.nan, table.nansum(0))  # (functions, S) -> (S,)
     return Scores(rewards, by_function, {name: sum(v) / len(v) for name, v in logged.items()}, extra)
