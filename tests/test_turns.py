@@ -431,5 +431,24 @@ def test_the_recipes_tools_calculate_and_search(tmp_path: Path, monkeypatch: pyt
     bench.close()
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("print(6 * 7)", "42"),
+        ("print(1)\n1 / 0", "1\nerror:\nZeroDivisionError: division by zero"),
+        ("while True: pass", "cpu:"),
+        ("import os\nwhile True: os.fork()", "error:\nPermissionError: [Errno 1] Operation not permitted"),
+        ("open('/etc/passwd')", "error:\nPermissionError: [Errno 13] Permission denied: '/etc/passwd'"),
+        ("import socket\nsocket.socket()", "error:\nPermissionError: [Errno 1] Operation not permitted"),
+    ],
+)
+def test_the_recipes_interpreter_runs_what_a_model_wrote_in_the_sandbox(code: str, said: str):
+    tool = load_tool(str(Path(__file__).resolve().parent.parent / "recipes" / "tools" / "sandboxed.py:python"))
+    bench = Bench({tool.name: (tool.file, tool.name)})
+    (found,) = bench.run([("python", {"code": code})])
+    bench.close()
+    assert (found.status, found.text.strip()) == ("ok", said)
+
+
 def test_a_completion_of_one_turn_has_no_metrics_of_turns():
     assert turn_metrics([{}]) == {}
