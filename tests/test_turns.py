@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import talking
+from fastpost import sandbox
 from fastpost.data import Prompt, prompt_examples
 from fastpost.rollout import Sampling
 from fastpost.turns import Turns, given_tool, load_tool, load_tools
@@ -436,18 +437,22 @@ def test_the_recipes_tools_calculate_and_search(tmp_path: Path, monkeypatch: pyt
     [
         ("print(6 * 7)", "42"),
         ("print(1)\n1 / 0", "1\nerror:\nZeroDivisionError: division by zero"),
-        ("while True: pass", "cpu:"),
+        ("while True: pass", "cpu:|timeout:"),  # whichever is reached first
         ("import os\nwhile True: os.fork()", "error:\nPermissionError: [Errno 1] Operation not permitted"),
         ("open('/etc/passwd')", "error:\nPermissionError: [Errno 13] Permission denied: '/etc/passwd'"),
         ("import socket\nsocket.socket()", "error:\nPermissionError: [Errno 1] Operation not permitted"),
     ],
 )
 def test_the_recipes_interpreter_runs_what_a_model_wrote_in_the_sandbox(code: str, said: str):
+    try:
+        sandbox.check()
+    except ValueError as error:
+        pytest.skip(str(error))
     tool = load_tool(str(Path(__file__).resolve().parent.parent / "recipes" / "tools" / "sandboxed.py:python"))
     bench = Bench({tool.name: (tool.file, tool.name)})
     (found,) = bench.run([("python", {"code": code})])
     bench.close()
-    assert (found.status, found.text.strip()) == ("ok", said)
+    assert found.status == "ok" and found.text.strip() in said.split("|")
 
 
 def test_a_completion_of_one_turn_has_no_metrics_of_turns():
