@@ -331,6 +331,13 @@ def test_models_of_one_name_are_told_apart_by_their_paths(files: Path, tmp_path:
     assert config_of(files, tmp_path, model=["runs/x", "runs/y/"]).names == ["x", "y"]
 
 
+def test_a_model_here_has_the_name_of_its_directory(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(files / "a")
+    config = config_of(files, tmp_path, model=["."])
+    assert config.names == ["a"] and config_of(files, tmp_path, model=[".."]).names == [files.name]
+    assert config_of(files, tmp_path, model=["../b", "."]).names == ["b", "a"]
+
+
 def test_a_reference_of_another_vocabulary_is_refused(files: Path, tmp_path: Path):
     other = tiny.tokenizer()
     other.add_tokens(["new"])

@@ -72,13 +72,19 @@ class Eval(Judging, Conversing):
     @property
     def names(self) -> list[str]:
         """Of the models: their directories' names, or their paths where two have one name."""
-        last = [Path(path).name for path in self.model]
+        last = [_last(path) for path in self.model]
         return last if len(set(last)) == len(last) else [path.strip("/").replace("/", "_") for path in self.model]
 
     def facts(self, model: str) -> dict[str, Any]:
         """What decides the answers of one model and what is thought of each: another model beside it does not."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in FREE}
         return given | {"model": model}
+
+
+def _last(path: str) -> str:
+    """What a directory is called, `.` and `..` by where they are."""
+    name = Path(path).name
+    return name if name not in ("", "..") else Path(path).resolve().name
 
 
 def _check(config: Eval) -> None:
