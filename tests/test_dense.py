@@ -177,7 +177,7 @@ class Judge:
 
     separator, way = ";", "dense"
 
-    def of_steps(self, prompts: list[Any], completions: list[Any]) -> list[list[float]]:
+    def of_steps(self, prompts: list[Any], completions: list[Any], _: None, **columns: Any) -> list[list[float]]:
         self.asked = prompts
         return [[] if "x" in text else [len(step) / 10 for step in steps_of(text, ";")] for text in completions]
 

@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForTokenClassification
 
 import preference_runs as runs
+import talking
 import tiny
 from fastpost import metrics
 from fastpost.cli import main
@@ -26,6 +27,7 @@ from fastpost.data import Stepped, check_columns, step_examples
 from fastpost.data.steps import steps_of
 from fastpost.models.scalar import load_scored
 from fastpost.rewards import load_reward
+from fastpost.rewards.model import RewardModel
 from fastpost.rewards.steps import StepRewards
 from fastpost.trainers.config import Prm
 from fastpost.trainers.examples import read_examples
@@ -229,6 +231,24 @@ def test_step_scores_are_those_of_what_loads_elsewhere_and_become_one_number(fil
         load_reward(f"{out}:lats")
     with pytest.raises(ValueError, match=r"does not score steps: it has no prm\.json"):
         load_reward(f"{files / 'scored'}:min")
+
+
+@pytest.mark.parametrize("kind", [RewardModel, partial(StepRewards, separator=";")])
+def test_what_the_template_reads_of_a_row_is_read_when_it_is_judged(kind: Any, monkeypatch: pytest.MonkeyPatch):
+    seen: list[str] = []
+    tokenizer = talking.tokenizer()
+
+    def scored(_: Any, rows: list[list[int]], ends: Any) -> list[Tensor]:
+        seen.extend(tokenizer.decode(row) for row in rows)
+        return [torch.zeros(len(each)) for each in ends]
+
+    for room in ("model", "steps"):
+        monkeypatch.setattr(f"fastpost.rewards.{room}.scores_where_there_is_room", scored)
+    asked = [[{"role": "user", "content": "1"}]] * 2
+    said = [[{"role": "assistant", "content": "2"}]] * 2
+    tools = [[{"type": "function", "function": {"name": name}}] for name in ("calculator", "12")]
+    kind(None, tokenizer)(asked, said, tools=tools)
+    assert [text.partition("<eos>")[0] for text in seen] == ["<|system|>calculator ", "<|system|>12 "]
 
 
 def test_an_adapter_scores_steps_as_well(files: Path, tmp_path: Path):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastpost.files import Row
 
 Messages = list[dict[str, Any]]
+RENDERED = ("tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Continued:
     def completion_mask(self, start: int) -> list[bool]:
         """The mask without what is before `start`."""
         return [False] * start + self.mask[start:]
+
+
+def rendered(columns: Mapping[str, Any]) -> Row:
+    """Those columns of a row without which its conversation would be other tokens."""
+    return {name: columns[name] for name in RENDERED if name in columns}
 
 
 def ended(text: str, tokenizer: Any) -> str:

@@ -7,7 +7,7 @@ room as tokens may have none as a text, where it was cut off in the middle of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from os import PathLike
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpost.data.chat import whole
+from fastpost.data.chat import rendered, whole
 from fastpost.models.reward_model import load_reward_model
 from fastpost.models.scalar import own_scalar, scores
 from fastpost.models.trunk import causal_lm, hidden_states, positions
@@ -37,13 +37,19 @@ class RewardModel:
         self, prompts: Sequence[Any], completions: Sequence[Any], log_metric: Log | None = None, **columns: Any
     ) -> list[float | None]:
         """The score of each."""
-        rows = [self._ids(p, c, i) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+        both = zip(prompts, completions, strict=True)
+        rows = [self._ids(p, c, template_row(columns, i), i) for i, (p, c) in enumerate(both)]
         said = scores_where_there_is_room(self.model, rows, [[len(row) - 1] for row in rows])
         log_too_long(said, log_metric)
         return [None if each is None else each.item() for each in said]
 
-    def _ids(self, prompt: Any, completion: Any, i: int) -> list[int]:
-        return whole(self.tokenizer, prompt + completion, {}, f"sample {i}").input_ids
+    def _ids(self, prompt: Any, completion: Any, row: dict[str, Any], i: int) -> list[int]:
+        return whole(self.tokenizer, prompt + completion, row, f"sample {i}").input_ids
+
+
+def template_row(columns: Mapping[str, Sequence[Any]], i: int) -> dict[str, Any]:
+    """Of the columns what the chat template reads of row i, which a model was trained with."""
+    return {name: values[i] for name, values in rendered(columns).items()}
 
 
 def log_too_long(said: Sequence[Tensor | None], log_metric: Log | None) -> None:

@@ -22,7 +22,7 @@ import torch
 
 from fastpost.data.steps import laid_out, prompt_ids, steps_of
 from fastpost.models.reward_model import load_reward_model, step_separator
-from fastpost.rewards.model import Log, log_too_long, scores_where_there_is_room
+from fastpost.rewards.model import Log, log_too_long, scores_where_there_is_room, template_row
 from fastpost.rewards.texts import text_of
 from fastpost.types import nearest
 
@@ -48,19 +48,21 @@ class StepRewards:
         self, prompts: Sequence[Any], completions: Sequence[Any], log_metric: Log | None = None, **columns: Any
     ) -> list[float | None]:
         """One number each."""
-        return [WAYS[self.way](each) if each else None for each in self.of_steps(prompts, completions, log_metric)]
+        found = self.of_steps(prompts, completions, log_metric, **columns)
+        return [WAYS[self.way](each) if each else None for each in found]
 
     def of_steps(
-        self, prompts: Sequence[Any], completions: Sequence[Any], log_metric: Log | None = None
+        self, prompts: Sequence[Any], completions: Sequence[Any], log_metric: Log | None = None, **columns: Any
     ) -> list[list[float]]:
         """The probability of each step that it is right; none of a completion for which the model has no room."""
-        laid = [self._laid(*each) for each in zip(range(len(prompts)), prompts, completions, strict=True)]
+        both = zip(prompts, completions, strict=True)
+        laid = [self._laid(p, c, template_row(columns, i), i) for i, (p, c) in enumerate(both)]
         said = scores_where_there_is_room(self.model, [ids for ids, _ in laid], [ends for _, ends in laid])
         log_too_long(said, log_metric)
         return [[] if each is None else each.sigmoid().tolist() for each in said]
 
-    def _laid(self, i: int, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
-        begun = prompt_ids(self.tokenizer, prompt, {}, f"sample {i}")
+    def _laid(self, prompt: Any, completion: Any, row: dict[str, Any], i: int) -> tuple[list[int], list[int]]:
+        begun = prompt_ids(self.tokenizer, prompt, row, f"sample {i}")
         steps = steps_of(text_of(completion), self.separator)
         return laid_out(self.tokenizer, begun, steps, self.separator)
 

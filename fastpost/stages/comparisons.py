@@ -13,13 +13,13 @@ from statistics import mean
 from typing import Any
 
 from fastpost.data import Prompt
+from fastpost.data.chat import rendered
 from fastpost.judging import Preference
 from fastpost.stages.asking import Asker
 from fastpost.stages.groups import Answer
 from fastpost.stages.journal import through
 from fastpost.stages.jury import Jury
 from fastpost.stages.principles import Principle, drawn
-from fastpost.stages.rows import rendered
 
 # (prompts, firsts, seconds, columns) -> a preference a pair
 Prefer = Callable[[Sequence[Any], Sequence[Any], Sequence[Any], Mapping[str, Sequence[Any]]], Sequence[Preference]]

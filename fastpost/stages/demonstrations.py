@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastpost.data import Prompt
+from fastpost.data.chat import rendered
 from fastpost.stages.groups import Answer, Group
-from fastpost.stages.rows import rendered
 
 
 def demonstration(group: Group, answer: Answer, tools: Sequence[Any] | None = None) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from statistics import mean
 from typing import Any
 
 from fastpost.data import Prompt
+from fastpost.data.chat import rendered
 from fastpost.stages.asking import Asker
 from fastpost.stages.conversation import followed
 from fastpost.stages.groups import Answer
 from fastpost.stages.jury import Jury
 from fastpost.stages.principles import Principle, drawn
-from fastpost.stages.rows import rendered
 
 
 @dataclass(frozen=True)

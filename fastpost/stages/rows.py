@@ -8,13 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-RENDERED = ("tools", "chat_template_kwargs")
-
-
-def rendered(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Those columns of a row without which its conversation would be other tokens."""
-    return {name: columns[name] for name in RENDERED if name in columns}
-
 
 def write_rows(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """JSON lines, as every verb reads them."""

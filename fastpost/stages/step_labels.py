@@ -20,13 +20,14 @@ from statistics import fmean
 from typing import Any
 
 from fastpost.data import Prompt
+from fastpost.data.chat import rendered
 from fastpost.data.steps import laid_out, steps_of
 from fastpost.stages.asking import asked, fits, journal_of, read_prompts
 from fastpost.stages.config import PrmLabel
 from fastpost.stages.groups import Answer, Group, judged
 from fastpost.stages.jury import Jury
 from fastpost.stages.policy import Policy
-from fastpost.stages.rows import rendered, table, write_json, write_rows
+from fastpost.stages.rows import table, write_json, write_rows
 from fastpost.trainers.log import say
 from fastpost.trainers.options import check_config
 from fastpost.trainers.world import check_alone

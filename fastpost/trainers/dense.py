@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastpost.data import Prompt
+from fastpost.data.chat import rendered
 from fastpost.data.steps import ended_steps, last_tokens, text_of_tokens
 from fastpost.packing import Packed
 from fastpost.rewards import Reward
@@ -68,7 +69,8 @@ def rewarded(dense: Dense, tokenizer: Any, prompts: Sequence[Prompt], completion
     if written:
         turns = [_last_turn(completions[i]) for i in written]
         texts = [text_of_tokens(tokenizer, turn) for turn in turns]
-        said = dense.judge.of_steps([_asked(prompts[i], completions[i]) for i in written], texts)
+        columns = {name: [prompts[i].columns[name] for i in written] for name in rendered(prompts[0].columns)}
+        said = dense.judge.of_steps([_asked(prompts[i], completions[i]) for i in written], texts, None, **columns)
         for i, turn, text, numbers in zip(written, turns, texts, said, strict=True):
             if not numbers:
                 continue
