@@ -15,15 +15,17 @@ import pytest
 pytest.importorskip("transformers")
 
 import tiny
+from fastpost.judging import Preference
 from fastpost.report import panels, parts
 from fastpost.report.page import page
 from fastpost.report.record import read_record
-from fastpost.trainers.config import Distill, Dpo, Grpo, Kto, Ppo, Reinforce, Reward, Rloo, Sft
+from fastpost.trainers.config import Distill, Dpo, Grpo, Kto, OnlineDpo, Ppo, Reinforce, Reward, Rloo, Sft
 from fastpost.trainers.distill import distill
 from fastpost.trainers.dpo import dpo
 from fastpost.trainers.grpo import grpo
 from fastpost.trainers.kto import kto
 from fastpost.trainers.log import read_lines
+from fastpost.trainers.online_dpo import online_dpo
 from fastpost.trainers.ppo import ppo
 from fastpost.trainers.reinforce import reinforce
 from fastpost.trainers.reward import reward
@@ -55,6 +57,7 @@ RUNS: dict[str, tuple[Callable[..., Any], type, str, dict[str, Any]]] = {
     "rloo": (rloo, Rloo, "prompts", SAMPLED | {"beta": 0.1}),
     "reinforce": (reinforce, Reinforce, "prompts", SAMPLED | {"kl_coef": 0.1}),
     "ppo": (ppo, Ppo, "prompts", PPO),
+    "online-dpo": (online_dpo, OnlineDpo, "prompts", SAMPLED),
 }
 # Of a mixture of experts alone, whose verbs log it too (tests/test_router.py).
 OF_EXPERTS = {"aux_loss"}
@@ -66,6 +69,10 @@ def letters(completions: list[str], **_: Any) -> list[float]:
 
 def ends(completions: list[str], **_: Any) -> list[float]:
     return [float(len(completion)) for completion in completions]
+
+
+def by_place(prompts: list[str], firsts: list[str], seconds: list[str]) -> list[Preference]:
+    return [Preference(0.6, orders=(0.9, 0.3)) for _ in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +89,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         fields = {"model": directory / "model", "dataset": file, "eval_dataset": file, "output_dir": directory / verb}
         fields |= {"teacher_model": directory / "teacher"} if verb == "distill" else {}
         given = {"reward_funcs": [letters, ends]} if rows == "prompts" else {}
+        given |= {"prefer": by_place} if verb == "online-dpo" else {}
         function(config(**fields | BRIEF | changes), **given)
     return {verb: directory / verb for verb in RUNS}
 
@@ -137,8 +145,9 @@ CHARTS = {
     "rloo": OF_POLICIES | {"Sampler and trainer differ"},
     "reinforce": OF_POLICIES | {"Sampler and trainer differ"},
     "ppo": OF_POLICIES | {"Coefficient of the KL", "Losses", "Variance that the critic explains"},
+    "online-dpo": OF_POLICIES - {"Entropy"} | OF_PAIRS,
 }
-OF_SAMPLES = {"distill", "grpo", "rloo", "reinforce", "ppo"}
+OF_SAMPLES = {"distill", "grpo", "rloo", "reinforce", "ppo", "online-dpo"}
 
 
 @pytest.mark.parametrize("verb", RUNS)
