@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fastpost.data.chat import rendered
 from fastpost.files import read_rows
 from fastpost.judging.config import JudgePairs
 from fastpost.judging.judge import Panel
@@ -14,7 +15,7 @@ from fastpost.judging.pairs import Judged, read_judged
 from fastpost.judging.report import lines, reported
 from fastpost.judging.verdicts import Preference
 from fastpost.stages.journal import Journal
-from fastpost.stages.rows import rendered, table, write_json, write_rows
+from fastpost.stages.rows import table, write_json, write_rows
 from fastpost.trainers.log import say
 from fastpost.trainers.options import check_config
 from fastpost.trainers.world import check_alone
