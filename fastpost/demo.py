@@ -107,13 +107,13 @@ class Stage:
     accuracy: float  # on test.jsonl
 
 
-def accuracy(model_dir: Path, dataset: Path) -> float:
-    """Share of right greedy answers."""
+def accuracy(model_dir: Path, dataset: Path, reward: str = REWARD, longest: int = LONGEST) -> float:
+    """Share of right greedy answers, which have a reward of 1 and at most so many tokens."""
     rows = read_rows(dataset)
     check_columns(rows, "grpo", dataset)
     model, tokenizer = load_model(model_dir, dtype="float32")
     sampler = Generate(model, tokenizer, batch_size=256)
-    task = Task(sampler, tokenizer, [load_reward(REWARD)], None, Sampling(max_completion_length=LONGEST))
+    task = Task(sampler, tokenizer, [load_reward(reward)], None, Sampling(max_completion_length=longest))
     return round(greedy_reward(task, prompts(rows, tokenizer, None)), 4)
 
 
